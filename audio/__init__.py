@@ -1,0 +1,1 @@
+"""Audio backbones (spectrogram transformers), their methods and the audio features they need."""

@@ -1,0 +1,1 @@
+"""Multimodal backbones (contrastive image-text, encoder-decoders, diffusion transformers) and their methods."""
