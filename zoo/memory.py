@@ -1,0 +1,218 @@
+"""Memory: keep for backward only what cannot be given back, with exact gradients.
+
+Autograd keeps the inputs of every operation whose backward needs them. Behind a frozen backbone many of them are the output
+of an elementwise function of a tensor that is kept anyway: a LoRA on `mlp.down` keeps GELU(h) although GELU's own
+backward already keeps h; a LoRA on q keeps LayerNorm(x) although LayerNorm keeps x. `Saver` notices such tensors when
+autograd packs them and keeps a `Recipe` (the function and its inputs) instead; unpacking runs the same function on the
+same tensors, so gradients are equal to the bit.
+
+Settings (`model.memory`):
+
+- "default": outputs of norms, activations and the adapters' own elementwise steps are recomputed.
+- "low": also the up-projection of each MLP, a third of the block's matrix products, whose output is the largest tensor.
+- "min": blocks are checkpointed: only their inputs are kept.
+
+Under `torch.compile` nothing of this is active: the compiler's partitioner makes the same trade by itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEMORY_SETTINGS = ("default", "low", "min")
+
+_recording: Saver | None = None  # the saver of the model whose forward runs now
+
+
+class Recipe:
+    """A tensor that is not kept: the function that gives it back, and that function's inputs (tensors or recipes)."""
+
+    __slots__ = ("autocast", "fn", "inputs", "pending", "value")
+
+    def __init__(self, fn: Callable[..., Tensor], inputs: tuple[Any, ...], autocast: tuple[str, bool, torch.dtype]) -> None:
+        self.fn = fn
+        self.inputs = inputs
+        self.autocast = autocast
+        self.pending = 0  # how often autograd will still ask
+        self.value: Tensor | None = None
+
+    def compute(self) -> Tensor:
+        """The tensor, computed anew unless a later user of it already asked."""
+        if self.value is not None:
+            return self.value
+        device, enabled, dtype = self.autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+            value = self.fn(*(i.compute() if isinstance(i, Recipe) else i for i in self.inputs))
+        if self.pending > 0:
+            self.value = value
+        return value
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What this recipe keeps alive."""
+        for item in self.inputs:
+            if isinstance(item, Recipe):
+                yield from item.tensors()
+            elif isinstance(item, Tensor):
+                yield item
+
+
+class _Packed:
+    """One reference that autograd holds to a recipe: a view of its tensor."""
+
+    __slots__ = ("offset", "recipe", "size", "stride")
+
+    def __init__(self, recipe: Recipe, tensor: Tensor, offset: int) -> None:
+        self.recipe = recipe
+        self.size, self.stride, self.offset = tensor.size(), tensor.stride(), offset
+        recipe.pending += 1
+
+    def unpack(self) -> Tensor:
+        self.recipe.pending -= 1
+        value = self.recipe.compute()
+        if self.recipe.pending <= 0:
+            self.recipe.value = None
+        return value.as_strided(self.size, self.stride, value.storage_offset() + self.offset)
+
+
+class _Entry:
+    __slots__ = ("offset", "recipe", "ref", "stride", "version")
+
+    def __init__(self, tensor: Tensor, recipe: Recipe, ref: weakref.ref[Tensor]) -> None:
+        self.recipe, self.ref = recipe, ref
+        self.version, self.stride, self.offset = tensor._version, tensor.stride(), tensor.storage_offset()
+
+
+class Saver:
+    """Watches what autograd packs during one forward pass. `with saver.record(): ...`"""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._entries: dict[int, _Entry] = {}
+        self._autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+        self._counted: dict[int, int] | None = None
+        self._ignored: set[int] = set()
+
+    def record(self, device: torch.device) -> _Recording:
+        """A context in which tensors that can be given back are not kept. `device` is where the model runs."""
+        return _Recording(self, device)
+
+    def note(self, output: Tensor, fn: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
+        """`output` is `fn(*inputs)` and need not be kept, if the inputs are. `fn` must be deterministic."""
+        if not self.recording or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        held = tuple(self._find(i) or i.detach() if isinstance(i, Tensor) else i for i in inputs)
+        key = output.untyped_storage().data_ptr()
+        entries = self._entries
+
+        def forget(_: Any, key: int = key) -> None:
+            entries.pop(key, None)
+
+        entries[key] = _Entry(output, Recipe(fn, held, self._autocast), weakref.ref(output, forget))
+
+    def _find(self, tensor: Tensor) -> Recipe | None:
+        """The recipe of a tensor that is itself, whole, the output of one."""
+        entry = self._entries.get(tensor.untyped_storage().data_ptr())
+        if entry is None or entry.version != tensor._version:
+            return None
+        source = entry.ref()
+        if source is None or source.shape != tensor.shape or source.stride() != tensor.stride():
+            return None
+        return entry.recipe
+
+    def _pack(self, tensor: Tensor) -> Any:
+        entry = self._entries.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None
+        if entry is not None and entry.version == tensor._version:
+            source = entry.ref()
+            if source is not None and source.dtype == tensor.dtype:
+                packed = _Packed(entry.recipe, tensor, tensor.storage_offset() - entry.offset)
+                if self._counted is not None:
+                    for kept in entry.recipe.tensors():
+                        self._count(kept)
+                return packed
+        if self._counted is not None:
+            self._count(tensor)
+        return tensor
+
+    def _unpack(self, packed: Any) -> Tensor:
+        return packed.unpack() if isinstance(packed, _Packed) else packed
+
+    # -- counting ---------------------------------------------------------------------------------------------------
+
+    def _count(self, tensor: Tensor) -> None:
+        assert self._counted is not None
+        for part in _storages(tensor):
+            if part.data_ptr() not in self._ignored:
+                self._counted[part.data_ptr()] = part.nbytes()
+
+    def count(self, run: Callable[[], Any], ignore: Iterable[Tensor]) -> int:
+        """Bytes of the distinct storages that `run()` keeps for backward; `ignore`: parameters, buffers and the batch."""
+        self._ignored = {s.data_ptr() for t in ignore for s in _storages(t)}
+        self._counted = {}
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                result = run()  # kept until the count is done: freed storages could be used twice
+            total = sum(self._counted.values())
+            del result
+        finally:
+            self._counted = None
+            self._ignored = set()
+        return total
+
+
+class _Recording:
+    def __init__(self, saver: Saver, device: torch.device) -> None:
+        self._saver, self._device = saver, device.type
+        self._hooks: Any = None
+
+    def __enter__(self) -> None:
+        saver = self._saver
+        if not torch.is_grad_enabled() or saver.recording or self._device == "meta":
+            return
+        if torch.amp.is_autocast_available(self._device):
+            enabled, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+            saver._autocast = (self._device, enabled, dtype)
+        global _recording
+        _recording = saver
+        saver.recording = True
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(saver._pack, saver._unpack)
+        self._hooks.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(*exc)
+            global _recording
+            _recording = None
+            self._saver.recording = False
+            self._saver._entries.clear()
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    if tensor.layout == torch.strided:
+        return [tensor.untyped_storage()]
+    return [tensor.values().untyped_storage(), tensor.indices().untyped_storage()]
+
+
+def saved_bytes(run: Callable[[], Any], ignore: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of any torch code: the sum of distinct storages.
+
+    `run` makes a forward pass and returns its outputs; `ignore` lists what exists anyway (parameters, buffers, inputs).
+    The count is deterministic. Code that enters saved-tensor hooks of its own (such as a `zoo.Model`) must be counted
+    by its own `saved_bytes`, since only the innermost hooks see a tensor.
+    """
+    return Saver().count(run, ignore)
+
+
+def recomputable(fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`fn(*inputs)`, whose result is recomputed in backward instead of kept. For the elementwise steps of adapters.
+
+    `fn` must be deterministic, and its tensor inputs must be kept anyway, or be recomputable themselves.
+    """
+    output = fn(*inputs)
+    if not torch.compiler.is_compiling() and _recording is not None:
+        _recording.note(output, fn, inputs)
+    return output

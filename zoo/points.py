@@ -1,0 +1,387 @@
+"""Points: the named places of a backbone at which an adapter may do something, and the verbs that each kind offers.
+
+| kind        | where                                             | verbs                                                   |
+| ----------- | ------------------------------------------------- | ------------------------------------------------------- |
+| `linear`    | a projection; a slice of a fused one is its own   | `add`, `rescale`, `rescale_input`, `reparametrize`, `train` |
+| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`                         |
+| `attention` | queries, keys and values just before the product  | `extend`, `query`                                       |
+| `tokens`    | the sequence entering a block                     | `prompt`, `train`                                       |
+| `norm`      | a normalisation's scale and shift                 | `train`, `rescale`                                      |
+| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replace`                   |
+| `condition` | the embedding that conditions a model             | `before`, `after`                                       |
+
+A point is a descriptor and does nothing by itself. Verbs work only inside `Adapter.attach`, where a `Session` records them;
+the model installs what was recorded after `attach` has returned, all or nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import AttachError, SelectionError, nearest
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+KINDS = ("linear", "sublayer", "attention", "tokens", "norm", "block", "condition")
+
+
+@dataclass(eq=False, kw_only=True)
+class Point:
+    """A named place. `name` is the same on every backbone of a family and in saved files; `path` is the library's module."""
+
+    kind: ClassVar[str] = ""
+    verbs: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+    role: str
+    path: str
+    block: int | None = None
+    stage: int | None = None
+    tower: str = ""
+    dim_in: int = 0
+    dim_out: int = 0
+    module: nn.Module = field(repr=False)
+    session: Session | None = field(default=None, repr=False)
+
+    def _record(self, verb: str, module: nn.Module | None, **options: Any) -> None:
+        if self.session is None:
+            raise AttachError(
+                f"'{verb}' was called on point '{self.name}' outside of an adapter. Verbs work only inside "
+                "Adapter.attach(points), on the points handed in; use model.add_adapter(...) to run it."
+            )
+        self.session.record(self, verb, module, **options)
+
+    def keep(self, name: str, parameter: nn.Parameter) -> None:
+        """Register a parameter of the adapter under this point's name, without any op."""
+        if self.session is None:
+            raise AttachError(f"'keep' was called on point '{self.name}' outside of Adapter.attach.")
+        self.session.keep(self, name, parameter)
+
+
+@dataclass(eq=False, kw_only=True)
+class LinearPoint(Point):
+    """A projection `y = W x + b`, or the slice `[start, stop)` of the outputs of a fused one. W: (dim_out, dim_in)."""
+
+    kind: ClassVar[str] = "linear"
+    verbs: ClassVar[tuple[str, ...]] = ("add", "rescale", "rescale_input", "reparametrize", "train")
+
+    start: int = 0
+    stop: int = 0
+    fused: str = ""  # name under which parameters of the whole fused projection are saved; "" if this is the whole
+    num_heads: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether this point is the whole module rather than a slice of a fused projection."""
+        return not self.fused
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (dim_out, dim_in), a view; a convolution's is flattened."""
+        return self.module.weight.detach()[self.start : self.stop].flatten(1)  # type: ignore[operator,union-attr,index]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias (dim_out,), a view, or None."""
+        bias = self.module.bias
+        return None if bias is None else bias.detach()[self.start : self.stop]  # type: ignore[operator,union-attr,index]
+
+    def add(self, module: nn.Module) -> None:
+        """`y <- y + module(x)`. Points of one fused projection are handed to `module.add_group` together, if it has one."""
+        if not isinstance(self.module, nn.Linear) and not getattr(self.module, "linear_like", False):
+            raise AttachError(
+                f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so a delta "
+                "f(x) cannot be added. Leave it out of the targets."
+            )
+        self._record("add", module)
+
+    def rescale(self, module: nn.Module) -> None:
+        """`y <- module(y)`, elementwise along the last axis: `module.scale` (dim_out,) and, if there, `module.shift`."""
+        self._record("rescale", module)
+
+    def rescale_input(self, module: nn.Module) -> None:
+        """`x <- module(x)` before the projection; only where the point is the whole projection."""
+        if not self.whole:
+            raise AttachError(f"point '{self.name}' shares its input with the other slices of '{self.fused}'.")
+        self._record("rescale_input", module)
+
+    def reparametrize(self, module: nn.Module) -> None:
+        """`W <- module(W)` on each forward; W (dim_out, dim_in) is the frozen weight of this point."""
+        self._record("reparametrize", module)
+
+    def train(self, *names: str) -> None:
+        """Train the backbone's own `weight` and/or `bias` here: a trainable copy takes the place of the frozen one."""
+        self._record("train", None, names=names)
+
+
+@dataclass(eq=False, kw_only=True)
+class SublayerPoint(Point):
+    """A branch `F` of `x + F(norm(x))`. Tensors are channel-last: (B, N, d), or (B, H, W, d) on windowed backbones."""
+
+    kind: ClassVar[str] = "sublayer"
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel")
+
+    entry: nn.Module = field(repr=False)  # its output is the input of F
+    exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
+
+    def before(self, module: nn.Module) -> None:
+        """`x <- module(x)` on the input of F (behind its norm)."""
+        self._record("before", module)
+
+    def after(self, module: nn.Module) -> None:
+        """`y <- module(y)` on the output of F, before the residual sum (sequential adapter)."""
+        self._record("after", module)
+
+    def parallel(self, module: nn.Module, source: str = "input") -> None:
+        """`y <- y + module(s)`; `source="input"`: s is the input of F (behind its norm); "residual": in front of the norm."""
+        if source not in ("input", "residual"):
+            raise AttachError(f"source '{source}' is unknown; 'input' is behind the norm, 'residual' in front of it.")
+        self._record("parallel", module, source=source)
+
+
+@dataclass(eq=False, kw_only=True)
+class AttentionPoint(Point):
+    """The product `softmax(q k^T) v` of one attention."""
+
+    kind: ClassVar[str] = "attention"
+    verbs: ClassVar[tuple[str, ...]] = ("extend", "query")
+
+    num_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None  # tokens in a window; None: attention over the whole sequence
+    causal: bool = False
+
+    def extend(self, module: nn.Module) -> None:
+        """`module() -> (keys, values)`, each (1 or B, num_heads, T, head_dim): put before the keys and values of every query.
+
+        Windowed attention shares them between windows, with zero relative bias and no mask.
+        """
+        self._record("extend", module)
+
+    def query(self, module: nn.Module) -> None:
+        """`module() -> (1, T, d)` tokens that only query: see the family's file for the stream they run through."""
+        self._record("query", module)
+
+
+@dataclass(eq=False, kw_only=True)
+class TokensPoint(Point):
+    """The token sequence that enters block `block`. dim_in = dim_out = d."""
+
+    kind: ClassVar[str] = "tokens"
+    verbs: ClassVar[tuple[str, ...]] = ("prompt", "train")
+
+    num_prefix: int = 0  # class and register tokens in front of the patches
+    first: bool = False  # the first block of the backbone (or tower)
+    parameter: str = ""  # path of a trainable token of the backbone, such as cls_token
+
+    def prompt(self, module: nn.Module, keep: bool = False) -> None:
+        """`module() -> (1 or B, T, d)` tokens between the prefix tokens and the patches.
+
+        `keep=False`: they exist in this block only and their outputs are dropped (VPT-deep); computed as keys and values,
+        which gives the same outputs and gradients. `keep=True`, first block only: they flow through all blocks and are
+        dropped before the pooling (VPT-shallow).
+        """
+        if keep and not self.first:
+            raise AttachError(f"prompts that are kept can only start at the first block, not at '{self.name}'.")
+        self._record("prompt", module, keep=keep)
+
+    def train(self) -> None:
+        """Train the backbone's own token (`parameter`), such as the class token."""
+        self._record("train", None, names=(self.parameter,))
+
+
+@dataclass(eq=False, kw_only=True)
+class NormPoint(Point):
+    """A normalisation with `weight` and `bias` of shape (dim_out,)."""
+
+    kind: ClassVar[str] = "norm"
+    verbs: ClassVar[tuple[str, ...]] = ("train", "rescale")
+
+    def train(self, *names: str) -> None:
+        """Train the backbone's own `weight` and/or `bias` here: a trainable copy takes the place of the frozen one."""
+        self._record("train", None, names=names)
+
+    def rescale(self, module: nn.Module) -> None:
+        """`y <- module(y)`: `module.scale` (dim_out,) and, if there, `module.shift` (dim_out,)."""
+        self._record("rescale", module)
+
+
+@dataclass(eq=False, kw_only=True)
+class BlockPoint(Point):
+    """A whole residual block, tensors channel-last."""
+
+    kind: ClassVar[str] = "block"
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replace")
+
+    def before(self, module: nn.Module) -> None:
+        """`x <- module(x)` in front of the block."""
+        self._record("before", module)
+
+    def after(self, module: nn.Module) -> None:
+        """`y <- module(x, y)` behind the block; x is the block's input."""
+        self._record("after", module)
+
+    def watch(self, module: nn.Module) -> None:
+        """`module(y)` sees the block's output and changes nothing."""
+        self._record("watch", module)
+
+    def replace(self, module: nn.Module) -> None:
+        """`module(block, x) -> y` runs instead of the block; `block(x)` is its own forward."""
+        self._record("replace", module)
+
+
+@dataclass(eq=False, kw_only=True)
+class ConditionPoint(Point):
+    """The embedding that conditions a model: class or time embedding, text encoder output. (B, ..., dim_out)."""
+
+    kind: ClassVar[str] = "condition"
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after")
+
+    def before(self, module: nn.Module) -> None:
+        """`x <- module(x)` on the input of the embedding."""
+        self._record("before", module)
+
+    def after(self, module: nn.Module) -> None:
+        """`y <- module(y)` on the embedding."""
+        self._record("after", module)
+
+
+def expand(pattern: str) -> list[str]:
+    """`a.{q,v}.{0..2}` -> the six patterns it stands for."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices: list[list[str]] = []
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            choices.append([part])
+        elif m := re.fullmatch(r"(\d+)\.\.(\d+)", part):
+            choices.append([str(n) for n in range(int(m[1]), int(m[2]) + 1)])
+        else:
+            choices.append([c.strip() for c in part.split(",")])
+    return ["".join(c) for c in itertools.product(*choices)]
+
+
+def _matcher(pattern: str) -> Callable[[str], Any]:
+    # '*' stays within one component of a name, '**' crosses the dots.
+    words = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    regex = "".join(words.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern))
+    return re.compile(regex).fullmatch
+
+
+class Points(Sequence[Point]):
+    """All points of a model, in forward order. Prints as a table; `select` is the one way to choose."""
+
+    def __init__(self, points: Iterable[Point], backbone: str = "") -> None:
+        self._points = list(points)
+        self._by_name = {p.name: p for p in self._points}
+        self.backbone = backbone
+        self.session: Session | None = None
+        if len(self._by_name) != len(self._points):
+            names = [p.name for p in self._points]
+            raise AttachError(f"two points of {backbone} have one name: {sorted({n for n in names if names.count(n) > 1})}")
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self._points)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A point by name, or by position."""
+        if isinstance(key, str):
+            if key not in self._by_name:
+                raise SelectionError(f"{self.backbone} has no point '{key}'. {nearest(key, self._by_name)}")
+            return self._by_name[key]
+        return self._points[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_name if isinstance(key, str) else key in self._points
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds that this backbone has."""
+        return tuple(k for k in KINDS if any(p.kind == k for p in self._points))
+
+    def roles(self, kind: str | None = None) -> tuple[str, ...]:
+        """Roles that occur, optionally among the points of one kind."""
+        return tuple(dict.fromkeys(p.role for p in self._points if kind is None or p.kind == kind))
+
+    def select(
+        self,
+        selector: str | Sequence[str] | None = None,
+        *,
+        kind: str | Sequence[str] | None = None,
+        role: str | Sequence[str] | None = None,
+        stage: int | Sequence[int] | None = None,
+        block: int | Sequence[int] | None = None,
+        tower: str | None = None,
+    ) -> list[Any]:
+        """The points that a selector names, in forward order.
+
+        A selector is a name with `*` (within a component), `**`, `{q,v}` and `{0..5}`, or a bare role such as `q`, or a list
+        of these (also in one string, comma-separated). Every alternative of it must match.
+
+        Raises:
+            SelectionError: nothing matches, or an alternative of the selector, or a value of `role`, `stage` or `block`, does not.
+        """
+        pool = self._points
+        for key, wanted in (("kind", kind), ("role", role), ("stage", stage), ("block", block), ("tower", tower)):
+            if wanted is None:
+                continue
+            values = list(wanted) if isinstance(wanted, (list, tuple, range, set)) else [wanted]
+            for value in values:
+                if not any(getattr(p, key) == value for p in pool):
+                    have = sorted({str(getattr(p, key)) for p in pool if getattr(p, key) is not None})
+                    raise SelectionError(
+                        f"{self.backbone} has no {'/'.join(filter(None, [kind if isinstance(kind, str) else '', 'point']))} "
+                        f"with {key}={value!r}; it has {', '.join(have) or 'none'}."
+                    )
+            pool = [p for p in pool if getattr(p, key) in values]
+        if selector is None:
+            return list(pool)
+        chosen: set[int] = set()
+        texts = [selector] if isinstance(selector, str) else list(selector)
+        for text in texts:
+            # split at commas outside of braces
+            for pattern in filter(None, (s.strip() for s in re.split(r",(?![^{}]*\})", text))):
+                for single in expand(pattern):
+                    match = _matcher(single)
+                    roles = "." not in single and any(p.role == single for p in pool)
+                    hits = [p for p in pool if (p.role == single if roles else match(p.name))]
+                    if not hits:
+                        among = f" {kind}" if isinstance(kind, str) else ""
+                        part = "" if single == text else f" (a part of '{text}')"
+                        known = [p.name for p in pool] + [p.role for p in pool]
+                        raise SelectionError(
+                            f"'{single}'{part} matches no{among} point of {self.backbone}. {nearest(single, set(known))} "
+                            "`zoo points` lists them."
+                        )
+                    chosen.update(id(p) for p in hits)
+        return [p for p in pool if id(p) in chosen]
+
+    def require(self, kind: str, method: str) -> list[Any]:
+        """All points of a kind, or an AttachError that says that this backbone has none."""
+        found = [p for p in self._points if p.kind == kind]
+        if not found:
+            raise AttachError(
+                f"'{method}' needs {kind} points, and {self.backbone} has none (it has {', '.join(self.kinds)} points)."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        rows = [("name", "kind", "role", "in", "out", "verbs")]
+        rows += [(p.name, p.kind, p.role, str(p.dim_in), str(p.dim_out), " ".join(p.verbs)) for p in self._points]
+        widths = [max(len(r[i]) for r in rows) for i in range(6)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether a module holds no memory (the meta device)."""
+    return any(p.device == torch.device("meta") for p in itertools.islice(module.parameters(), 1))

@@ -1,0 +1,253 @@
+"""A session records what one adapter asks for while it attaches, and installs it afterwards, all or nothing.
+
+Verbs become ops at sites here; the verbs of `attention` and `tokens` points are translated by the backbone family, since
+what "more keys" means depends on its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import AttachError, CombinationError
+from zoo.points import LinearPoint, Point, Points
+from zoo.sites import BlockSite, LinearSite, Op, Site
+
+if TYPE_CHECKING:
+    from zoo.adapter import Adapter
+    from zoo.backbone import Backbone
+
+
+@dataclass(eq=False)
+class Swap:
+    """A trainable copy that takes the place of a frozen parameter while its adapter is active."""
+
+    owner: str
+    module: nn.Module
+    name: str
+    frozen: nn.Parameter
+    trained: nn.Parameter
+
+    def put(self, active: bool) -> None:
+        """Put the trained (or the frozen) parameter into the module."""
+        self.module._parameters[self.name] = self.trained if active else self.frozen
+
+
+@dataclass(eq=False)
+class AddGroup:
+    """`y + f(x)` for slices of one projection; one call for all of them if the adapter's module offers `add_group`."""
+
+    parts: tuple[tuple[nn.Module, int, int], ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        group: Callable[..., Tensor] | None = getattr(type(self.parts[0][0]), "add_group", None)
+        if group is not None:
+            return group(self.parts, x, y)
+        for module, start, stop in self.parts:
+            if stop - start == y.shape[-1]:
+                y = y + module(x)
+            else:
+                y = torch.cat([y[..., :start], y[..., start:stop] + module(x), y[..., stop:]], dim=-1)
+        return y
+
+
+@dataclass(eq=False)
+class RescaleGroup:
+    """`module(y)` on slices of one projection's output (or on the whole output of a norm)."""
+
+    parts: tuple[tuple[nn.Module, int, int], ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if len(self.parts) == 1 and self.parts[0][2] - self.parts[0][1] == y.shape[-1]:
+            return self.parts[0][0](y)
+        group: Callable[..., Tensor] | None = getattr(type(self.parts[0][0]), "rescale_group", None)
+        if group is not None:
+            return group(self.parts, y)
+        for module, start, stop in self.parts:
+            y = torch.cat([y[..., :start], module(y[..., start:stop]), y[..., stop:]], dim=-1)
+        return y
+
+
+@dataclass(eq=False)
+class Stash:
+    """Carries the source of a parallel branch from the sublayer's entry to its exit."""
+
+    module: nn.Module
+    held: Tensor | None = None
+
+    def watch(self, x: Tensor) -> None:
+        """Keep the source until the exit."""
+        self.held = x
+
+    def join(self, y: Tensor) -> Tensor:
+        """`y + module(source)`."""
+        source, self.held = self.held, None
+        assert source is not None, "the sublayer's exit ran without its entry"
+        return y + self.module(source)
+
+
+@dataclass(eq=False)
+class Session:
+    """What one adapter asked for."""
+
+    owner: str
+    adapter: Adapter
+    family: Backbone
+    site: Callable[[nn.Module, type[Site]], Site]  # the model's site at a module, made if need be
+    points: Points
+    ops: list[tuple[Site, Op]] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
+    touched: list[Point] = field(default_factory=list)
+    _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
+    _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
+
+    # -- recording --------------------------------------------------------------------------------------------------
+
+    def keep(self, point: Point | None, name: str, value: nn.Parameter | nn.Module) -> None:
+        """Register a parameter or module of the adapter under the point's name."""
+        path = [*(point.name.split(".") if point is not None else ()), *name.split(".")]
+        self._put(path, value)
+
+    def _put(self, path: list[str], value: nn.Parameter | nn.Module) -> None:
+        node: nn.Module = self.adapter
+        for part in path[:-1]:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node._modules[part]  # type: ignore[assignment]
+        if path[-1] in node._modules or path[-1] in node._parameters:
+            raise CombinationError(f"'{self.owner}' uses point '{'.'.join(path[:-1])}' twice for '{path[-1]}'.")
+        if isinstance(value, nn.Parameter):
+            node.register_parameter(path[-1], value)
+        else:
+            node.add_module(path[-1], value)
+
+    def own(self, point: Point, module: nn.Module) -> None:
+        """Register the parameters (and submodules) of an adapter's module directly under the point's name."""
+        if not any(True for _ in module.state_dict()):
+            return
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                self.keep(point, name, parameter)
+        for name, child in module._modules.items():
+            if child is not None and (child._parameters or child._buffers or child._modules):
+                self.keep(point, name, child)
+
+    def op(self, site_module: nn.Module, op: Op, kind: type[Site] = Site) -> None:
+        """Record an op at a module; used by backbone families for the verbs that they translate."""
+        self.ops.append((self.site(site_module, kind), op))
+
+    def record(self, point: Point, verb: str, module: nn.Module | None, **options: Any) -> None:
+        """Called by the verbs of points."""
+        self.touched.append(point)
+        if verb == "train":
+            for name in options["names"]:
+                self._trained.setdefault((id(point.module), name), []).append(point)
+            return
+        assert module is not None
+        self.own(point, module)
+        if point.kind in ("attention", "tokens"):
+            self.family.record(self, point, verb, module, **options)
+            return
+        getattr(self, f"_{point.kind}")(point, verb, module, **options)
+
+    def _make(self, point: Point, verb: str, where: str, fn: Callable[..., Any], *modules: nn.Module, **kw: Any) -> Op:
+        return Op(self.owner, where, fn, point.name, verb=verb, modules=modules, **kw)
+
+    def _linear(self, point: LinearPoint, verb: str, module: nn.Module) -> None:
+        if verb in ("add", "rescale"):
+            self._groups.setdefault((id(point.module), verb, type(module)), []).append((point, module))
+        elif verb == "rescale_input":
+            self.op(point.module, self._make(point, verb, "input", module, module), LinearSite)
+        else:
+            rows = (point.start, point.stop)
+            op = self._make(point, verb, "forward", module, module, rows=rows, per_row=False)
+            self.op(point.module, op, LinearSite)
+
+    def _norm(self, point: Point, verb: str, module: nn.Module) -> None:
+        self.op(point.module, self._make(point, verb, "output", lambda x, y: module(y), module))
+
+    def _condition(self, point: Point, verb: str, module: nn.Module) -> None:
+        if verb == "before":
+            self.op(point.module, self._make(point, verb, "input", module, module))
+        else:
+            self.op(point.module, self._make(point, verb, "output", lambda x, y: module(y), module))
+
+    def _sublayer(self, point: Any, verb: str, module: nn.Module, source: str = "input") -> None:
+        if verb == "before":
+            self.op(point.entry, self._make(point, verb, "output", lambda x, y: module(y), module))
+        elif verb == "after":
+            self.op(point.exit, self._make(point, verb, "input", module, module))
+        else:
+            stash = Stash(module)
+            where = "watch_output" if source == "input" else "watch_input"
+            self.op(point.entry, self._make(point, verb, where, stash.watch))
+            self.op(point.exit, self._make(point, verb, "input", stash.join, module))
+
+    def _block(self, point: Point, verb: str, module: nn.Module) -> None:
+        if verb == "before":
+            self.op(point.module, self._make(point, verb, "input", module, module), BlockSite)
+        elif verb == "after":
+            self.op(point.module, self._make(point, verb, "output", module, module), BlockSite)
+        elif verb == "watch":
+            self.op(point.module, self._make(point, verb, "watch_output", module, module), BlockSite)
+        else:
+            self.op(point.module, self._make(point, verb, "forward", module, module, per_row=False), BlockSite)
+
+    # -- finishing --------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Turn groups into ops and trained parameters into swaps. Nothing is installed yet."""
+        for (_, verb, _), members in self._groups.items():
+            members.sort(key=lambda m: m[0].start)
+            parts = tuple((module, point.start, point.stop) for point, module in members)
+            fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts)
+            first = members[0][0]
+            op = self._make(first, verb, "output", fn, *(module for _, module in members))
+            self.op(first.module, op, LinearSite)
+        for (_, name), points in self._trained.items():
+            self._train(name, points)
+        if not self.ops and not self.swaps and not self.adapter.stateless:
+            raise AttachError(f"'{self.owner}' attached to no point of {self.points.backbone}: nothing would be trained.")
+
+    def _train(self, name: str, points: list[Point]) -> None:
+        point = points[0]
+        frozen = point.module._parameters.get(name)
+        if frozen is None:
+            raise AttachError(f"point '{point.name}' has no parameter '{name}' to train.")
+        whole, key = True, point.name
+        if isinstance(point, LinearPoint) and not point.whole:
+            rows = sum(p.stop - p.start for p in points)  # type: ignore[attr-defined]
+            whole, key = rows == len(frozen), point.fused
+        if whole:
+            trained = nn.Parameter(frozen.detach().clone())
+            self._put([*key.split("."), name], trained)
+            self.swaps.append(Swap(self.owner, point.module, name, frozen, trained))
+            return
+        if name != "bias":
+            raise AttachError(f"'{name}' of '{point.name}' is fused: train it for all slices of '{point.fused}', or for none.")
+        for p in points:
+            assert isinstance(p, LinearPoint) and p.bias is not None
+            shift = BiasDelta(p.bias)
+            self._put([*p.name.split("."), "bias"], shift.bias)
+            self._groups_op(p, shift)
+
+    def _groups_op(self, point: LinearPoint, shift: BiasDelta) -> None:
+        fn = AddGroup(((shift, point.start, point.stop),))
+        self.op(point.module, self._make(point, "train", "output", fn, shift), LinearSite)
+
+
+class BiasDelta(nn.Module):
+    """A trained slice of a fused bias, as the difference to the frozen one (which the projection still adds)."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(frozen.detach().clone())
+        self.register_buffer("frozen", frozen.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(dim_out,), broadcast over the tokens."""
+        return self.bias - self.frozen  # type: ignore[operator]

@@ -1,0 +1,201 @@
+"""Sites: where the ops of adapters meet the modules of a backbone.
+
+A third-party module keeps its class, its parameters and its keys. All that is ever added to it is one forward pre-hook and
+one forward hook (or, where a hook cannot reach, an instance attribute `forward`), owned by a `Site`, which runs the ops of
+the adapters that are active. Taking the last op away takes the hooks away.
+
+The hooks stay while an adapter is only switched off: `torch.compile` does not guard hooks, but it does guard the tuples
+of ops that they read, so every set of active adapters is compiled once and switching back compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.memory import Saver
+
+
+@dataclass(eq=False)
+class Op:
+    """One change at one module.
+
+    `where` says how `fn` is called: "input": `x -> x`; "output": `(x, y) -> y`, with x the module's first input;
+    "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "forward": not called by the site
+    itself but read by the site's replacement of `forward` (attention, blocks).
+    """
+
+    owner: str
+    where: str
+    fn: Callable[..., Any]
+    point: str
+    verb: str = ""
+    rows: tuple[int, int] = (0, 0)  # for a reparametrized weight
+    modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs
+    # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
+    per_row: bool = True
+
+
+@dataclass(eq=False)
+class State:
+    """What all sites of one model share: the memory saver, and which adapter serves which rows of the batch."""
+
+    saver: Saver
+    active: tuple[str, ...] = ()
+    route: dict[str, Tensor] | None = None  # adapter name -> row indices (n,); None: every active adapter serves all rows
+    batch: int = 0
+    watching: set[str] | None = None  # points whose ops ran, while a probe listens
+
+    def rows(self, name: str, leading: int) -> Tensor | None:
+        """Rows of a tensor with `leading` = batch * k rows (k windows per image) that adapter `name` serves."""
+        assert self.route is not None
+        rows = self.route.get(name)
+        if rows is None or leading == self.batch:
+            return rows
+        per = leading // self.batch
+        return (rows[:, None] * per + torch.arange(per, device=rows.device)).reshape(-1)
+
+
+@dataclass(eq=False)
+class Site:
+    """Everything that adapters have put at one module of the backbone."""
+
+    module: nn.Module
+    state: State
+    ops: list[Op] = field(default_factory=list)
+    inputs: tuple[Op, ...] = ()
+    outputs: tuple[Op, ...] = ()
+    forwards: tuple[Op, ...] = ()
+    # Which outputs can be given back by recomputation: "" nothing; "cheap": elementwise; "product": a matrix product
+    recompute: str = ""
+    _handles: list[Any] = field(default_factory=list)
+
+    def refresh(self) -> None:
+        """Take up the set of active adapters; install hooks if there is anything to run, take them away if not."""
+        active = self.state.active if self.state.route is None else tuple(self.state.route)
+        live = sorted((op for op in self.ops if op.owner in active), key=lambda op: active.index(op.owner))
+        self.inputs = tuple(op for op in live if op.where in ("input", "watch_input"))
+        self.outputs = tuple(op for op in live if op.where in ("output", "watch_output"))
+        self.forwards = tuple(op for op in live if op.where == "forward")
+        wanted = bool(self.ops) or bool(self.recompute)
+        if wanted and not self._handles:
+            self._handles = [self.module.register_forward_hook(self._after)]
+            self._handles.append(self.module.register_forward_pre_hook(self._before))
+        elif not wanted and self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+        # An instance attribute shadows the class's method: class, parameters and keys of the module stay as they are.
+        if self.replaces():
+            self.module.__dict__["forward"] = self.forward
+        else:
+            self.module.__dict__.pop("forward", None)
+
+    def replaces(self) -> bool:
+        """Whether the module's forward must be ours."""
+        return any(op.where == "forward" for op in self.ops)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs instead of the module's own forward while there are "forward" ops; subclasses say how."""
+        return self.original(*args, **kwargs)
+
+    # -- what torch calls -------------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.inputs:
+            return None
+        x = args[0]
+        for op in self.inputs:
+            self._seen(op)
+            if op.where == "watch_input":
+                self._watch(op, x)
+            else:
+                x = self._apply(op, x)
+        return (x, *args[1:])
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        noting = self.recompute and self.state.saver.recording
+        if noting and self.recompute == "cheap":
+            self.state.saver.note(output, type(module).forward, (module, args[0]))
+        if not self.outputs and not noting:
+            return None
+        for op in self.outputs:
+            self._seen(op)
+            if op.where == "watch_output":
+                self._watch(op, output)
+            else:
+                output = self._apply(op, args[0], output)
+        if noting and self.recompute == "product" and not self.stochastic():
+            self.state.saver.note(output, module, (args[0],))
+        return output
+
+    def _seen(self, op: Op) -> None:
+        if self.state.watching is not None:
+            self.state.watching.add(f"{op.owner}/{op.point}")
+
+    def _watch(self, op: Op, tensor: Tensor) -> None:
+        rows = None if self.state.route is None else self.state.rows(op.owner, tensor.shape[0])
+        op.fn(tensor if rows is None else tensor.index_select(0, rows))
+
+    def _apply(self, op: Op, *tensors: Tensor) -> Tensor:
+        """Run an op on all rows, or on those that its adapter serves; the last tensor is the one that changes."""
+        if self.state.route is None or tensors[-1].shape[0] < self.state.batch:
+            return op.fn(*tensors)
+        rows = self.state.rows(op.owner, tensors[-1].shape[0])
+        if rows is None or len(rows) == 0:
+            return tensors[-1]
+        changed = op.fn(*(t.index_select(0, rows) for t in tensors))
+        return tensors[-1].index_copy(0, rows, changed.to(tensors[-1].dtype))
+
+    def stochastic(self) -> bool:
+        """Whether running this module twice gives two results: a live dropout in it or in its adapters."""
+        modules: Iterable[nn.Module] = [self.module, *(m for op in self.outputs for m in op.modules)]
+        return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
+
+
+
+class LinearSite(Site):
+    """A projection whose weight adapters may reparametrize: `fn(W_slice) -> W_slice` for rows [start, stop) of W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim_in) -> (..., dim_out)."""
+        if not self.forwards:
+            return self.original(x)
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        for op in self.forwards:
+            self._seen(op)
+            start, stop = op.rows
+            new = op.fn(weight[start:stop])
+            weight = new if stop - start == len(weight) else torch.cat([weight[:start], new, weight[stop:]])
+        return nn.functional.linear(x, weight, self.module.bias)  # type: ignore[arg-type]
+
+
+class BlockSite(Site):
+    """A residual block that can be replaced, or checkpointed (`model.memory = "min"`)."""
+
+    checkpointed: bool = False
+
+    def replaces(self) -> bool:
+        """Also while the block is checkpointed."""
+        return self.checkpointed or super().replaces()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run by the block instead of its own forward."""
+        run = self.original
+        for op in self.forwards:
+            if op.verb == "replace":
+                self._seen(op)
+                run = functools.partial(op.fn, run)
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
