@@ -366,6 +366,12 @@ class Points(Sequence[Point]):
                     chosen.update(id(p) for p in hits)
         return [p for p in pool if id(p) in chosen]
 
+    def train_everything(self) -> None:
+        """Train every parameter of the backbone (inside `Adapter.attach`)."""
+        if self.session is None:
+            raise AttachError("'train_everything' was called outside of Adapter.attach.")
+        self.session.train_everything()
+
     def require(self, kind: str, method: str) -> list[Any]:
         """All points of a kind, or an AttachError that says that this backbone has none."""
         found = [p for p in self._points if p.kind == kind]

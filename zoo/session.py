@@ -18,7 +18,7 @@ from zoo.points import LinearPoint, Point, Points
 from zoo.sites import BlockSite, LinearSite, Op, Site
 
 if TYPE_CHECKING:
-    from zoo.adapter import Adapter
+    from zoo.adapter_base import Adapter
     from zoo.backbone import Backbone
 
 
@@ -196,6 +196,18 @@ class Session:
             self.op(point.module, self._make(point, verb, "watch_output", module, module), BlockSite)
         else:
             self.op(point.module, self._make(point, verb, "forward", module, module, per_row=False), BlockSite)
+
+    def train_everything(self) -> None:
+        """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""
+        copies: dict[int, nn.Parameter] = {}
+        for path, module in self.family.module.named_modules():
+            for name, frozen in module._parameters.items():
+                if frozen is None:
+                    continue
+                if id(frozen) not in copies:
+                    copies[id(frozen)] = nn.Parameter(frozen.detach().clone())
+                    self._put(["backbone", *filter(None, path.split(".")), name], copies[id(frozen)])
+                self.swaps.append(Swap(self.owner, module, name, frozen, copies[id(frozen)]))
 
     # -- finishing --------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class State:
     active: tuple[str, ...] = ()
     route: dict[str, Tensor] | None = None  # adapter name -> row indices (n,); None: every active adapter serves all rows
     batch: int = 0
+    serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)
     watching: set[str] | None = None  # points whose ops ran, while a probe listens
 
     def rows(self, name: str, leading: int) -> Tensor | None:
@@ -149,7 +150,9 @@ class Site:
 
     def _apply(self, op: Op, *tensors: Tensor) -> Tensor:
         """Run an op on all rows, or on those that its adapter serves; the last tensor is the one that changes."""
-        if self.state.route is None or tensors[-1].shape[0] < self.state.batch:
+        if self.state.serving is not None:
+            return op.fn(*tensors) if op.owner == self.state.serving else tensors[-1]
+        if self.state.route is None:
             return op.fn(*tensors)
         rows = self.state.rows(op.owner, tensors[-1].shape[0])
         if rows is None or len(rows) == 0:

@@ -1,0 +1,87 @@
+"""Every timm `SwinTransformer`: windowed attention in stages of growing width, tokens (B, H, W, C).
+
+Blocks as in ViT, but attention sees windows (B * nW, M * M, C), batch-major: window j of image i is row i * nW + j.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from vision.timm_family import TimmBackbone
+from zoo.backbone import Row, find, make_linear
+from zoo.points import NormPoint, Point
+from zoo.registry import register_backbone
+
+
+@register_backbone
+class Swin(TimmBackbone):
+    """timm's SwinTransformer (version 1)."""
+
+    family = "swin"
+    timm_class = SwinTransformer
+    timm_modules = ("swin_transformer",)
+    aliases = {
+        "swin-t": "timm:swin_tiny_patch4_window7_224",
+        "swin-s": "timm:swin_small_patch4_window7_224",
+        "swin-b": "timm:swin_base_patch4_window7_224",
+        "swin-l": "timm:swin_large_patch4_window7_224",
+        "swin-b-in21k": "timm:swin_base_patch4_window7_224.ms_in22k",
+    }
+    block_table = (
+        Row("tokens", "tokens", "tokens", ""),
+        Row("norm", "norm", "norm1", "norm1"),
+        Row("linear", "q", "attn.q", "attn.qkv", part=(0, 3)),
+        Row("linear", "k", "attn.k", "attn.qkv", part=(1, 3)),
+        Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
+        Row("attention", "attn", "attn.product", "attn"),
+        Row("linear", "o", "attn.o", "attn.proj"),
+        Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
+        Row("norm", "norm", "norm2", "norm2"),
+        Row("linear", "up", "mlp.up", "mlp.fc1"),
+        Row("linear", "down", "mlp.down", "mlp.fc2"),
+        Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
+        Row("block", "block", "", ""),
+    )
+    elementwise = ("mlp.act",)
+
+    def points(self) -> list[Point]:
+        """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""
+        module: Any = self.module
+        found: list[Point] = []
+        self._add(found, "linear", "patch_embed", "patch", "patch_embed.proj")
+        self._add(found, "norm", "patch_embed.norm", "norm", "patch_embed.norm")
+        first = True
+        for s, stage in enumerate(module.layers):
+            self._add(found, "norm", f"stages.{s}.merge.norm", "norm", f"layers.{s}.downsample.norm", stage=s)
+            self._add(found, "linear", f"stages.{s}.merge", "merge", f"layers.{s}.downsample.reduction", stage=s)
+            for i, block in enumerate(stage.blocks):
+                attention = block.attn
+                found += self.points_of_block(
+                    block,
+                    f"stages.{s}.blocks.{i}",
+                    f"layers.{s}.blocks.{i}",
+                    block.dim,
+                    attention.num_heads,
+                    block=i,
+                    stage=s,
+                    attention={"head_dim": attention.qkv.out_features // 3 // attention.num_heads, "window": attention.window_area},
+                    tokens={"first": first},
+                )
+                first = False
+        self._add(found, "norm", "norm", "norm", "norm")
+        return found
+
+    def _add(self, found: list[Point], kind: str, name: str, role: str, path: str, **place: Any) -> None:
+        module: nn.Module | None = find(self.module, path)
+        if module is None:
+            return
+        common: dict[str, Any] = {"name": name, "role": role, "path": path, "module": module, **place}
+        if kind == "linear":
+            point = make_linear(module, None, "", 0, common)
+            found += [] if point is None else [point]
+        else:
+            dim = len(module.weight)  # type: ignore[arg-type]
+            found.append(NormPoint(**common, dim_in=dim, dim_out=dim))

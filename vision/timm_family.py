@@ -1,0 +1,95 @@
+"""What the timm families share: names, building, the classifier, preprocessing, licences."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import timm
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone
+from zoo.errors import ConfigError, MismatchError
+
+
+class TimmBackbone(Backbone):
+    """A backbone built by `timm.create_model`; `timm:<name>` is any timm model of the family's class."""
+
+    timm_class: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """True for `timm:<model>[.tag]` whose architecture is built by this family's class."""
+        if not name.startswith("timm:"):
+            return False
+        model = name[5:]
+        if not timm.is_model(model.split(".")[0]) and not model.startswith("hf_hub:"):
+            return False
+        entry = timm.model_entrypoint(model.split(".")[0])
+        return entry.__module__.rsplit(".", 1)[-1] in cls.timm_modules
+
+    timm_modules: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """`timm.create_model`; `num_classes=None` keeps the checkpoint's own classifier.
+
+        Raises:
+            MismatchError: timm built a class that this family does not describe.
+            ConfigError: the pretrained weights cannot be had.
+        """
+        options = {k: v for k, v in kwargs.items() if v is not None}
+        try:
+            module = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, **options)
+        except TypeError as error:
+            raise ConfigError(f"timm does not take these options for '{name}': {error}") from error
+        except Exception as error:
+            if not pretrained:
+                raise
+            raise ConfigError(
+                f"The pretrained weights of '{name}' could not be loaded: {type(error).__name__}: {error}. Check the network "
+                "and the name (timm.list_pretrained()), or pass pretrained=False for random weights."
+            ) from error
+        if not isinstance(module, cls.timm_class):
+            raise MismatchError(
+                f"timm builds '{name}' as {type(module).__name__}; the family '{cls.family}' describes {cls.timm_class.__name__}."
+            )
+        return module
+
+    def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
+        """Images (B, 3, H, W) -> pooled features (B, d) in front of the classifier."""
+        tokens = self.module.forward_features(*inputs, **kwargs)  # type: ignore[operator]
+        return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the pooled features."""
+        return int(self.module.head_hidden_size)  # type: ignore[arg-type]
+
+    def take_head(self) -> nn.Module | None:
+        """Take timm's classifier off; pooling, final norm and dropout in front of it stay."""
+        head = self.module.get_classifier()  # type: ignore[operator]
+        if isinstance(head, nn.Identity):
+            return None
+        self.module.reset_classifier(0)  # type: ignore[operator]
+        return head
+
+    def put_head(self, module: nn.Module, head: nn.Module) -> None:
+        """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""
+        if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
+            raise MismatchError("the head does not sit on the backbone's own features, so timm's classifier cannot hold it.")
+        module.reset_classifier(head.out_features)  # type: ignore[operator]
+        own = module.get_classifier()  # type: ignore[operator]
+        own.load_state_dict(head.state_dict())
+        own.to(device=head.weight.device, dtype=head.weight.dtype)
+
+    def data_config(self) -> dict[str, Any]:
+        """timm's own data configuration of the checkpoint."""
+        return timm.data.resolve_model_data_config(self.module)
+
+    def licence(self) -> str | None:
+        """Licence of the checkpoint as timm's pretrained configuration states it."""
+        return (getattr(self.module, "pretrained_cfg", None) or {}).get("license")
+
+    def hub_id(self) -> str | None:
+        """Hub repository of the checkpoint."""
+        return (getattr(self.module, "pretrained_cfg", None) or {}).get("hf_hub_id")

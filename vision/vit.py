@@ -1,0 +1,136 @@
+"""Every timm `VisionTransformer`: ViT, DeiT, DeiT-3, DINOv2 (with registers), MAE, the image towers of CLIP and SigLIP.
+
+Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tokens (B, N, d) as [prefix | patches].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from vision.timm_family import TimmBackbone
+from zoo.backbone import Row, find, make_linear
+from zoo.errors import MismatchError
+from zoo.points import NormPoint, Point
+from zoo.registry import register_backbone
+
+WEIGHTS = Path(__file__).parent / "weights"
+MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+MICRO_DATA = {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762), "crop_pct": 1.0, "interpolation": "bicubic"}
+
+
+@register_backbone
+class ViT(TimmBackbone):
+    """timm's VisionTransformer with sequential pre-norm blocks."""
+
+    family = "vit"
+    timm_class = VisionTransformer
+    timm_modules = ("vision_transformer", "deit")
+    weights_folder = WEIGHTS
+    aliases = {
+        "vit-micro": "zoo:vit-micro",
+        "vit-ti16": "timm:vit_tiny_patch16_224",
+        "vit-s16": "timm:vit_small_patch16_224",
+        "vit-b16": "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k",
+        "vit-b16-in21k": "timm:vit_base_patch16_224.augreg_in21k",
+        "vit-b32": "timm:vit_base_patch32_224",
+        "vit-l16": "timm:vit_large_patch16_224",
+        "vit-h14": "timm:vit_huge_patch14_224",
+        "deit-s16": "timm:deit_small_patch16_224",
+        "deit-b16": "timm:deit_base_patch16_224",
+        "deit3-b16": "timm:deit3_base_patch16_224",
+        "dinov2-s14": "timm:vit_small_patch14_dinov2.lvd142m",
+        "dinov2-b14": "timm:vit_base_patch14_dinov2.lvd142m",
+        "dinov2-b14-reg": "timm:vit_base_patch14_reg4_dinov2.lvd142m",
+        "mae-b16": "timm:vit_base_patch16_224.mae",
+    }
+    block_table = (
+        Row("tokens", "tokens", "tokens", ""),
+        Row("norm", "norm", "norm1", "norm1"),
+        Row("linear", "q", "attn.q", "attn.qkv", part=(0, 3)),
+        Row("linear", "k", "attn.k", "attn.qkv", part=(1, 3)),
+        Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
+        Row("attention", "attn", "attn.product", "attn"),
+        Row("linear", "o", "attn.o", "attn.proj"),
+        Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
+        Row("norm", "norm", "norm2", "norm2"),
+        Row("linear", "up", "mlp.up", "mlp.fc1"),
+        Row("linear", "down", "mlp.down", "mlp.fc2"),
+        Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
+        Row("block", "block", "", ""),
+    )
+    elementwise = ("mlp.act",)
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """A timm model, or the embedded `vit-micro`."""
+        if name != "zoo:vit-micro":
+            module = super().build(name, pretrained=pretrained, **kwargs)
+        else:
+            module = cls._micro(pretrained, kwargs)
+        odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, Block)), None)  # type: ignore[union-attr]
+        if odd is not None:
+            raise MismatchError(f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__}).")
+        return module
+
+    @classmethod
+    def _micro(cls, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+        options = {k: v for k, v in kwargs.items() if v is not None}
+        device = options.pop("device", None)
+        module = VisionTransformer(**{**MICRO, "num_classes": 100, **options})
+        module.pretrained_cfg = module.default_cfg = {
+            **MICRO_DATA,
+            "input_size": (3, 32, 32),
+            "num_classes": 100,
+            "license": "apache-2.0",
+        }
+        if pretrained:
+            weights = {k: v.float() for k, v in load_file(WEIGHTS / "vit-micro.safetensors").items()}
+            if options.get("num_classes", 100) != 100:
+                weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+                weights |= {k: v for k, v in module.state_dict().items() if k.startswith("head.")}
+            module.load_state_dict(weights)
+        return module.to(device) if device is not None else module
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens in front of the patches."""
+        return int(self.module.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def points(self) -> list[Point]:
+        """Points of the patch embedding, of every block, and of the final norms."""
+        module, dim = self.module, int(self.module.embed_dim)  # type: ignore[arg-type]
+        found: list[Point] = []
+        projection = find(module, "patch_embed.proj")
+        if projection is not None:
+            common = {"name": "patch_embed", "role": "patch", "path": "patch_embed.proj", "module": projection}
+            point = make_linear(projection, None, "", 0, common)
+            found += [] if point is None else [point]
+        found += self._norms(("patch_embed.norm", "norm_pre"), dim)
+        token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
+        for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
+            attention = block.attn
+            found += self.points_of_block(
+                block,
+                f"blocks.{i}",
+                f"blocks.{i}",
+                dim,
+                attention.num_heads,
+                block=i,
+                attention={"head_dim": attention.head_dim},
+                tokens={"num_prefix": self.num_prefix, "first": i == 0, "parameter": token if i == 0 else ""},
+            )
+        return found + self._norms(("norm", "fc_norm"), dim)
+
+    def _norms(self, paths: tuple[str, ...], dim: int) -> list[Point]:
+        found: list[Point] = []
+        for path in paths:
+            norm = find(self.module, path)
+            if norm is not None and isinstance(getattr(norm, "weight", None), torch.Tensor):
+                found.append(NormPoint(name=path, role="norm", path=path, module=norm, dim_in=dim, dim_out=dim))
+        return found

@@ -1,0 +1,183 @@
+"""What a method is: a dataclass of settings that attaches modules to points, and may take part in training.
+
+An `Adapter` is an `nn.Module`. Its parameters stand under the names of points (`blocks.3.attn.q.lora_a`), never under
+module paths of a library, so freezing, saving, counting and sharding follow, and a rename in timm breaks no saved file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError, MergeError, nearest
+from zoo.points import Point, Points
+
+if TYPE_CHECKING:
+    from zoo.merge import Merger
+    from zoo.model import Model
+
+__all__ = ["Adapter"]
+
+
+@dataclass(eq=False)
+class Adapter(nn.Module):
+    """Base of all methods. Subclasses are `@register_adapter("name") @dataclass` with plain JSON types as fields.
+
+    `__post_init__` of a subclass checks the settings and must call `super().__post_init__()` first.
+    """
+
+    method: ClassVar[str] = ""
+    needs_calibration: ClassVar[bool] = False
+    trains_backbone: ClassVar[bool] = False  # the backbone is put in train mode too (full fine-tuning)
+    stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
+    default_lr: ClassVar[float] = 1e-3
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+
+    # -- what a method implements -----------------------------------------------------------------------------------
+
+    def attach(self, points: Points) -> None:
+        """Choose points and use their verbs.
+
+        Raises:
+            AttachError: this backbone has no such points, or a dimension does not fit. Nothing is attached then.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement attach(points).")
+
+    def merge(self, merger: Merger) -> None:
+        """Fold this method into the weights, by the calls of `merger`.
+
+        Raises:
+            MergeError: the mathematics does not allow it (the default).
+        """
+        raise MergeError(
+            f"'{self.method}' cannot be merged: what it adds is not a change of the weights. Keep the model as it is, or "
+            "save the adapter with model.save_adapter(folder)."
+        )
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """What the head sees, from the pooled features (B, d); returns (B, feature_dim(d))."""
+        return pooled
+
+    def feature_dim(self, dim: int) -> int:
+        """Width of what `features` returns for pooled features of width `dim`."""
+        return dim
+
+    # -- taking part in training; all optional ----------------------------------------------------------------------
+
+    def calibrate(self, model: Model, batches: Iterable[Any]) -> None:
+        """Before training, with (inputs, targets) batches; called only if `needs_calibration`."""
+
+    def fit_start(self, model: Model, optimizer: Any, total_steps: int) -> None:
+        """Training begins; `optimizer` is the optimizer service."""
+
+    def step_start(self, model: Model, step: int) -> None:
+        """In front of the forward pass of an optimizer step."""
+
+    def extra_loss(self, model: Model, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """A term that is added to the loss, or None."""
+        return None
+
+    def after_backward(self, model: Model, step: int) -> None:
+        """Gradients are there, unscaled and not yet clipped."""
+
+    def after_step(self, model: Model, step: int) -> None:
+        """The optimizer has stepped; gradients are not yet zeroed."""
+
+    def epoch_end(self, model: Model, epoch: int) -> None:
+        """An epoch is over."""
+
+    def eval_start(self, model: Model) -> None:
+        """An evaluation begins."""
+
+    def eval_end(self, model: Model) -> None:
+        """An evaluation is over."""
+
+    def fit_end(self, model: Model) -> None:
+        """Training is over."""
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], strict: bool = False) -> Adapter:
+        """A fresh, unattached adapter with these settings; `strict` wants every field to be given.
+
+        Raises:
+            ConfigError: an unknown setting, one of the wrong type, or (strict) one that is missing.
+        """
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name, value in config.items():
+            if name not in known:
+                raise ConfigError(f"'{cls.method}' has no setting '{name}'. {nearest(name, known)}")
+            if not _fits(value, hints[name]):
+                raise ConfigError(
+                    f"'{cls.method}' setting '{name}' is {value!r} ({type(value).__name__}); expected {_name(hints[name])}."
+                )
+        if strict and (missing := known - set(config)):
+            raise ConfigError(f"the settings of '{cls.method}' lack {', '.join(sorted(missing))}.")
+        values = {k: tuple(v) if isinstance(v, list) and _wants_tuple(hints[k]) else v for k, v in config.items()}
+        return cls(**values)
+
+    def fresh(self) -> Adapter:
+        """An unattached adapter with the same settings."""
+        return type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+    def check(self, condition: bool, message: str) -> None:
+        """Raise ConfigError with the method's name in front unless `condition` holds."""
+        if not condition:
+            raise ConfigError(f"{self.method or type(self).__name__}: {message}")
+
+    def module_at(self, point: Point | str) -> nn.Module:
+        """What this adapter registered under a point's name."""
+        return self.get_submodule(point if isinstance(point, str) else point.name)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+        return f"{type(self).__name__}({settings})"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _wants_tuple(hint: Any) -> bool:
+    return any(h is tuple or typing.get_origin(h) is tuple for h in (hint, *typing.get_args(hint)))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (tuple, list):
+        inner = [h for h in typing.get_args(hint) if h is not Ellipsis]
+        return isinstance(value, (list, tuple)) and all(any(_fits(v, h) for h in inner) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

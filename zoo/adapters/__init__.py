@@ -1,0 +1,1 @@
+"""Methods that need no modality, one file each."""

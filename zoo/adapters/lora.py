@@ -1,0 +1,203 @@
+"""LoRA: a low-rank change of a projection.
+
+Idea: `W` (o, i) stays frozen, its change is a product of two thin matrices.
+Points: any `linear` points; a slice of a fused q/k/v is a point of its own.
+
+    y = W x + b + s * B A dropout(x)        A (r, i), B (o, r), s = alpha / r   (rsLoRA: s = alpha / sqrt(r))
+
+A ~ Kaiming-uniform(a = sqrt 5), B = 0, so the start is the pretrained function, to the bit. With `dora=True` (DoRA) direction
+and length of each output row are trained apart: with V = W + s B A,
+
+    y = m / ||V||_row * (V x) + b           m (o,), started at ||W||_row; the norm is not differentiated through
+
+Defaults: r = 8, alpha = 8 (s = 1), on q and v, no dropout. Counts: r * (i + o) for each point; ViT-B/16 on q, v 294,912, on q, k, v,
+o 589,824, on all six 1,327,104.
+Source: Hu et al. 2021 (LoRA; microsoft/LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA; NVlabs/DoRA).
+Deviations: one dropout mask for all points that share their input (q, k, v of a fused projection), as there is one input.
+
+In memory: backward needs x and the r numbers of A x. The points of one fused projection are computed together, and their
+products are added into the projection's output in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from zoo.adapter_base import Adapter
+from zoo.merge import Merger
+from zoo.points import LinearPoint, Points
+from zoo.registry import register_adapter
+
+Part = tuple["LowRank", int, int]
+
+
+class LowRank(nn.Module):
+    """`x (..., dim_in) -> scale * B A dropout(x) (..., dim_out)`."""
+
+    def __init__(self, dim_in: int, dim_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.lora_a = nn.Parameter(torch.empty(rank, dim_in))
+        self.lora_b = nn.Parameter(torch.zeros(dim_out, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = scale
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The delta alone."""
+        return self.scale * F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b)
+
+    def delta(self) -> Tensor:
+        """The change of W (dim_out, dim_in)."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+    @staticmethod
+    def add_group(parts: tuple[Part, ...], x: Tensor, y: Tensor) -> Tensor:
+        """`y[..., start:stop] += delta(x)` for all parts of one projection at once; y is changed in place and returned."""
+        first = parts[0][0]
+        x = first.drop(x)
+        slices = tuple((start, stop, m.scale) for m, start, stop in parts)
+        factors = [f for m, _, _ in parts for f in (m.lora_a, m.lora_b)]
+        if torch.compiler.is_compiling() or x.device.type == "meta":
+            return _plain(x, y, slices, factors)
+        return _LowRankAdd.apply(y, x, slices, *factors)
+
+
+def _plain(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: list[Tensor]) -> Tensor:
+    """The same in plain operations, for the compiler."""
+    pieces, at = [], 0
+    x = x.to(y.dtype)
+    for (start, stop, scale), a, b in zip(slices, factors[::2], factors[1::2]):
+        if start > at:
+            pieces.append(y.new_zeros(*y.shape[:-1], start - at))
+        pieces.append(scale * F.linear(F.linear(x, a.to(y.dtype)), b.to(y.dtype)))
+        at = stop
+    if at < y.shape[-1]:
+        pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - at))
+    return y + (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
+
+
+class _LowRankAdd(torch.autograd.Function):
+    """`y[:, slice_j] += s_j B_j A_j x` in place. All in the dtype of y (that of the autocast region)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, slices: tuple[tuple[int, int, float], ...], *factors: Tensor) -> Tensor:
+        ranks = [len(a) for a in factors[::2]]
+        rows, flat = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
+        down = torch.cat([a.to(y.dtype) for a in factors[::2]]) if len(ranks) > 1 else factors[0].to(y.dtype)
+        hidden = rows @ down.T  # (n, sum of ranks)
+        for h, (start, stop, scale), b in zip(hidden.split(ranks, dim=1), slices, factors[1::2]):
+            flat[:, start:stop].addmm_(h, b.T.to(y.dtype), alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.slices, ctx.ranks = slices, ranks
+        ctx.save_for_backward(x, hidden, *factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, hidden, *factors = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
+        through = torch.empty_like(hidden)  # gradient of the hidden values
+        pairs = zip(hidden.split(ctx.ranks, dim=1), through.split(ctx.ranks, dim=1), ctx.slices, factors[1::2])
+        up = []
+        for h, t, (start, stop, scale), b in pairs:
+            part = g[:, start:stop]
+            torch.mm(part, b.to(g.dtype) * scale, out=t)
+            up.append((part.T @ h).mul_(scale).to(b.dtype))
+        down = (through.T @ rows).split(ctx.ranks)
+        grads: list[Any] = []
+        for a, da, db in zip(factors[::2], down, up):
+            grads += [da.to(a.dtype), db]
+        dx = None
+        if ctx.needs_input_grad[1]:
+            cat = torch.cat([a.to(g.dtype) for a in factors[::2]]) if len(ctx.ranks) > 1 else factors[0].to(g.dtype)
+            dx = (through @ cat).view(x.shape).to(x.dtype)
+        return (grad, dx, None, *grads)
+
+
+class DoRAWeight(nn.Module):
+    """`W (o, i) -> m * (W + s B A) / ||W + s B A||_row`."""
+
+    def __init__(self, frozen: Tensor, rank: int, scale: float) -> None:
+        super().__init__()
+        dim_out, dim_in = frozen.shape
+        self.lora_a = nn.Parameter(torch.empty(rank, dim_in))
+        self.lora_b = nn.Parameter(torch.zeros(dim_out, rank))
+        self.magnitude = nn.Parameter(frozen.norm(dim=1))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The reparametrized weight; the row norm is a constant for the gradient, as in the paper (section 4.3)."""
+        moved = weight + self.scale * (self.lora_b @ self.lora_a)
+        # m / ||V|| is formed first: at the start it is exactly 1, so the pretrained function is kept to the bit.
+        return (self.magnitude / moved.detach().norm(dim=1))[:, None] * moved
+
+
+@register_adapter("lora")
+@dataclass
+class LoRA(Adapter):
+    """Low-rank adaptation.
+
+    Args:
+        rank: r. alpha: numerator of the scale; None sets it to the rank, so that the scale is 1.
+        targets: roles or names of linear points; "all-linear" is q, k, v, o, up, down.
+        dropout: on the input, while training.
+        rslora: scale alpha / sqrt(r) instead of alpha / r.
+        dora: train length and direction of the rows apart (no dropout).
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = ("q", "v")
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    default_lr = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.rank >= 1, f"rank is {self.rank}; expected 1 or more.")
+        self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        self.check(not (self.dora and self.dropout), "DoRA changes the weight itself; dropout on its input is not defined.")
+
+    @property
+    def scale(self) -> float:
+        """s of the equations."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def attach(self, points: Points) -> None:
+        """Add a low-rank delta at every selected linear point."""
+        points.require("linear", "lora")
+        for point in self.selected(points):
+            if self.dora:
+                point.reparametrize(DoRAWeight(point.weight.cpu() if not point.weight.is_meta else point.weight, self.rank, self.scale))
+            else:
+                point.add(LowRank(point.dim_in, point.dim_out, self.rank, self.scale, self.dropout))
+
+    def selected(self, points: Points) -> list[LinearPoint]:
+        """The target points; "all-linear" takes those of q, k, v, o, up and down that the backbone has."""
+        if self.targets in ("all-linear", ("all-linear",)):
+            have = points.roles("linear")
+            return points.select(kind="linear", role=[r for r in ("q", "k", "v", "o", "up", "down") if r in have])
+        return points.select(self.targets, kind="linear")
+
+    def merge(self, merger: Merger) -> None:
+        """W <- W + s B A, or the DoRA weight."""
+        for point in self.selected(merger.points):
+            part = self.module_at(point)
+            if self.dora:
+                moved = merger.weight(point) + self.scale * (part.lora_b @ part.lora_a)  # type: ignore[operator]
+                merger.set_weight(point, (part.magnitude / moved.norm(dim=1))[:, None] * moved)  # type: ignore[operator]
+            else:
+                merger.add_weight(point, self.scale * (part.lora_b @ part.lora_a))  # type: ignore[operator]

@@ -1,0 +1,228 @@
+"""What a backbone family is: mostly a table that says which module path plays which role.
+
+A family is a subclass of `Backbone` with a table of `Row`s for one block; `points_of_block` turns it into points. What is
+not a table is how the family's attention takes more keys or queries (`record`), since that depends on its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from zoo.errors import AttachError
+from zoo.points import (
+    AttentionPoint,
+    BlockPoint,
+    ConditionPoint,
+    LinearPoint,
+    NormPoint,
+    Point,
+    SublayerPoint,
+    TokensPoint,
+)
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's table, for one block.
+
+    `name` is the point's name inside the block ("" for the block itself) and `path` the library's module path inside it.
+    `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
+    modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum.
+    """
+
+    kind: str
+    role: str
+    name: str
+    path: str
+    part: tuple[int, int] | None = None
+    entry: str = ""
+    exit: str = ""
+
+
+def find(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None; an `nn.Identity` counts as absent."""
+    node: Any = module
+    for part in path.split(".") if path else []:
+        node = node._modules.get(part) if isinstance(node, nn.Module) else None
+        if node is None:
+            return None
+    return None if isinstance(node, nn.Identity) else node
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int] | None:
+    """(dim_in, dim_out) of a Linear, or of a convolution as the matrix that it is; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.weight[0].numel(), module.out_channels
+    return None
+
+
+class Backbone:
+    """Base of all families. An instance belongs to one built network, `module`."""
+
+    family: ClassVar[str] = ""
+    modality: ClassVar[str] = "image"
+    aliases: ClassVar[dict[str, str]] = {}
+    block_table: ClassVar[Sequence[Row]] = ()
+    # Modules inside a block whose output is an elementwise function of their input (norms are known by their points)
+    elementwise: ClassVar[Sequence[str]] = ()
+    # Linear points whose output is recomputed at memory="low"
+    cheap_products: ClassVar[Sequence[str]] = ("up",)
+    weights_folder: ClassVar[Path | None] = None  # embedded weights and adapters
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """Whether the family builds a backbone of this (library's) name; a string says why it almost does."""
+        return False
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """The library's own module, with its own classifier if it has one."""
+        raise TypeError(f"{cls.__name__} does not implement build.")
+
+    # -- what the model asks ----------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """All points, in forward order."""
+        raise TypeError(f"{type(self).__name__} does not implement points.")
+
+    def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Pooled features (B, d) of a batch."""
+        raise TypeError(f"{type(self).__name__} does not implement features.")
+
+    @property
+    def feature_dim(self) -> int:
+        """d of `features`."""
+        raise TypeError(f"{type(self).__name__} does not implement feature_dim.")
+
+    def take_head(self) -> nn.Module | None:
+        """Remove the classifier from the module and return it (None if it has none)."""
+        return None
+
+    def put_head(self, module: nn.Module, head: nn.Module) -> None:
+        """Put a classifier into a (merged) module of this family."""
+        raise TypeError(f"{type(self).__name__} has no classifier of its own.")
+
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks, in forward order."""
+        return [p.module for p in self.points() if p.kind == "block"]
+
+    def elementwise_modules(self) -> list[nn.Module]:
+        """Modules whose outputs are recomputed rather than kept, besides the norms."""
+        found = [find(block, path) for block in self.blocks() for path in self.elementwise]
+        return [m for m in found if m is not None]
+
+    def data_config(self) -> dict[str, Any]:
+        """`input_size` (3, H, W), `mean`, `std`, `interpolation`, `crop_pct` of the backbone's own preprocessing."""
+        return {}
+
+    def licence(self) -> str | None:
+        """Licence of the pretrained weights, as its source states it."""
+        return None
+
+    def hub_id(self) -> str | None:
+        """The Hub repository of the pretrained weights, if they have one."""
+        return None
+
+    # -- verbs that depend on the family's attention ----------------------------------------------------------------
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Translate a verb of an `attention` or `tokens` point into ops (`session.op`)."""
+        raise AttachError(f"'{verb}' is not available at {point.kind} points of the family '{self.family}'.")
+
+    # -- the table --------------------------------------------------------------------------------------------------
+
+    def points_of_block(
+        self, block: nn.Module, prefix: str, path: str, dim: int, num_heads: int, **place: Any
+    ) -> list[Point]:
+        """Points of one block by the family's table.
+
+        `prefix` is the block's point name, `path` its module path, `place` the block index, stage and tower, and options
+        for the attention and tokens points as a dict `attention=` and `tokens=`.
+        """
+        special = {"attention": place.pop("attention", {}), "tokens": place.pop("tokens", {})}
+        found: list[Point] = []
+        for row in self.block_table:
+            module = find(block, row.path)
+            if module is None:
+                continue
+            common: dict[str, Any] = {
+                "name": f"{prefix}.{row.name}" if row.name else prefix,
+                "role": row.role,
+                "path": f"{path}.{row.path}" if row.path else path,
+                "module": module,
+                "dim_in": dim,
+                "dim_out": dim,
+                **place,
+            }
+            point = self._point(row, block, module, common, prefix, num_heads, special)
+            if point is not None:
+                found.append(point)
+        return found
+
+    def _point(
+        self,
+        row: Row,
+        block: nn.Module,
+        module: nn.Module,
+        common: dict[str, Any],
+        prefix: str,
+        num_heads: int,
+        special: dict[str, dict[str, Any]],
+    ) -> Point | None:
+        if row.kind == "linear":
+            return make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
+        if row.kind == "sublayer":
+            entry, leave = block.get_submodule(row.entry), block.get_submodule(row.exit)
+            return SublayerPoint(**common, entry=entry, exit=leave)
+        if row.kind == "norm":
+            return NormPoint(**{**common, "dim_out": _norm_dim(module)})
+        if row.kind == "attention":
+            return AttentionPoint(**common, num_heads=num_heads, **special["attention"])
+        if row.kind == "tokens":
+            return TokensPoint(**common, **special["tokens"])
+        simple: dict[str, Callable[..., Point]] = {"block": BlockPoint, "condition": ConditionPoint}
+        return simple[row.kind](**common)
+
+
+def make_linear(
+    module: nn.Module, part: tuple[int, int] | None, fused: str, num_heads: int, common: dict[str, Any]
+) -> LinearPoint | None:
+    """A linear point for a whole projection or a slice of a fused one; None if the module is no projection."""
+    dims = linear_dims(module)
+    if dims is None:
+        return None
+    dim_in, dim_out = dims
+    start, stop = 0, dim_out
+    if part is not None:
+        index, count = part
+        if dim_out % count:
+            return None
+        start, stop = index * dim_out // count, (index + 1) * dim_out // count
+    return LinearPoint(
+        **{**common, "dim_in": dim_in, "dim_out": stop - start},
+        start=start,
+        stop=stop,
+        fused=fused if part is not None else "",
+        num_heads=num_heads,
+    )
+
+
+def _norm_dim(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return 0 if weight is None else weight.shape[0]

@@ -1,0 +1,72 @@
+"""The command line: `zoo list | points | info | fit | eval | push | pull | merge | bench | demo`.
+
+One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zoo.cli import bench, catalog, run, share
+from zoo.cli.common import ZooGroup
+
+__all__ = ["app", "main"]
+
+_EXAMPLES = """
+Small adapters for pretrained backbones, by name.
+
+A first hour:
+
+\b
+  zoo demo                            five methods side by side on real images, offline
+  zoo list                            backbones and methods
+  zoo points vit-b16                  where a method can add something
+  zoo fit vit-b16 lora --data photos/train --out out/
+  zoo eval out/ --data photos/test
+  zoo push out/ you/vit-b16-lora-photos
+
+Each command explains itself: zoo fit --help. Exit codes: 0 done, 1 an error that is explained in one panel, 2 a command
+line that does not parse.
+"""
+
+app = typer.Typer(
+    name="zoo",
+    cls=ZooGroup,
+    help=_EXAMPLES,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    pretty_exceptions_enable=False,  # what is not a ZooError is a bug, and is reported with a plain traceback
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from zoo import __version__
+
+        typer.echo(f"adapter-zoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+for _command, _name in (
+    (catalog.list_, "list"),
+    (catalog.points, "points"),
+    (catalog.info, "info"),
+    (run.fit, "fit"),
+    (run.evaluate, "eval"),
+    (share.push, "push"),
+    (share.pull, "pull"),
+    (share.merge, "merge"),
+    (bench.bench, "bench"),
+    (run.demo, "demo"),
+):
+    app.command(_name, no_args_is_help=_name in ("points", "info", "fit", "eval", "push", "pull", "merge"))(_command)

@@ -1,0 +1,246 @@
+"""`zoo bench`: what each method costs in time and memory on this machine, relative to full fine-tuning."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoo.cli.common import JSON_HELP, console, count, print_json, size, table
+from zoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.model import Model
+
+REFERENCE = "full"
+DEFAULT_METHODS = "linear,bitfit,lora,adapter,vpt"
+
+
+def bench(
+    backbone: Annotated[str, typer.Argument(help="A short name such as vit-b16, or timm:<model>.")] = "vit-micro",
+    adapters: Annotated[str, typer.Option("--adapters", "-a", help="Methods, comma-separated.")] = DEFAULT_METHODS,
+    memory: Annotated[str, typer.Option(help="Memory settings, comma-separated: default, low, min.")] = "default",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in a batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each method is measured; more is steadier.")] = 10,
+    num_classes: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 100,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    png: Annotated[Path | None, typer.Option(help="Also draw time against memory into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Measure step time and saved bytes of methods, relative to full fine-tuning.
+
+    Every round runs one training step of each method in turn, so a busy machine slows all of them alike; the ratio is the
+    median over rounds of a method's time by full fine-tuning's in the same round. Saved bytes are what is kept for
+    the backward pass, a count that does not depend on the machine. Weights are random: they do not change the cost.
+
+    \b
+      zoo bench vit-b16
+      zoo bench vit-b16 -a lora,vpt,ssf --memory default,low,min --png bench.png
+      zoo bench swin-t -a lora -b 32 --device cuda --precision bf16 --json
+    """
+    methods = [m.strip() for m in adapters.split(",") if m.strip()]
+    levels = [m.strip() for m in memory.split(",") if m.strip()]
+    if not methods:
+        raise ConfigError("--adapters names no method; for example: --adapters lora,vpt.")
+    rows = measure(
+        backbone, methods, levels, batch_size, rounds, num_classes, device=device, precision=precision, quiet=as_json
+    )
+    report = {"backbone": backbone, "batch_size": batch_size, "rounds": rounds, "precision": precision, "methods": rows}
+    report |= machine(device)
+    if png is not None:
+        draw(rows, png, f"{backbone}, batch {batch_size}, {report['device']}")
+    if as_json:
+        print_json(report)
+        return
+    out = console()
+    out.print(
+        table(
+            ["method", "memory", "trainable", "saved", "saved / full", "step ms", "step / full"],
+            [
+                (
+                    r["method"],
+                    r["memory"],
+                    count(r["trainable"]),
+                    size(r["saved_bytes"]),
+                    f"{r['saved_ratio']:.3f}",
+                    f"{r['step_seconds'] * 1e3:.1f}",
+                    f"{r['step_ratio']:.3f}",
+                )
+                for r in rows
+            ],
+            title=f"{backbone}, batch {batch_size}, {precision}, {report['device']}, {report['threads']} threads",
+            right=["trainable", "saved", "saved / full", "step ms", "step / full"],
+        )
+    )
+    if png is not None:
+        out.print(f"drawn in {png}")
+
+
+def machine(device: str | None) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    from zoo import __version__
+
+    where = torch.device(best_device(device))
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "adapter_zoo": __version__,
+    }
+
+
+def best_device(device: str | None) -> str:
+    """The device asked for, or the best there is."""
+    import torch
+
+    if device:
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def measure(
+    backbone: str,
+    methods: list[str],
+    levels: list[str],
+    batch_size: int,
+    rounds: int,
+    num_classes: int,
+    *,
+    device: str | None = None,
+    precision: str = "fp32",
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """One row for each method and memory setting, full fine-tuning first. Times in seconds, memory in bytes.
+
+    Raises:
+        UnknownNameError: an unknown backbone or method. AttachError: a method that this backbone refuses.
+        ConfigError: an unknown precision.
+    """
+    import torch
+
+    import zoo
+
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"precision '{precision}' is unknown; expected fp32, bf16 or fp16.")
+    where = best_device(device)
+    variants = [(REFERENCE, "default")] + [(m, level) for m in methods for level in levels if m != REFERENCE]
+    runs: list[_Run] = []
+    status = console(stderr=True)
+    with status.status(f"building {len(variants)} models ...") if not quiet else _Nothing() as line:
+        for method, level in variants:
+            model = zoo.load(
+                backbone, adapter=method, num_classes=num_classes, pretrained=False, memory=level, seed=0, device=where
+            )
+            if not runs:
+                channels, height, width = 3, *_image_size(model)
+                images = torch.randn(batch_size, channels, height, width, device=where)
+                targets = torch.randint(num_classes, (batch_size,), device=where)
+            runs.append(_Run(method, level, model, images, targets, precision))
+        for run in runs:  # the first steps allocate and choose kernels
+            run.step()
+            run.step()
+        times: list[list[float]] = [[] for _ in runs]
+        for index in range(rounds):
+            if line is not None:
+                line.update(f"round {index + 1} of {rounds} ...")
+            for position in range(len(runs)):
+                which = (position + index) % len(runs)  # nobody always runs behind the same neighbour
+                times[which].append(runs[which].step())
+    full_bytes = runs[0].saved_bytes
+    return [
+        {
+            "method": run.method,
+            "memory": run.level,
+            "trainable": run.trainable,
+            "saved_bytes": run.saved_bytes,
+            "saved_ratio": run.saved_bytes / full_bytes if full_bytes else 0.0,
+            "step_seconds": statistics.median(seconds),
+            "step_ratio": statistics.median(mine / full for mine, full in zip(seconds, times[0], strict=True)),
+        }
+        for run, seconds in zip(runs, times, strict=True)
+    ]
+
+
+def _image_size(model: Model) -> tuple[int, int]:
+    size = model.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class _Nothing:
+    """A context that shows nothing."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+class _Run:
+    """One model with its own optimizer, stepped on always the same batch."""
+
+    def __init__(self, method: str, level: str, model: Model, images: Tensor, targets: Tensor, precision: str) -> None:
+        import torch
+
+        self.method, self.level, self.model = method, level, model
+        self.images, self.targets = images, targets
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        model.train()
+        parameters = list(model.parameters_to_train().values())
+        self.trainable = sum(p.numel() for p in parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            self.saved_bytes = model.saved_bytes(images)
+
+    def step(self) -> float:
+        """One training step (forward, backward, optimizer); returns its seconds."""
+        import torch
+        from torch.nn import functional
+
+        cuda = self.images.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.images.device)
+        start = time.perf_counter()
+        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype is not None):
+            loss = functional.cross_entropy(self.model(self.images).float(), self.targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize(self.images.device)
+        return time.perf_counter() - start
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Step time against saved bytes, both relative to full fine-tuning, one labelled point for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150)
+    colours = {"default": "#1f77b4", "low": "#ff7f0e", "min": "#2ca02c"}
+    for level in dict.fromkeys(r["memory"] for r in rows):
+        mine = [r for r in rows if r["memory"] == level]
+        xs, ys = [r["saved_ratio"] for r in mine], [r["step_ratio"] for r in mine]
+        axes.scatter(xs, ys, label=f'memory="{level}"', color=colours.get(level), zorder=3)
+        for row in mine:
+            axes.annotate(row["method"], (row["saved_ratio"], row["step_ratio"]), (5, 4), textcoords="offset points")
+    axes.set(xlabel="saved for backward / full", ylabel="step time / full", xlim=(0, None), ylim=(0, None), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,13 @@
+"""Data sets of images with labels: folders, Parquet files, Hub data sets, any torch `Dataset`.
+
+    train = open_dataset("flowers/", split="train", shots=16)
+    train, val = split_train_val(train, 0.1, seed=0)
+
+Everything is an `ImageDataset`: rows of a source, a selection of them, class names and a transform.
+"""
+
+from zoo.data.dataset import ImageDataset, Skipped, collate
+from zoo.data.open import open_dataset
+from zoo.data.sampling import few_shot, split_train_val
+
+__all__ = ["ImageDataset", "Skipped", "collate", "few_shot", "open_dataset", "split_train_val"]

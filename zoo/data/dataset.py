@@ -1,0 +1,188 @@
+"""`ImageDataset`: a selection of the rows of some source, with class names and a transform.
+
+What the sources (`zoo.data.sources`, `zoo.data.parquet`) share is here once: decoding, selecting, labels, what happens
+with an image that cannot be read.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from zoo.errors import ConfigError, DataError
+
+__all__ = ["ImageDataset", "OnError", "Rows", "Skipped", "Transform", "collate", "decode"]
+
+OnError = Literal["raise", "skip"]
+Transform = Callable[[Any], Any]
+
+
+class Rows(Protocol):
+    """Where images and labels come from."""
+
+    name: str
+    """A short name of the source, without the folders above it."""
+
+    labels: np.ndarray | None
+    """(n,) int64, or None where they are only known by reading every item."""
+
+    blocks: np.ndarray | None
+    """(n,) int64, or None: rows of one block are read together, so a shuffle should stay among a few blocks."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """(image, label); raises DataError that names the place."""
+
+    def where(self, index: int) -> str:
+        """The place of a row in words: a path, or `file.parquet, row 17`."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a data set opened with on_error="skip" gives instead of an image that cannot be read."""
+
+    where: str
+    reason: str
+
+
+class ImageDataset(Dataset[Any]):
+    """(transform(image), label) pairs. `dataset.classes` are the class names, `dataset.labels` all labels (or None).
+
+    Args:
+        rows: the source.
+        classes: names; the label is the index.
+        transform: applied to the PIL image (or to what a wrapped torch data set yields); None gives it as it is.
+        indices: which rows, in which order; None means all.
+        on_error: "skip" yields a `Skipped` instead of raising DataError (`zoo.data.collate` drops those).
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        classes: Sequence[str] | None,
+        *,
+        transform: Transform | None = None,
+        indices: np.ndarray | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error is {on_error!r}; expected 'raise' or 'skip'.")
+        self.rows = rows
+        self.classes = list(classes) if classes is not None else None
+        self.transform = transform
+        self.on_error: OnError = on_error
+        self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices, dtype=np.int64)
+
+    @property
+    def name(self) -> str:
+        return self.rows.name
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64 labels of this selection."""
+        return None if self.rows.labels is None else self.rows.labels[self.indices]
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """(n,) block of each item, see `Rows.blocks`."""
+        return None if self.rows.blocks is None else self.rows.blocks[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        row = int(self.indices[index])
+        try:
+            image, label = self.rows.read(row)
+        except DataError as error:
+            if self.on_error == "skip":
+                return Skipped(self.rows.where(row), str(error))
+            raise
+        if self.transform is not None and not isinstance(image, Skipped):
+            image = self.transform(image)
+        return image, label
+
+    def where(self, index: int) -> str:
+        """The place of an item: a path, or `file.parquet, row 17`."""
+        return self.rows.where(int(self.indices[index]))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
+        """The same data, only these items, in this order."""
+        return self._like(indices=self.indices[np.asarray(indices, dtype=np.int64)])
+
+    def with_transform(self, transform: Transform | None) -> ImageDataset:
+        """The same data with another transform."""
+        return self._like(transform=transform)
+
+    def _like(self, **changes: Any) -> ImageDataset:
+        settings = {"transform": self.transform, "indices": self.indices, "on_error": self.on_error, **changes}
+        return ImageDataset(self.rows, self.classes, **settings)
+
+    def __repr__(self) -> str:
+        count = "unknown" if self.classes is None else len(self.classes)
+        return f"ImageDataset({self.name!r}, {len(self)} images, {count} classes)"
+
+
+def decode(data: bytes | bytearray | memoryview | None, where: str) -> Image.Image:
+    """An RGB image out of encoded bytes (JPEG, PNG, WebP ...).
+
+    Raises:
+        DataError: there are no bytes, or they are no whole image; the message names `where`.
+    """
+    if data is None or len(data) == 0:
+        raise DataError(f"{where}: the image is empty (0 bytes). {_ADVICE}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of palettes; neither matters here
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DataError(f"{where}: the image is corrupt ({reason}). {_ADVICE}") from error
+
+
+_ADVICE = 'Repair or remove it, or open the data set with on_error="skip" to go on without it.'
+
+
+def collate(items: Sequence[Any]) -> tuple[Any, Tensor]:
+    """For a torch DataLoader over an `ImageDataset`: (images (B, C, H, W), labels (B,)), without what was skipped.
+
+    Raises:
+        DataError: images of different sizes, or still PIL images (no transform was given), or nothing is left.
+    """
+    kept = [item for item in items if not isinstance(item, Skipped)]
+    if not kept:
+        raise DataError("No image of this batch could be read. Look at the data set; are most of its files damaged?")
+    return stack(kept)
+
+
+def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
+    """Batch (input, target) pairs; see `collate`."""
+    first = items[0]
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        raise DataError(
+            f"The data set yields {type(first).__name__}; expected pairs (image, label). Wrap it so that dataset[i] gives both."
+        )
+    if isinstance(first[0], Image.Image):
+        raise DataError(
+            "The data set yields PIL images; expected tensors. Pass transform=model.preprocess(train=True), "
+            "or leave the transform to zoo.fit and zoo.evaluate."
+        )
+    if isinstance(first[0], Tensor) and any(item[0].shape != first[0].shape for item in items):
+        shapes = sorted({tuple(item[0].shape) for item in items})
+        raise DataError(
+            f"Images of one batch have different shapes: {', '.join(map(str, shapes[:4]))}. End the transform with a resize "
+            "and a crop to one size; model.preprocess(train=True) does."
+        )
+    inputs, targets = default_collate([tuple(item) for item in items])
+    return inputs, targets if isinstance(targets, Tensor) else torch.as_tensor(targets)

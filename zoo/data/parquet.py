@@ -1,0 +1,239 @@
+"""Rows of Parquet files with a column of encoded images and a column of labels.
+
+Labels are read once. Encoded images stay encoded: a small data set (by default up to 1 GiB) is held as it is, in Arrow
+buffers that worker processes share; of a larger one a few row groups are held at a time, and `blocks` tells the
+sampler which rows lie together so that a shuffled epoch still reads each row group about once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from zoo.data.dataset import decode
+from zoo.errors import DataError, nearest
+
+__all__ = ["ParquetRows"]
+
+IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture", "photo", "pixels")
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label", "y")
+HOLD_BYTES = 1 << 30
+CACHE_BYTES = 256 << 20
+
+
+class ParquetRows:
+    """The rows of `files`, one after the other.
+
+    Args:
+        files: Parquet files with the same columns.
+        image_column, label_column: their names; guessed if None.
+        class_names: names (a label is then an index or a name); otherwise from the files' own metadata, or from the labels.
+        hold_bytes: up to this size all encoded images are kept in memory.
+        cache_bytes: of larger data sets, how many bytes of row groups are kept.
+        name: a short name for reports.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_names: Sequence[str] | None = None,
+        hold_bytes: int = HOLD_BYTES,
+        cache_bytes: int = CACHE_BYTES,
+        name: str = "",
+    ) -> None:
+        self.files = [Path(file) for file in files]
+        self.name = name or self.files[0].stem
+        self._readers: dict[int, pq.ParquetFile] = {}
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._pid = os.getpid()
+        schema = self._reader(0).schema_arrow
+        self.image_column = _find_image(schema, image_column, self.files[0])
+        self.label_column = _find_label(schema, label_column, self.image_column, self.files[0])
+        self._index(cache_bytes, hold_bytes)
+        self.labels, self.class_names = self._read_labels(schema, class_names)
+
+    def _index(self, cache_bytes: int, hold_bytes: int) -> None:
+        """Where each row group begins, and how much of them to keep."""
+        self._groups: list[tuple[int, int]] = []  # (file, row group) of each block
+        self._starts: list[int] = []
+        self._file_starts: list[int] = []
+        row, size = 0, 0
+        for number, file in enumerate(self.files):
+            reader = self._reader(number)
+            self._file_starts.append(row)
+            columns = reader.schema_arrow.names
+            for column in (self.image_column, self.label_column):
+                if column not in columns:
+                    raise DataError(
+                        f"{file}: no column '{column}', which {self.files[0].name} has; columns: {', '.join(columns)}."
+                    )
+            for group in range(reader.metadata.num_row_groups):
+                info = reader.metadata.row_group(group)
+                if info.num_rows == 0:
+                    continue
+                self._groups.append((number, group))
+                self._starts.append(row)
+                row += info.num_rows
+                parts = (info.column(i) for i in range(info.num_columns))
+                size += sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == self.image_column)
+        self._length = row
+        if row == 0:
+            raise DataError(f"{self.name}: the data set is empty; {len(self.files)} Parquet file(s) hold no row.")
+        average = max(1, size // len(self._groups))
+        held = size <= hold_bytes
+        self._keep = len(self._groups) if held else max(1, cache_bytes // average)
+        self.blocks: np.ndarray | None = None
+        if not held:
+            ends = [*self._starts[1:], row]
+            sizes = [end - start for start, end in zip(self._starts, ends, strict=True)]
+            # groups that fit the cache together are one block to the shuffle
+            self.blocks = np.repeat(np.arange(len(sizes)) // max(1, self._keep // 2), sizes)
+
+    def _read_labels(
+        self, schema: pa.Schema, class_names: Sequence[str] | None
+    ) -> tuple[np.ndarray, list[str]]:
+        columns = [self._reader(i).read(columns=[self.label_column]).column(0) for i in range(len(self.files))]
+        column = pa.chunked_array([chunk for c in columns for chunk in c.chunks])
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.null_count:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise DataError(f"{self.where(row)}: no label in column '{self.label_column}' ({column.null_count} such rows).")
+        names = list(class_names) if class_names is not None else _hub_names(schema, self.label_column)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            values = column.to_pylist()
+            names = names if names is not None else sorted(set(values))
+            positions = {name: i for i, name in enumerate(names)}
+            for row, value in enumerate(values):
+                if value not in positions:
+                    raise DataError(
+                        f"{self.where(row)}: label '{value}' is not among the {len(names)} classes. {nearest(value, names)}"
+                    )
+            return np.fromiter((positions[v] for v in values), np.int64, len(values)), names
+        if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+            raise DataError(f"{self.name}: label column '{self.label_column}' is of type {column.type}; expected int or str.")
+        labels = column.to_numpy().astype(np.int64)
+        if names is None:
+            names = [str(i) for i in range(int(labels.max()) + 1)]
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if len(wrong):
+            raise DataError(
+                f"{self.where(int(wrong[0]))}: label {labels[wrong[0]]} is outside the {len(names)} classes "
+                f"(0..{len(names) - 1}); {len(wrong)} such rows. Pass all class names as classes=[...], or mend the labels."
+            )
+        return labels, names
+
+    def __len__(self) -> int:
+        return self._length
+
+    def where(self, index: int) -> str:
+        file = bisect.bisect_right(self._file_starts, index) - 1
+        return f"{self.files[file]}, row {index - self._file_starts[file]}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        block = bisect.bisect_right(self._starts, index) - 1
+        value = self._column(block)[index - self._starts[block]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return decode(data, self.where(index)), int(self.labels[index])
+
+    def _column(self, block: int) -> pa.ChunkedArray:
+        """The encoded images of a row group."""
+        if block in self._cache:
+            self._cache.move_to_end(block)
+            return self._cache[block]
+        file, group = self._groups[block]
+        try:
+            column = self._reader(file).read_row_group(group, columns=[self.image_column], use_threads=False).column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.files[file]}, row group {group}: cannot be read ({error}). Copy the file again.") from error
+        self._cache[block] = column
+        while len(self._cache) > self._keep:
+            self._cache.popitem(last=False)
+        return column
+
+    def _reader(self, number: int) -> pq.ParquetFile:
+        if os.getpid() != self._pid:  # a worker process must not share file positions with its parent
+            self._readers, self._pid = {}, os.getpid()
+        if number not in self._readers:
+            file = self.files[number]
+            try:
+                self._readers[number] = pq.ParquetFile(file)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{file}: not a readable Parquet file ({error}). Copy or download it again.") from error
+        return self._readers[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}, "_cache": OrderedDict(), "_pid": -1}
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _find_image(schema: pa.Schema, wanted: str | None, file: Path) -> str:
+    names = list(schema.names)
+    if wanted is not None:
+        _require(wanted, names, "image_column", file)
+        if not _is_image(schema.field(wanted).type):
+            raise DataError(
+                f"{file}: column '{wanted}' is of type {schema.field(wanted).type}; expected encoded images (binary, or a "
+                "struct with 'bytes')."
+            )
+        return wanted
+    fitting = [n for n in names if _is_image(schema.field(n).type)]
+    for name in IMAGE_COLUMNS:
+        if name in fitting:
+            return name
+    if len(fitting) == 1:
+        return fitting[0]
+    reason = "several columns could hold the images" if fitting else "no column holds encoded images"
+    raise DataError(f"{file}: {reason}; columns: {_described(schema)}. Name it with image_column=...")
+
+
+def _find_label(schema: pa.Schema, wanted: str | None, image: str, file: Path) -> str:
+    names = list(schema.names)
+    if wanted is not None:
+        _require(wanted, names, "label_column", file)
+        return wanted
+    for name in LABEL_COLUMNS:
+        if name in names and name != image:
+            return name
+    fitting = [n for n in names if n != image and pa.types.is_integer(schema.field(n).type)]
+    if len(fitting) == 1:
+        return fitting[0]
+    reason = "several columns could hold the labels" if fitting else "no column holds labels"
+    raise DataError(f"{file}: {reason}; columns: {_described(schema)}. Name it with label_column=...")
+
+
+def _require(wanted: str, names: list[str], setting: str, file: Path) -> None:
+    if wanted not in names:
+        raise DataError(f"{file}: no column '{wanted}' ({setting}); columns: {', '.join(names)}. {nearest(wanted, names)}")
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{f.name} ({f.type})" for f in schema)
+
+
+def _hub_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Class names that the `datasets` library leaves in a Parquet file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(n) for n in names] if isinstance(names, list) and names else None

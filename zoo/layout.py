@@ -1,0 +1,208 @@
+"""What the files of a saved adapter hold: their names, and the checks that a config and weights have to pass.
+
+`zoo.disk` reads and writes them; this module never touches the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from zoo.errors import ConfigError, WeightsError, nearest
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+METRICS = "metrics.json"
+FILES = (WEIGHTS, METRICS, CARD, CONFIG)  # in the order of their renames
+
+FORMAT_VERSION = 1
+HEAD = "head"
+# names of the copies inside the weights file's metadata, and of the checksum over them and the tensors
+COPIES = {CONFIG: "zoo.adapter_config", METRICS: "zoo.metrics", CARD: "zoo.card"}
+CHECKSUM = "zoo.checksum"
+
+_NAME = re.compile(r"[\w-]+")
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise WeightsError if the file's name says that it is a pickle."""
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise WeightsError(
+            f"'{path}' is a pickle, which can run any code when it is read, so it was not opened. Only {WEIGHTS} is "
+            "read: ask whoever published it for safetensors, or convert it where you trust its source."
+        )
+
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of safetensors bytes; the reason in words if they are none."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or size > len(data) - 8 or data[8:9] != b"{":
+        if data.startswith(_PICKLE_MAGIC):
+            raise WeightsError(
+                f"'{path}' is a pickle under another name; a pickle can run any code when it is read, so it was "
+                "refused unread. Ask whoever published it for real safetensors."
+            )
+        raise WeightsError(
+            f"'{path}' is truncated or not a safetensors file ({len(data):,} bytes). Copy or download it again."
+        )
+    try:
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + size
+        if end <= len(data):
+            return load_safetensors(data), metadata
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"'{path}' is damaged ({error}). Copy or download it again.") from error
+    raise WeightsError(f"'{path}' is truncated: {len(data):,} of {end:,} bytes. Copy or download it again.")
+
+
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the copies of the text files, and each tensor's name, dtype, shape and bytes in order of names."""
+    digest = hashlib.sha256()
+    for name in FILES[1:]:
+        text = metadata.get(COPIES[name], "").encode()
+        digest.update(f"{name}:{len(text)}\n".encode() + text)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+_TEXT, _WHOLE, _DICT, _LIST, _NONE = (str,), (int,), (dict,), (list,), (type(None),)
+
+
+def check_config(config: Mapping[str, Any], path: Path, *, with_hash: bool = True) -> None:
+    """Every field there, none unknown, each of its type; raises `ConfigError` naming the field."""
+    version = config.get("format_version")
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT_VERSION:
+        raise ConfigError(
+            f"'{path}' has format_version {version}; this adapter-zoo ({_version()}) reads up to {FORMAT_VERSION}. "
+            "Upgrade with `pip install -U adapter-zoo`."
+        )
+    top: dict[str, tuple[type, ...]] = {
+        "format_version": _WHOLE,
+        "zoo_version": _TEXT,
+        "backbone": _DICT,
+        "adapters": _LIST,
+        "head": _DICT + _NONE,
+    }
+    if with_hash:
+        top["weights_sha256"] = _TEXT
+    _check_fields(config, top, "", path)
+    if config["format_version"] < 1:
+        _wrong(path, "format_version", f"{config['format_version']}", f"a whole number from 1 to {FORMAT_VERSION}")
+    _check_fields(config["backbone"], {"name": _TEXT, "fingerprint": _TEXT + _NONE, "kwargs": _DICT}, "backbone.", path)
+    names: set[str] = set()
+    for i, entry in enumerate(config["adapters"]):
+        where = f"adapters[{i}]"
+        if not isinstance(entry, dict):
+            _wrong(path, where, _kind(entry), "an object")
+        _check_fields(entry, {"name": _TEXT, "method": _TEXT, "config": _DICT}, f"{where}.", path)
+        name = entry["name"]
+        if not _NAME.fullmatch(name) or name in (HEAD, "default") or name in names:
+            _wrong(
+                path,
+                f"{where}.name",
+                repr(name),
+                f"letters, digits, '_' and '-', not '{HEAD}' or 'default', and no name twice",
+            )
+        names.add(name)
+    head = config["head"]
+    if head is not None:
+        _check_fields(head, {"num_classes": _WHOLE, "classes": _LIST + _NONE}, "head.", path)
+        if head["num_classes"] < 1:
+            _wrong(path, "head.num_classes", str(head["num_classes"]), "a whole number from 1")
+        classes = head["classes"]
+        if classes is not None and (
+            len(classes) != head["num_classes"] or not all(isinstance(c, str) for c in classes)
+        ):
+            _wrong(
+                path, "head.classes", f"{len(classes)} entries", f"{head['num_classes']} strings, one for each class"
+            )
+
+
+def _check_fields(value: Mapping[str, Any], spec: Mapping[str, tuple[type, ...]], where: str, path: Path) -> None:
+    for name, types in spec.items():
+        if name not in value:
+            raise ConfigError(
+                f"'{path}' lacks the field '{where}{name}' ({_names(types)}). Copy or download the folder again, or "
+                "add it."
+            )
+        found = value[name]
+        if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
+            _wrong(path, where + name, _kind(found), _names(types))
+    for name in value:
+        if name not in spec:
+            raise ConfigError(
+                f"'{path}' has an unknown field '{where}{name}'. {nearest(name, spec)} Remove or rename it."
+            )
+
+
+def _wrong(path: Path, name: str, found: str, expected: str) -> NoReturn:
+    raise ConfigError(
+        f"'{path}': field '{name}' is {found}, expected {expected}. Correct it, or download the folder again."
+    )
+
+
+_JSON_NAMES = {str: "a string", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+
+
+def _names(types: Iterable[type]) -> str:
+    return " or ".join(_JSON_NAMES[one] for one in types)
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r:.60} ({type(value).__name__})"
+
+
+def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Each tensor belongs to a declared adapter or the head, and is finite."""
+    owners = [entry["name"] for entry in config["adapters"]] + ([HEAD] if config["head"] is not None else [])
+    for name, tensor in tensors.items():
+        owner, slash, rest = name.partition("/")
+        if owner not in owners or not slash or not rest:
+            raise WeightsError(
+                f"'{path}' holds tensor '{name}', which belongs to nothing that {CONFIG} declares "
+                f"({', '.join(owners)}). Copy or download the folder again."
+            )
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
+            bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+            raise WeightsError(
+                f"'{path}': tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or Inf. The run that "
+                "made it diverged: train again with a lower learning rate, or use an earlier checkpoint."
+            )
+
+
+def _version() -> str:
+    from zoo import __version__
+
+    return __version__
+
+
+def no_constant(name: str) -> NoReturn:
+    """For `json.loads`: NaN and Infinity are no JSON."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def to_json(value: Mapping[str, Any], what: str) -> str:
+    """Readable JSON; raises ConfigError for what has no place in it, NaN and Inf included."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{what} cannot be written as JSON: {error}. Use finite numbers, strings, booleans, lists and dicts."
+        ) from error

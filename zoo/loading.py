@@ -1,0 +1,150 @@
+"""`zoo.load`: one name in, a model out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo import registry
+from zoo.adapter_base import Adapter
+from zoo.errors import ConfigError, UnknownNameError, nearest
+from zoo.model import Model
+
+
+def load(
+    backbone: str | None = None,
+    adapter: str | Adapter | Path | Sequence[str | Adapter | Path] | None = None,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory: str = "default",
+    seed: int | None = None,
+    **backbone_kwargs: Any,
+) -> Model:
+    """A backbone with adapters and a head.
+
+    Args:
+        backbone: a short name (`zoo.list_backbones()`) or `timm:<model>`; may be left out if `adapter` is a saved one, which
+            knows its backbone.
+        adapter: a method's name ("lora"), a config object (`zoo.adapter("lora", rank=4)`), the name of an embedded adapter,
+            a folder, a Hub repository `user/name[@revision]`, or a list of these.
+        num_classes: width of a new head; None keeps the checkpoint's own (or the saved adapter's); 0 means features.
+        pretrained: load the backbone's weights; False gives random ones.
+        device: where to build; "meta" takes no memory and loads no weights.
+        dtype: precision of the backbone and of the adapters.
+        memory: "default", "low" or "min" (`zoo.memory`).
+        seed: of the adapters' and head's initial values.
+        backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
+
+    Raises:
+        UnknownNameError: no such backbone, method, folder or repository; with the nearest names.
+        MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
+    """
+    wanted = [adapter] if isinstance(adapter, (str, Adapter, Path)) else list(adapter or [])
+    sources = [_resolve(a) for a in wanted]
+    saved = [s for s in sources if not isinstance(s, Adapter)]
+    if saved:
+        from zoo.disk import read
+
+        packs = {id(s): read(s) for s in saved}
+    else:
+        packs = {}
+    if backbone is None:
+        if not packs:
+            raise ConfigError("Name a backbone, for example zoo.load('vit-micro'), or a saved adapter that knows its own.")
+        first = next(iter(packs.values()))
+        backbone, backbone_kwargs = first.backbone_name, {**first.backbone_kwargs, **backbone_kwargs}
+    model = load_backbone(
+        backbone,
+        num_classes=num_classes,
+        pretrained=pretrained,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        **backbone_kwargs,
+    )
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+            if num_classes:
+                model.reset_head(num_classes)
+        for source in sources:
+            if isinstance(source, Adapter):
+                model.add_adapter(source)
+            else:
+                from zoo.disk import attach
+
+                attach(model, packs[id(source)], head=num_classes is None)
+    return model
+
+
+def load_backbone(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory: str = "default",
+    **kwargs: Any,
+) -> Model:
+    """A bare model: the backbone and its head."""
+    cls, own = registry.find_backbone(name)
+    where = torch.device(device) if device is not None else None
+    meta = where is not None and where.type == "meta"
+    if meta:
+        with torch.device("meta"):
+            module = cls.build(own, pretrained=False, **kwargs)
+        module = module.to("meta")
+    else:
+        module = cls.build(own, pretrained=pretrained, **kwargs)
+    family = cls(module, name)
+    model = Model(family, num_classes=num_classes, memory=memory, kwargs=kwargs)
+    if not meta and (where is not None or dtype is not None):
+        model.to(device=where, dtype=dtype)
+    elif dtype is not None:
+        model.to(dtype=dtype)
+    return model
+
+
+def _resolve(source: str | Adapter | Path) -> Adapter | Path:
+    """An adapter to attach fresh, or the folder of a saved one (downloaded if need be)."""
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, Path):
+        if not source.is_dir():
+            raise UnknownNameError(f"There is no folder '{source}' to load an adapter from.")
+        return source
+    if source in registry.list_adapters():
+        return registry.adapter(source)
+    embedded = embedded_adapters()
+    if source in embedded:
+        return embedded[source]
+    if Path(source).is_dir():
+        return Path(source)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        from zoo.hub import parse_repo_id, pull
+
+        repo, revision = parse_repo_id(source)
+        return pull(repo, revision=revision)
+    known = [*registry.list_adapters(), *embedded]
+    raise UnknownNameError(
+        f"There is no adapter '{source}': no method, no embedded adapter, no folder of that name. {nearest(source, known)} "
+        "A Hub repository is written 'user/name' or 'user/name@revision'."
+    )
+
+
+def embedded_adapters() -> dict[str, Path]:
+    """Trained adapters that come with the packages: name -> folder."""
+    found: dict[str, Path] = {}
+    for name in registry.families():
+        folder = registry.family(name).weights_folder
+        if folder is not None and folder.is_dir():
+            found |= {p.name: p for p in sorted(folder.iterdir()) if (p / "adapter_config.json").is_file()}
+    return found

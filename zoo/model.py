@@ -1,0 +1,484 @@
+"""The model: a frozen backbone, its adapters and a head, as one ordinary `nn.Module`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.adapter_base import Adapter
+from zoo.backbone import Backbone
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.fingerprint import fingerprint
+from zoo.memory import MEMORY_SETTINGS, Saver
+from zoo.merge import Merger
+from zoo.points import Points
+from zoo.routing import forward_routed
+from zoo.session import Session, Swap
+from zoo.sites import BlockSite, Op, Site, State
+
+
+class Model(nn.Module):
+    """What `zoo.load` returns. Call it on a batch; train `parameters_to_train()`; `merge()` gives the plain module back.
+
+    Args:
+        family: the backbone, wrapped in its declaration; its classifier is taken off and becomes the head.
+        num_classes: width of a new head; None keeps the backbone's own classifier; 0 means no head (features come out).
+        memory: "default", "low" or "min", see `zoo.memory`.
+        kwargs: how the backbone was built, recorded in saved adapters.
+    """
+
+    def __init__(
+        self,
+        family: Backbone,
+        *,
+        num_classes: int | None = None,
+        memory: str = "default",
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        own_head = family.take_head()
+        self.backbone = family.module
+        self.family = family
+        self.backbone_name = family.name
+        self.backbone_kwargs = dict(kwargs or {})
+        self.fingerprint = fingerprint(self.backbone)
+        self.backbone.requires_grad_(False)
+        self.points = Points(family.points(), family.name)
+        self.adapters = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self.classes: list[str] | None = None
+        self.record: dict[str, Any] = {}
+        self._state = State(Saver())
+        self._sites: dict[int, Site] = {}
+        self._ops: dict[str, list[tuple[Site, Op]]] = {}
+        self._swaps: dict[str, list[Swap]] = {}
+        self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
+        if num_classes is None and own_head is not None:
+            self.heads["default"] = own_head
+        else:
+            self.heads["default"] = self._new_head(num_classes or 0, family.feature_dim)
+        self._memory = ""
+        self.memory = memory
+        self.train(False)
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Tensor:
+        """Logits (B, num_classes), or features (B, d) without a head.
+
+        Args:
+            inputs: what the backbone takes; images (B, 3, H, W) for vision.
+            adapters: one adapter name (or None for the bare backbone) for each sample, instead of the active ones.
+        """
+        if adapters is not None:
+            return forward_routed(self, inputs, adapters, kwargs)
+        return self.head(self.features(*inputs, **kwargs))
+
+    def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Pooled features (B, d) with the active adapters, in front of the head."""
+        if torch.compiler.is_compiling():
+            return self._features(*inputs, **kwargs)
+        with self._state.saver.record(self.device):
+            return self._features(*inputs, **kwargs)
+
+    def _features(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        names = [] if self._plan == "" else list(self._state.active)
+        pooled = self.family.features(*inputs, **kwargs)
+        for name in names:
+            pooled = self.adapters[name].features(pooled)  # type: ignore[operator]
+        return pooled
+
+    def train(self, mode: bool = True) -> Model:
+        """Adapters and head follow `mode`; the frozen backbone stays in eval mode (no dropout, no stochastic depth)."""
+        super().train(mode)
+        if not any(a.trains_backbone for a in self._active_adapters()):
+            self.backbone.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone."""
+        return next(self.backbone.parameters()).dtype
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use, in order of application."""
+        return self._state.active
+
+    def _active_adapters(self) -> list[Adapter]:
+        return [self.adapters[n] for n in self._state.active]  # type: ignore[misc]
+
+    def add_adapter(
+        self, adapter: Adapter | str, name: str | None = None, *, num_classes: int | None = None, activate: bool = True
+    ) -> Adapter:
+        """Attach a fresh copy of an adapter and return it; all or nothing.
+
+        Args:
+            adapter: a method's name or a config object (which is copied, so it can be used again).
+            name: under which it is switched and saved; by default the method's name.
+            num_classes: a head of its own of this width.
+            activate: use it together with the ones active now.
+
+        Raises:
+            AttachError, SelectionError, ConfigError: it does not fit; the model is as it was before.
+            CombinationError: it and an active one cannot work together.
+        """
+        from zoo import registry
+
+        fresh = registry.adapter(adapter) if isinstance(adapter, str) else adapter.fresh()
+        name = name or self._free_name(fresh.method)
+        if not name.replace("_", "").replace("-", "").isalnum() or name in ("default", "head"):
+            raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head').")
+        if name in self.adapters:
+            raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
+        made: list[int] = []
+
+        def site(module: nn.Module, kind: type[Site]) -> Site:
+            known = self._sites.get(id(module))
+            if known is None:
+                made.append(id(module))
+                known = self._sites[id(module)] = kind(module, self._state)
+            elif not isinstance(known, kind):  # a plain site here so far; keep what it has
+                upgraded = kind(module, self._state, known.ops, recompute=known.recompute, _handles=[])
+                self._replace_site(known, upgraded)
+                known = upgraded
+            return known
+
+        session = Session(name, fresh, self.family, site, self.points)
+        self.points.session = session
+        for point in self.points:
+            point.session = session
+        try:
+            fresh.attach(self.points)
+            session.finish()
+            self._check_combination(name, session, activate)
+            dim = self._feature_dim([*self._active_adapters(), fresh])
+        except BaseException:
+            for key in made:
+                del self._sites[key]
+            raise
+        finally:
+            self.points.session = None
+            for point in self.points:
+                point.session = None
+        fresh.to(device=self.device, dtype=self.dtype)
+        fresh.train(self.training)
+        self.adapters[name] = fresh
+        self._ops[name], self._swaps[name] = session.ops, session.swaps
+        for where, op in session.ops:
+            self._sites[id(where.module)].ops.append(op)
+        width = self.num_classes if num_classes is None else num_classes
+        if num_classes is not None or (width and dim != _in_features(self.head)):
+            self.heads[name] = self._new_head(width, dim)
+        self.set_active(*self._state.active, *([name] if activate else []))
+        return fresh
+
+    def _replace_site(self, old: Site, new: Site) -> None:
+        ops, recompute = old.ops, old.recompute
+        old.ops, old.recompute = [], ""
+        old.refresh()
+        new.ops, new.recompute = ops, recompute
+        self._sites[id(old.module)] = new
+        new.refresh()
+
+    def _check_combination(self, name: str, session: Session, activate: bool) -> None:
+        if not activate:
+            return
+        for other in self._state.active:
+            mine = {(id(s.module), s.name): s for s in session.swaps}
+            for swap in self._swaps[other]:
+                if (id(swap.module), swap.name) in mine:
+                    raise CombinationError(
+                        f"'{name}' and '{other}' would both train the same '{swap.name}' of the backbone. "
+                        f"Switch '{other}' off first (model.set_active()), or attach with activate=False."
+                    )
+            replaced = {id(s.module) for s, op in session.ops if op.verb == "replace"}
+            for where, op in self._ops[other]:
+                if op.verb == "replace" and id(where.module) in replaced:
+                    raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'.")
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away; without any adapter the backbone is as it came, to the bit."""
+        self._known(name)
+        self.set_active(*(n for n in self._state.active if n != name))
+        gone = {id(op) for _, op in self._ops.pop(name)}
+        del self._swaps[name], self.adapters[name]
+        if name in self.heads:
+            del self.heads[name]
+        for key, where in list(self._sites.items()):
+            where.ops = [op for op in where.ops if id(op) not in gone]
+            where.refresh()
+            if not where.ops and not where.recompute and not where.replaces():
+                del self._sites[key]
+        if not self.adapters:
+            self._watch_memory()
+
+    def set_active(self, *names: str, train: str | Sequence[str] | None = None) -> None:
+        """Use exactly these adapters, in this order; the others stay attached and cost nothing.
+
+        Args:
+            names: none at all switches every adapter off.
+            train: which of them are trained; by default all.
+        """
+        for name in names:
+            self._known(name)
+        for other in (n for n in self._state.active if n not in names):
+            for swap in self._swaps[other]:
+                swap.put(False)
+        self._state.active = tuple(dict.fromkeys(names))
+        trained = self._state.active if train is None else ((train,) if isinstance(train, str) else tuple(train))
+        for name, adapter in self.adapters.items():
+            adapter.requires_grad_(name in trained)
+        for name in self._state.active:
+            for swap in self._swaps[name]:
+                swap.put(True)
+        current = self.head_name
+        for name, head in self.heads.items():
+            head.requires_grad_(name == current)
+        self._plan = "+".join(self._state.active)
+        self._watch_memory()
+        self.train(self.training)
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """A context without any adapter: the bare backbone and the default head."""
+        active = self._state.active
+        self.set_active()
+        try:
+            yield
+        finally:
+            self.set_active(*active)
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UnknownNameError(f"The model has no adapter '{name}'. {nearest(name, self.adapters.keys())}")
+
+    def _free_name(self, method: str) -> str:
+        taken = [n for n in self.adapters if n == method or n.startswith(f"{method}-")]
+        return method if not taken else f"{method}-{len(taken) + 1}"
+
+    # -- heads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def head_name(self) -> str:
+        """Which head is in use: that of the last active adapter that has one of its own, else "default"."""
+        return next((n for n in reversed(self._state.active) if n in self.heads), "default")
+
+    @property
+    def head(self) -> nn.Module:
+        """The head in use; `nn.Identity` without classes."""
+        return self.heads[self.head_name]
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head in use; 0 without one."""
+        return int(getattr(self.head, "out_features", 0))
+
+    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
+        """A new, untrained head of another width in place of the one in use."""
+        self.heads[self.head_name] = self._new_head(num_classes, self._feature_dim(self._active_adapters()))
+        self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
+        dim = self.family.feature_dim
+        for adapter in adapters:
+            dim = adapter.feature_dim(dim)
+        return dim
+
+    def _new_head(self, num_classes: int, dim: int) -> nn.Module:
+        if num_classes < 0:
+            raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
+        if num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(dim, num_classes, device=self.device, dtype=self.dtype)
+        if self.device.type != "meta":
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        return head
+
+    # -- parameters and memory --------------------------------------------------------------------------------------
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters of the active adapters (`<adapter>/<point>.<name>`) and of the head (`head/<name>`)."""
+        named = {f"{n}/{k}": p for n in self._state.active for k, p in self.adapters[n].named_parameters()}
+        named |= {f"head/{k}": p for k, p in self.head.named_parameters()}
+        return {k: p for k, p in named.items() if p.requires_grad}
+
+    def num_parameters(self, trainable: bool = False, head: bool = True) -> int:
+        """How many parameters there are: all, or those that are trained; with or without the head."""
+        if trainable:
+            return sum(p.numel() for k, p in self.parameters_to_train().items() if head or not k.startswith("head/"))
+        mine = [*self.backbone.parameters(), *self.adapters.parameters(), *(self.head.parameters() if head else ())]
+        return sum(p.numel() for p in {id(p): p for p in mine}.values())
+
+    @property
+    def memory(self) -> str:
+        """ "default", "low" or "min": what is kept for backward (`zoo.memory`)."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        if value not in MEMORY_SETTINGS:
+            raise ConfigError(f"memory is {value!r}; expected one of {', '.join(MEMORY_SETTINGS)}.")
+        self._memory = value
+        self._watch_memory()
+
+    def _watch_memory(self) -> None:
+        """Bring all sites up to date: who is active, and whose outputs are recomputed."""
+        wanted: dict[int, tuple[nn.Module, str, bool]] = {}
+        if self._state.active or self._state.route:
+            for point in self.points:
+                if point.kind == "norm":
+                    wanted[id(point.module)] = (point.module, "cheap", False)
+                elif self._memory == "low" and point.role in self.family.cheap_products and point.kind == "linear":
+                    wanted[id(point.module)] = (point.module, "product", False)
+                elif self._memory == "min" and point.kind == "block":
+                    wanted[id(point.module)] = (point.module, "", True)
+            for module in self.family.elementwise_modules():
+                wanted[id(module)] = (module, "cheap", False)
+        for key, (module, _, block) in wanted.items():
+            if key not in self._sites:
+                self._sites[key] = (BlockSite if block else Site)(module, self._state)
+        for key, where in list(self._sites.items()):
+            _, where.recompute, checkpointed = wanted.get(key, (None, "", False))
+            if isinstance(where, BlockSite):
+                where.checkpointed = checkpointed
+            where.refresh()
+            if not where.ops and not where.recompute and not where.replaces():
+                del self._sites[key]
+
+    def saved_bytes(self, *batch: Any, **kwargs: Any) -> int:
+        """Bytes kept for the backward of one training forward pass: distinct storages, exact and repeatable.
+
+        Parameters, buffers and the batch itself are left out. The model's mode and random state are restored.
+        """
+        mode = self.training
+        ignore = [*self.parameters(), *self.buffers(), *(b for b in batch if isinstance(b, Tensor))]
+        ignore += [s.frozen for swaps in self._swaps.values() for s in swaps]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            try:
+                self.train(True)
+                return self._state.saver.count(lambda: self(*batch, **kwargs), ignore)
+            finally:
+                self.train(mode)
+
+    # -- checks, merging, disk --------------------------------------------------------------------------------------
+
+    def probe(self, *batch: Any, **kwargs: Any) -> list[str]:
+        """Prove that nothing is dead: run a batch forward and backward and list what was not reached.
+
+        Returns:
+            `<adapter>/<point>` of every op that did not run, and names of trainable parameters without a gradient.
+        """
+        self._state.watching = set()
+        before = {k: p.grad for k, p in self.parameters_to_train().items()}
+        try:
+            for parameter in self.parameters_to_train().values():
+                parameter.grad = None
+            with torch.enable_grad():
+                output = self(*batch, **kwargs)
+                (output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum().backward()
+            ops = {f"{op.owner}/{op.point}" for n in self._state.active for _, op in self._ops[n]}
+            dead = sorted(ops - self._state.watching)
+            dead += [k for k, p in self.parameters_to_train().items() if p.grad is None]
+        finally:
+            self._state.watching = None
+            for name, parameter in self.parameters_to_train().items():
+                parameter.grad = before[name]
+        return dead
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The backbone without hooks, replacements and swapped parameters."""
+        active, sites = self._state.active, dict(self._sites)
+        kept = {k: (s.ops, s.recompute) for k, s in sites.items()}
+        self.set_active()
+        for where in sites.values():
+            where.ops, where.recompute = [], ""
+            where.refresh()
+        try:
+            yield
+        finally:
+            for key, where in sites.items():
+                where.ops, where.recompute = kept[key]
+            self._sites = sites
+            self.set_active(*active)
+
+    def merge(self) -> nn.Module:
+        """A plain module of the library with the active adapters folded in and the head in its place; the model stays.
+
+        Raises:
+            MergeError: a method whose mathematics does not allow it, or that other active methods forbid.
+        """
+        active, head = self._active_adapters(), self.head
+        trained = [(s.module, s.name, s.trained) for n in self._state.active for s in self._swaps[n]]
+        paths = {id(m): p for p, m in self.backbone.named_modules()}
+        with self._bare():
+            plain = copy.deepcopy(self.backbone)
+        for module, name, parameter in trained:
+            plain.get_submodule(paths[id(module)])._parameters[name].data.copy_(parameter.data)  # type: ignore[union-attr]
+        merger = Merger(plain, self.points)
+        for adapter in active:
+            adapter.merge(merger)
+        if not isinstance(head, nn.Identity):
+            self.family.put_head(plain, copy.deepcopy(head))
+        return plain.requires_grad_(True).eval()
+
+    def save_adapter(self, folder: str | Path, adapters: Sequence[str] | None = None) -> Path:
+        """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics."""
+        from zoo.disk import save
+
+        return save(self, folder, adapters)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the active adapters, head and card to a Hub repository; options as `zoo.hub.push`. Returns its address."""
+        from zoo.hub import push
+
+        return push(self, repo_id, **options)
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, train: bool = False) -> Callable[[Any], Tensor]:
+        """The backbone's own preprocessing, from a PIL image to a tensor (3, H, W); with augmentation for training."""
+        from zoo.preprocess import image_transform
+
+        return image_transform(self.family.data_config(), train)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the backbone takes."""
+        _, height, width = self.family.data_config()["input_size"]
+        return height, width
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel that the preprocessing subtracts."""
+        return tuple(self.family.data_config()["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel that the preprocessing divides by."""
+        return tuple(self.family.data_config()["std"])
+
+    def extra_repr(self) -> str:
+        """Backbone, adapters and counts in one line."""
+        return f"backbone={self.backbone_name!r}, active={self.active}, trainable={self.num_parameters(trainable=True):,}"
+
+
+def _in_features(head: nn.Module) -> int | None:
+    return getattr(head, "in_features", None)

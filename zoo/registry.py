@@ -1,0 +1,169 @@
+"""Names of backbones and methods. Both register through entry points and are imported only when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import importlib.metadata
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from zoo.adapter_base import Adapter
+    from zoo.backbone import Backbone
+
+A = TypeVar("A", bound="type[Adapter]")
+B = TypeVar("B", bound="type[Backbone]")
+
+_adapters: dict[str, type[Adapter]] = {}
+_families: dict[str, type[Backbone]] = {}
+OURS = ("vision", "multimodal", "audio")
+
+
+def check_shadows() -> None:
+    """Raise ShadowError if another package named like one of ours would be, or was, imported instead."""
+    root = Path(__file__).resolve().parent.parent
+    for name in OURS:
+        module = sys.modules.get(name)
+        origin: str | None
+        if module is not None:
+            origin = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+        else:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                continue
+            origin = spec.origin or next(iter(spec.submodule_search_locations or []), None)
+        if origin is None or not _is_ours(Path(origin), name, root):
+            raise ShadowError(
+                f"The package '{name}' found at {origin} is not adapter-zoo's; it hides ours at {root / name}. Uninstall "
+                f"it, rename the local folder or file '{name}', or put adapter-zoo first on the import path."
+            )
+
+
+def _is_ours(origin: Path, name: str, root: Path) -> bool:
+    folder = origin.parent if origin.suffix else origin
+    return folder.resolve() == (root / name).resolve() or (folder / ".adapter-zoo").exists()
+
+
+def register_adapter(name: str) -> Any:
+    """Class decorator, above `@dataclass`: make a method known by name."""
+
+    def decorate(cls: A) -> A:
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(f"@register_adapter('{name}') stands above @dataclass; {cls.__name__} is not a dataclass.")
+        known = _adapters.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"the adapter name '{name}' is taken by {known.__module__}.{known.__qualname__}.")
+        cls.method = name
+        # A dataclass compares by value and has no hash; a module in a tree of modules needs its identity.
+        cls.__eq__ = object.__eq__  # type: ignore[method-assign]
+        cls.__hash__ = object.__hash__  # type: ignore[method-assign]
+        _adapters[name] = cls
+        return cls
+
+    return decorate
+
+
+def register_backbone(cls: B) -> B:
+    """Class decorator: make a family of backbones known by its `family` name and its aliases."""
+    _families[cls.family] = cls
+    return cls
+
+
+@cache
+def _entry_points(group: str) -> dict[str, Any]:
+    found = {e.name: e for e in importlib.metadata.entry_points(group=group)}
+    # In a checkout that is not installed, or in an older installation, our own are still known.
+    own = {
+        "zoo.backbones": {"vit": "vision.vit", "swin": "vision.swin"},
+        "zoo.adapters": {
+            **{n: f"zoo.adapters.{n}" for n in ("linear", "full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3")},
+            **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
+        },
+    }[group]
+    return own | found
+
+
+def _load(group: str, name: str) -> None:
+    check_shadows()
+    entry = _entry_points(group)[name]
+    if isinstance(entry, str):
+        importlib.import_module(entry)
+    else:
+        entry.load()
+
+
+def adapter_class(name: str) -> type[Adapter]:
+    """The class of a method.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    if name not in _adapters and name in _entry_points("zoo.adapters"):
+        _load("zoo.adapters", name)
+    if name not in _adapters:
+        raise UnknownNameError(f"There is no adapter method '{name}'. {nearest(name, list_adapters())}")
+    return _adapters[name]
+
+
+def adapter(name: str, **config: Any) -> Adapter:
+    """A method by name with its settings: `zoo.adapter("lora", rank=4)`.
+
+    Raises:
+        UnknownNameError: no such method. ConfigError: a setting that it does not have, or of the wrong type.
+    """
+    return adapter_class(name).from_config(config)
+
+
+def family(name: str) -> type[Backbone]:
+    """The class that declares a family of backbones, by its family name."""
+    if name not in _families and name in _entry_points("zoo.backbones"):
+        _load("zoo.backbones", name)
+    if name not in _families:
+        raise UnknownNameError(f"There is no backbone family '{name}'. {nearest(name, families())}")
+    return _families[name]
+
+
+def families() -> list[str]:
+    """Names of all families."""
+    return sorted(set(_entry_points("zoo.backbones")) | set(_families))
+
+
+def list_adapters(pattern: str = "*") -> list[str]:
+    """Names of methods that match a glob."""
+    return sorted(n for n in set(_entry_points("zoo.adapters")) | set(_adapters) if fnmatch.fnmatch(n, pattern))
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Short names of backbones that match a glob. Any other model of a family works as `timm:<name>` and the like."""
+    names = [alias for name in families() for alias in family(name).aliases]
+    return sorted(n for n in names if fnmatch.fnmatch(n, pattern))
+
+
+def find_backbone(name: str) -> tuple[type[Backbone], str]:
+    """The family that serves a backbone name, and the library's own name for it.
+
+    Raises:
+        UnknownNameError: no family knows it; the message has the nearest names.
+    """
+    for key in families():
+        cls = family(key)
+        if name in cls.aliases:
+            return cls, cls.aliases[name]
+    reasons = []
+    for key in families():
+        answer = family(key).accepts(name)
+        if answer is True:
+            return family(key), name
+        if isinstance(answer, str):
+            reasons.append(answer)
+    detail = (" " + " ".join(reasons)) if reasons else ""
+    raise UnknownNameError(
+        f"There is no backbone '{name}'. {nearest(name, list_backbones())}{detail} "
+        "A model of a supported family also works by its library's name, for example 'timm:vit_small_patch16_224'."
+    )
