@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import timm
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError
+from zoo.points import Point
+
+if TYPE_CHECKING:
+    from zoo.session import Session
 
 
 class TimmBackbone(Backbone):
@@ -54,6 +58,14 @@ class TimmBackbone(Backbone):
                 f"timm builds '{name}' as {type(module).__name__}; the family '{cls.family}' describes {cls.timm_class.__name__}."
             )
         return module
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Verbs of attention and tokens points: more keys and prompts (`vision.attention`), queries (`vision.queries`)."""
+        if verb == "query":
+            from vision.queries import record
+        else:
+            from vision.attention import record
+        record(self, session, point, verb, module, **options)
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
         """Images (B, 3, H, W) -> pooled features (B, d) in front of the classifier."""

@@ -41,6 +41,9 @@ class Adapter(nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
+        # What `attach` needs to know besides the settings, such as the points that a calibration chose: JSON types, saved
+        # with the adapter and put back before it attaches again. None: not decided yet.
+        self.plan: dict[str, Any] | None = None
 
     # -- what a method implements -----------------------------------------------------------------------------------
 
@@ -132,8 +135,10 @@ class Adapter(nn.Module):
         return cls(**values)
 
     def fresh(self) -> Adapter:
-        """An unattached adapter with the same settings."""
-        return type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        """An unattached adapter with the same settings and plan."""
+        twin = type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        twin.plan = self.plan
+        return twin
 
     def check(self, condition: bool, message: str) -> None:
         """Raise ConfigError with the method's name in front unless `condition` holds."""

@@ -148,29 +148,30 @@ class Backbone:
     # -- the table --------------------------------------------------------------------------------------------------
 
     def points_of_block(
-        self, block: nn.Module, prefix: str, path: str, dim: int, num_heads: int, **place: Any
+        self, module: nn.Module, prefix: str, path: str, dim: int, num_heads: int, **place: Any
     ) -> list[Point]:
         """Points of one block by the family's table.
 
         `prefix` is the block's point name, `path` its module path, `place` the block index, stage and tower, and options
         for the attention and tokens points as a dict `attention=` and `tokens=`.
         """
+        root = module
         special = {"attention": place.pop("attention", {}), "tokens": place.pop("tokens", {})}
         found: list[Point] = []
         for row in self.block_table:
-            module = find(block, row.path)
-            if module is None:
+            part = find(root, row.path)
+            if part is None:
                 continue
             common: dict[str, Any] = {
                 "name": f"{prefix}.{row.name}" if row.name else prefix,
                 "role": row.role,
                 "path": f"{path}.{row.path}" if row.path else path,
-                "module": module,
+                "module": part,
                 "dim_in": dim,
                 "dim_out": dim,
                 **place,
             }
-            point = self._point(row, block, module, common, prefix, num_heads, special)
+            point = self._point(row, root, part, common, prefix, num_heads, special)
             if point is not None:
                 found.append(point)
         return found

@@ -1,7 +1,7 @@
 """Model cards: what a published adapter is, on which backbone, its data, its numbers, how to load it.
 
-A section is there only if there is something to say, and only what was measured is said: numbers come from `model.record`
-(which `zoo.fit` and `zoo.evaluate` fill) and from the model itself. There is no placeholder.
+A section is there only if there is something to say, and only what was measured is said: numbers come from the model and
+from `model.record`, which `zoo.fit` and `zoo.evaluate` fill. There is no placeholder.
 
 | key of `model.record` | content |
 | --- | --- |

@@ -114,8 +114,8 @@ class SavedAdapter:
 def save(model: Model, folder: str | Path, adapters: Sequence[str] | None = None, *, source: str | None = None) -> Path:
     """Write the active (or the named) adapters and the head that goes with them, the card and the record.
 
-    `source` is what the card tells readers to load: a repository id, by default the folder's name. A kill or a full disk
-    at any moment leaves what the folder held before, or the complete new state.
+    `source` is what the card tells readers to load: a repository id, by default the folder's name. A kill or a full
+    disk at any moment leaves what the folder held before, or the complete new state.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
@@ -231,8 +231,8 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise SaveError(
-            f"Could not write '{path}': {error.strerror or error}. What was there before is still whole. Free some space, "
-            "or choose a place that you may write to."
+            f"Could not write '{path}': {error.strerror or error}. What was there before is still whole. Free some "
+            "space, or choose a place that you may write to."
         ) from error
     finally:
         with contextlib.suppress(OSError):

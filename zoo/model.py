@@ -138,12 +138,49 @@ class Model(nn.Module):
         """
         from zoo import registry
 
-        fresh = registry.adapter(adapter) if isinstance(adapter, str) else adapter.fresh()
+        fresh: Adapter = registry.adapter(adapter) if isinstance(adapter, str) else adapter.fresh()
         name = name or self._free_name(fresh.method)
         if not name.replace("_", "").replace("-", "").isalnum() or name in ("default", "head"):
             raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head').")
         if name in self.adapters:
             raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
+        session = self._attach(name, fresh, activate)
+        self.adapters[name] = fresh
+        width = self.num_classes if num_classes is None else num_classes
+        dim = self._feature_dim([*self._active_adapters(), fresh])
+        if num_classes is not None or (width and dim != _in_features(self.head)):
+            self.heads[name] = self._new_head(width, dim)
+        self._install(name, session)
+        self.set_active(*self._state.active, *([name] if activate else []))
+        return fresh
+
+    def reattach(self, name: str) -> Adapter:
+        """Attach an adapter anew after its `plan` was decided (by a calibration); its old parameters are dropped."""
+        self._known(name)
+        adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
+        twin, active = adapter.fresh(), self._state.active
+        head = self.heads[name] if name in self.heads else None
+        session = self._attach(name, twin, activate=False)
+        self.remove_adapter(name)
+        # The instance stays the same, since the caller is usually one of its own methods.
+        adapter._modules, adapter._parameters, adapter._buffers = twin._modules, twin._parameters, twin._buffers
+        self.adapters[name] = adapter
+        if head is not None:
+            self.heads[name] = head
+        self._install(name, session)
+        self.set_active(*active)
+        return adapter
+
+    def _install(self, name: str, session: Session) -> None:
+        self._ops[name], self._swaps[name] = session.ops, session.swaps
+        for i, (where, op) in enumerate(session.ops):
+            if id(where.module) not in self._sites:
+                self._sites[id(where.module)] = where
+            self._sites[id(where.module)].ops.append(op)
+            session.ops[i] = (self._sites[id(where.module)], op)
+
+    def _attach(self, name: str, fresh: Adapter, activate: bool) -> Session:
+        """Run `fresh.attach` and return what it asked for; the model is unchanged."""
         made: list[int] = []
 
         def site(module: nn.Module, kind: type[Site]) -> Site:
@@ -165,7 +202,7 @@ class Model(nn.Module):
             fresh.attach(self.points)
             session.finish()
             self._check_combination(name, session, activate)
-            dim = self._feature_dim([*self._active_adapters(), fresh])
+            self._feature_dim([*self._active_adapters(), fresh])
         except BaseException:
             for key in made:
                 del self._sites[key]
@@ -176,15 +213,7 @@ class Model(nn.Module):
                 point.session = None
         fresh.to(device=self.device, dtype=self.dtype)
         fresh.train(self.training)
-        self.adapters[name] = fresh
-        self._ops[name], self._swaps[name] = session.ops, session.swaps
-        for where, op in session.ops:
-            self._sites[id(where.module)].ops.append(op)
-        width = self.num_classes if num_classes is None else num_classes
-        if num_classes is not None or (width and dim != _in_features(self.head)):
-            self.heads[name] = self._new_head(width, dim)
-        self.set_active(*self._state.active, *([name] if activate else []))
-        return fresh
+        return session
 
     def _replace_site(self, old: Site, new: Site) -> None:
         ops, recompute = old.ops, old.recompute

@@ -36,7 +36,9 @@ class Rows(Protocol):
     """(n,) int64, or None where they are only known by reading every item."""
 
     blocks: np.ndarray | None
-    """(n,) int64, or None: rows of one block are read together, so a shuffle should stay among a few blocks."""
+    """(n,) int64, or None: rows of one block are read together, so a shuffle should stay among `window` blocks."""
+
+    window: int
 
     def __len__(self) -> int: ...
 

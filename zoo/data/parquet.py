@@ -1,8 +1,8 @@
 """Rows of Parquet files with a column of encoded images and a column of labels.
 
 Labels are read once. Encoded images stay encoded: a small data set (by default up to 1 GiB) is held as it is, in Arrow
-buffers that worker processes share; of a larger one a few row groups are held at a time, and `blocks` tells the
-sampler which rows lie together so that a shuffled epoch still reads each row group about once.
+buffers that worker processes share; of a larger one a few row groups are held at a time, and `blocks` and `window`
+tell the sampler which rows lie together and how many groups fit, so that a shuffled epoch reads each group about once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture", "photo", "pi
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label", "y")
 HOLD_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20
+OPEN_FILES = 32
 
 
 class ParquetRows:
@@ -92,23 +93,22 @@ class ParquetRows:
         self._length = row
         if row == 0:
             raise DataError(f"{self.name}: the data set is empty; {len(self.files)} Parquet file(s) hold no row.")
-        average = max(1, size // len(self._groups))
-        held = size <= hold_bytes
-        self._keep = len(self._groups) if held else max(1, cache_bytes // average)
+        self._held = size <= hold_bytes
+        self._keep = len(self._groups) if self._held else max(1, cache_bytes * len(self._groups) // size)
         self.blocks: np.ndarray | None = None
-        if not held:
+        self.window = max(1, self._keep // 2)
+        if not self._held:
             ends = [*self._starts[1:], row]
             sizes = [end - start for start, end in zip(self._starts, ends, strict=True)]
-            # groups that fit the cache together are one block to the shuffle
-            self.blocks = np.repeat(np.arange(len(sizes)) // max(1, self._keep // 2), sizes)
+            self.blocks = np.repeat(np.arange(len(sizes)), sizes)
 
     def _read_labels(
         self, schema: pa.Schema, class_names: Sequence[str] | None
     ) -> tuple[np.ndarray, list[str]]:
-        columns = [self._reader(i).read(columns=[self.label_column]).column(0) for i in range(len(self.files))]
-        column = pa.chunked_array([chunk for c in columns for chunk in c.chunks])
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
+        columns = [self._labels_of(number) for number in range(len(self.files))]
+        if len(kinds := {str(c.type) for c in columns}) > 1:
+            raise DataError(f"{self.name}: column '{self.label_column}' is {' in one file and '.join(sorted(kinds))} in another.")
+        column = pa.chunked_array([chunk for c in columns for chunk in c.chunks], type=columns[0].type)
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise DataError(f"{self.where(row)}: no label in column '{self.label_column}' ({column.null_count} such rows).")
@@ -135,6 +135,21 @@ class ParquetRows:
                 f"(0..{len(names) - 1}); {len(wrong)} such rows. Pass all class names as classes=[...], or mend the labels."
             )
         return labels, names
+
+    def _labels_of(self, number: int) -> pa.ChunkedArray:
+        try:
+            column = self._reader(number).read(columns=[self.label_column]).column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.files[number]}: cannot be read ({error}). Copy or download it again.") from error
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+
+    def load(self) -> None:
+        """Read what is to be held in memory now, so that worker processes forked later share it."""
+        if self._held:
+            for block in range(len(self._groups)):
+                self._column(block)
 
     def __len__(self) -> int:
         return self._length
@@ -168,6 +183,8 @@ class ParquetRows:
         if os.getpid() != self._pid:  # a worker process must not share file positions with its parent
             self._readers, self._pid = {}, os.getpid()
         if number not in self._readers:
+            while len(self._readers) >= OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
             file = self.files[number]
             try:
                 self._readers[number] = pq.ParquetFile(file)
