@@ -88,7 +88,9 @@ def summary(cls: type[Adapter]) -> str:
     module = sys.modules.get(cls.__module__)
     for text in (inspect.getdoc(module) if module else "", cls.__doc__):
         first = " ".join((text or "").strip().split("\n\n")[0].split())
-        if first and not first.startswith(f"{cls.__name__}("):  # a dataclass without a docstring documents its signature
+        if first and not first.startswith(
+            f"{cls.__name__}("
+        ):  # a dataclass without a docstring documents its signature
             return first.split(". ")[0].rstrip(".") + "."
     return ""
 
@@ -96,11 +98,15 @@ def summary(cls: type[Adapter]) -> str:
 def points(
     backbone: Annotated[str, typer.Argument(help="A short name such as vit-b16, or timm:<model>.")],
     selector: Annotated[str | None, typer.Argument(help="Only these, e.g. 'blocks.*.attn.{q,v}' or q,v.")] = None,
-    kind: Annotated[str | None, typer.Option(help="linear, sublayer, attention, tokens, norm, block, condition.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="linear, sublayer, attention, tokens, norm, block, condition.")
+    ] = None,
     role: Annotated[str | None, typer.Option(help="q, k, v, o, up, down, attn, mlp ...")] = None,
     stage: Annotated[int | None, typer.Option(help="A stage of a hierarchical backbone.")] = None,
     block: Annotated[int | None, typer.Option(help="The index of a block.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="One line for each point instead of one for equal blocks.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="One line for each point instead of one for equal blocks.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show where methods can add something to a backbone: its points.
@@ -148,7 +154,15 @@ def collapse(chosen: Iterable[Point]) -> list[tuple[str, Point]]:
             groups[point.name, None] = [(0, point)]
             continue
         at = numbers[-1]
-        key = (tuple(parts[:at]), tuple(parts[at + 1 :]), point.kind, point.role, point.dim_in, point.dim_out, point.verbs)
+        key = (
+            tuple(parts[:at]),
+            tuple(parts[at + 1 :]),
+            point.kind,
+            point.role,
+            point.dim_in,
+            point.dim_out,
+            point.verbs,
+        )
         groups.setdefault(key, []).append((int(parts[at]), point))
     rows = []
     for key, members in groups.items():
@@ -208,7 +222,11 @@ def _method_info(name: str) -> dict[str, Any]:
         "needs_calibration": cls.needs_calibration,
         "learning_rate": cls.default_lr,
         "settings": [
-            {"name": f.name, "type": inspect.formatannotation(hints[f.name]).replace("typing.", ""), "default": _default(f)}
+            {
+                "name": f.name,
+                "type": inspect.formatannotation(hints[f.name]).replace("typing.", ""),
+                "default": _default(f),
+            }
             for f in dataclasses.fields(cls)
         ],
     }
@@ -282,7 +300,9 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         out.print(table(["setting", "type", "default"], rows))
     if facts.get("methods"):
         out.print()
-        rows = [(m["name"], "-" if m["trainable"] is None else count(m["trainable"]), m["reason"]) for m in facts["methods"]]
+        rows = [
+            (m["name"], "-" if m["trainable"] is None else count(m["trainable"]), m["reason"]) for m in facts["methods"]
+        ]
         out.print(table(["method", "trains", ""], rows, right=["trains"]))
 
 

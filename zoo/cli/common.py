@@ -34,7 +34,9 @@ def console(stderr: bool = False) -> Console:
 def show_error(error: ZooError) -> None:
     """One panel on stderr: the kind of error as its title, the message as its text."""
     kind = type(error).__name__
-    console(stderr=True).print(Panel(Text(str(error)), title=kind, title_align="left", border_style="red", expand=False))
+    console(stderr=True).print(
+        Panel(Text(str(error)), title=kind, title_align="left", border_style="red", expand=False)
+    )
 
 
 class ZooGroup(TyperGroup):
@@ -70,7 +72,9 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", right: Sequence[str] = ()) -> Table:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", right: Sequence[str] = ()
+) -> Table:
     """A table; the columns named in `right` are right-aligned (numbers). Text is never read as markup."""
     built = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for name in columns:
@@ -100,7 +104,9 @@ def settings(values: Sequence[str], methods: Sequence[str]) -> dict[str, dict[st
                 raise ConfigError(f"'--set {text}' does not say which method it is for; write {example}.")
             method, name = methods[0], key
         if method not in found:
-            raise ConfigError(f"'--set {text}' is for '{method}', which is not among the adapters: {', '.join(methods)}.")
+            raise ConfigError(
+                f"'--set {text}' is for '{method}', which is not among the adapters: {', '.join(methods)}."
+            )
         try:
             found[method][name] = json.loads(raw)
         except json.JSONDecodeError:

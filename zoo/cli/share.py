@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from zoo.cli.common import JSON_HELP
+
 Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
 
