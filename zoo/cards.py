@@ -1,7 +1,7 @@
 """Model cards: what a published adapter is, on which backbone, its data, its numbers, how to load it.
 
-A section is there only if there is something to say, and only what was measured is said: numbers come from the model and
-from `model.record`, which `zoo.fit` and `zoo.evaluate` fill. There is no placeholder.
+A section is there only if there is something to say, and only what was measured is said: numbers come from the model
+and from `model.record`, which `zoo.fit` and `zoo.evaluate` fill. There is no placeholder.
 
 | key of `model.record` | content |
 | --- | --- |
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from zoo.layout import CARD
 
 if TYPE_CHECKING:
-    from zoo.adapter import Adapter
+    from zoo.adapter_base import Adapter
     from zoo.model import Model
 
 _SPLITS = ("train", "val", "test")
@@ -85,7 +85,7 @@ class _Card:
         self.data_record: Mapping[str, Any] = self.record.get("data") or {}
         self.metrics = _by_split(self.record.get("metrics") or {})
         self.base = model.family.hub_id()
-        what = " + ".join(self.methods) or "head"
+        what = " + ".join(dict.fromkeys(type(adapter).__name__ for adapter in self.adapters)) or "Head"
         on = f" on {self.data_record['name']}" if self.data_record.get("name") else ""
         self.title = f"{what} for {model.backbone_name}{on}"
 
@@ -143,7 +143,7 @@ class _Card:
         """Two lines of Python, if it is known where from."""
         if not self.source:
             return ""
-        lines = f'```python\nimport zoo\nmodel = zoo.load("{self.model.backbone_name}", adapter="{self.source}")\n```'
+        lines = f'```python\nimport zoo\nmodel = zoo.load(adapter="{self.source}")\n```'
         classes = self.model.num_classes
         output = f"logits over {classes} classes" if classes else "features"
         return f"{lines}\n\n`model(x)` gives {output}; `model.preprocess()` makes `x` from an image."
@@ -272,5 +272,7 @@ def _table(columns: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -13,8 +13,8 @@ renaming it is the moment at which the new state replaces the old. All files are
 the same folder (a full disk shows here, before anything is touched), then renamed, the weights first and the config
 last. So if a config's SHA-256 does not fit the weights file, then either the save was cut off between two renames: the
 checksum inside the weights file holds, and its own copy of the config is used; or the weights are damaged: it does not
-hold, and the file is refused. Only the weights file is synced to the disk before its rename, because everything else
-can be had from it.
+hold, and the file is refused. Only weights and config are synced to the disk before their renames; the other two can be
+had from the weights file.
 
 Nothing is ever unpickled.
 """
@@ -23,22 +23,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import logging
 import os
 import re
-import stat
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save as dump_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.errors import ConfigError, SaveError, WeightsError, ZooError, nearest
+from zoo import registry
+from zoo.errors import ConfigError, MismatchError, SaveError, nearest
 from zoo.layout import (
     CARD,
     CHECKSUM,
@@ -52,60 +49,18 @@ from zoo.layout import (
     check_config,
     check_tensors,
     checksum,
-    no_constant,
-    parse,
-    refuse_pickle,
     to_json,
 )
+from zoo.saved import SavedAdapter, contents, read
 
 if TYPE_CHECKING:
     from zoo.adapter_base import Adapter
     from zoo.model import Model
 
-_LOG = logging.getLogger("zoo")
+__all__ = ["SavedAdapter", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
+
 _STALE = re.compile(r"\.(" + "|".join(re.escape(name) for name in FILES) + r")\.[0-9a-f]{12}\.tmp")
 _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save that was killed
-_MAX_TEXT = 32 * 2**20  # bytes; a config, card or record beyond this is not one
-
-
-@dataclass(frozen=True)
-class SavedMethod:
-    """One adapter of a saved folder: its name in the model, its method's registered name and its settings."""
-
-    name: str
-    method: str
-    config: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """What a folder holds, read and checked. Tensors are on the CPU, in the dtype in which they were saved."""
-
-    folder: Path
-    backbone: str
-    fingerprint: str | None
-    backbone_kwargs: dict[str, Any]
-    adapters: tuple[SavedMethod, ...]
-    num_classes: int | None  # None: saved without a head
-    classes: list[str] | None
-    tensors: dict[str, Tensor] = field(repr=False)
-    record: dict[str, Any] = field(repr=False)
-    card: str = field(repr=False)
-    zoo_version: str = ""
-    recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
-
-    @property
-    def has_head(self) -> bool:
-        """Whether a head was saved too."""
-        return self.num_classes is not None
-
-    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """The state of one adapter, keyed `<point>.<parameter>` as in its `state_dict`."""
-        return _below(self.tensors, name)
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """The state of the head, keyed as in its `state_dict`."""
-        return _below(self.tensors, HEAD)
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -201,7 +156,7 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
         _sweep(folder)
         for name in FILES:
             temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
-            _write(temporary[name], contents[name], sync=name == WEIGHTS)
+            _write(temporary[name], contents[name], sync=name in (WEIGHTS, CONFIG))
         for name in FILES:
             temporary[name].replace(folder / name)
             del temporary[name]
@@ -291,152 +246,79 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- attaching --------------------------------------------------------------------------------------------------------
 
 
-def read(folder: str | Path) -> SavedAdapter:
-    """Read and check a saved folder.
+def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]:
+    """Put saved adapters, and their head if wanted, into a model; all or nothing. Returns the adapters' names there.
+
+    The head replaces the model's own; if other adapters are there already, it belongs to the new ones alone.
 
     Raises:
-        ConfigError: no such folder, a newer format, or a field that is missing, unknown or of the wrong type (named).
-        WeightsError: no weights, truncated or changed ones, NaN or Inf, a pickle, a link that leaves the folder.
+        MismatchError: the adapters belong to another backbone, width, depth or set of weights.
+        ConfigError, UnknownNameError: a method or setting that this version does not have.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        refuse_pickle(folder)
-        raise ConfigError(f"'{folder}' is a file. Name the folder that holds {CONFIG} and {WEIGHTS}.")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"There is no folder '{folder}'. Name a folder that `model.save_adapter` or `zoo pull` wrote."
-        )
-    config, problem = _read_config(folder)
-    if config is not None and config.get("peft_type"):
-        raise ConfigError(
-            f"'{folder}' holds an adapter in peft's format ({config['peft_type']}), not in ours. Import it with "
-            "zoo.from_peft."
-        )
-    path = folder / WEIGHTS
-    data = _read_weights(folder)
-    if config is not None and "weights_sha256" not in config:
-        check_config(config, folder / CONFIG)  # names this field, or one that is worse
-    fits = config is not None and config["weights_sha256"] == hashlib.sha256(data).hexdigest()
-    tensors, metadata = parse(data, path)
-    texts = {name: metadata.get(key, "") for name, key in COPIES.items()}
-    recovered = not fits
-    if config is None or not fits:
-        if metadata.get(CHECKSUM) != checksum(metadata, tensors):
-            if config is None:
-                raise ConfigError(problem)
-            raise WeightsError(
-                f"'{path}' is not the file that {CONFIG} was written for: its SHA-256 is "
-                f"{hashlib.sha256(data).hexdigest()}, expected {config['weights_sha256']}. It was damaged or changed. "
-                "Copy or download the folder again."
+    _check_backbone(model, saved)
+    heads, classes, active = dict(model.heads.items()), model.classes, model.active
+    added: list[str] = []
+    own_head = head and saved.has_head and bool(model.adapters)
+    try:
+        for i, entry in enumerate(saved.adapters):
+            last = i == len(saved.adapters) - 1
+            name = entry.name if entry.name not in model.adapters else None
+            try:
+                fresh = registry.adapter_class(entry.method).from_config(entry.config, strict=True)
+            except ConfigError as error:
+                raise ConfigError(f"'{saved.folder / CONFIG}', adapters[{i}].config: {error}") from error
+            before = set(model.adapters)
+            model.add_adapter(fresh, name, num_classes=saved.num_classes if own_head and last else None)
+            added += [one for one in model.adapters if one not in before]
+            _fill(model.adapters[added[-1]], saved.adapter_tensors(entry.name), f"adapter '{entry.name}'", model, saved)
+        if head and saved.num_classes is not None:
+            if not own_head:
+                model.reset_head(saved.num_classes)
+            _fill(model.head, saved.head_tensors(), "head", model, saved)
+            model.classes = saved.classes
+    except BaseException:
+        for name in added:
+            model.remove_adapter(name)
+        for name, module in heads.items():
+            model.heads[name] = module
+        model.classes = classes
+        model.set_active(*active)
+        raise
+    if not model.record:
+        model.record = dict(saved.record)
+    return added
+
+
+def _check_backbone(model: Model, saved: SavedAdapter) -> None:
+    if saved.fingerprint is not None and model.fingerprint is not None:
+        if saved.fingerprint == model.fingerprint:
+            return
+        if saved.backbone_name == model.backbone_name:
+            raise MismatchError(
+                f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
+                f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
+                "pretrained=True unless you saved it on random ones), or train it again on these."
             )
-        _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
-        config = json.loads(texts[CONFIG])
-        record = json.loads(texts[METRICS])
-    else:
-        record = _read_record(folder)
-        texts[CARD] = _read_text(folder, CARD) if (folder / CARD).exists() else ""
-    assert config is not None
-    check_config(config, folder / CONFIG, with_hash=not recovered)
-    check_tensors(config, tensors, path)
-    head = config["head"]
-    return SavedAdapter(
-        folder=folder,
-        backbone=config["backbone"]["name"],
-        fingerprint=config["backbone"]["fingerprint"],
-        backbone_kwargs=config["backbone"]["kwargs"],
-        adapters=tuple(SavedMethod(**entry) for entry in config["adapters"]),
-        num_classes=head["num_classes"] if head else None,
-        classes=head["classes"] if head else None,
-        tensors=tensors,
-        record=record,
-        card=texts[CARD],
-        zoo_version=config["zoo_version"],
-        recovered=recovered,
+    elif registry.find_backbone(saved.backbone_name) == registry.find_backbone(model.backbone_name):
+        return
+    raise MismatchError(
+        f"The adapter in '{saved.folder}' belongs to the backbone '{saved.backbone_name}', this model's is "
+        f"'{model.backbone_name}'. Use zoo.load(adapter={str(saved.folder)!r}), which builds the right one."
     )
 
 
-def contents(folder: str | Path) -> dict[str, bytes]:
-    """The four files of a folder as bytes, checked as `read` does, in a consistent state even after a cut-off save."""
-    folder = Path(folder)
-    saved = read(folder)
-    files = {WEIGHTS: _read_weights(folder), CARD: saved.card.encode()}
-    files[METRICS] = to_json(saved.record, METRICS).encode()
-    if saved.recovered:
-        _, metadata = parse(files[WEIGHTS], folder / WEIGHTS)
-        config = json.loads(metadata[COPIES[CONFIG]])
-        config["weights_sha256"] = hashlib.sha256(files[WEIGHTS]).hexdigest()
-        files[CONFIG] = to_json(config, CONFIG).encode()
-    else:
-        files[CONFIG] = _read_text(folder, CONFIG).encode()
-    return files
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The parsed config; or None and what is wrong with the file (the weights may still have a copy)."""
-    if not os.path.lexists(folder / CONFIG):
-        return None, f"'{folder}' has no {CONFIG}, so it is not a saved adapter. Name a folder that holds one."
-    text = _read_text(folder, CONFIG)
-    try:
-        config = json.loads(text, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        return None, f"'{folder / CONFIG}' is not JSON ({error}). Copy or download the folder again."
-    if not isinstance(config, dict):
-        return None, f"'{folder / CONFIG}' holds a {type(config).__name__}, expected a JSON object."
-    return config, ""
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    if not (folder / METRICS).exists():
-        return {}
-    try:
-        record = json.loads(_read_text(folder, METRICS), parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"'{folder / METRICS}' is not JSON ({error}). Repair it, or delete it: it is optional."
-        ) from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"'{folder / METRICS}' holds a {type(record).__name__}, expected a JSON object.")
-    return record
-
-
-def _read_text(folder: Path, name: str) -> str:
-    path = _locate(folder, name, ConfigError)
-    if path.stat().st_size > _MAX_TEXT:
-        raise ConfigError(f"'{path}' has {path.stat().st_size:,} bytes; a file of this kind has a few thousand.")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text ({error}). Copy or download the folder again.") from error
-
-
-def _read_weights(folder: Path) -> bytes:
-    if not os.path.lexists(folder / WEIGHTS):
-        for other in sorted(folder.iterdir()):
-            refuse_pickle(other)
-        raise WeightsError(f"'{folder}' has no {WEIGHTS}. Copy or download the folder again, or name another.")
-    return _locate(folder, WEIGHTS, WeightsError).read_bytes()
-
-
-def _locate(folder: Path, name: str, error: type[ZooError]) -> Path:
-    """The file's path. A link is followed only inside the folder, or inside the Hub cache that it is part of."""
-    path = folder / name
-    if path.is_symlink():
-        roots = [folder.resolve()]
-        parents = folder.resolve().parents
-        if len(parents) > 2 and parents[0].name == "snapshots" and parents[1].name.startswith("models--"):
-            roots.append(parents[2])  # huggingface_hub's cache: <cache>/models--user--repo/snapshots/<commit>
-        if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise error(
-                f"'{path}' is a link that leads out of the folder, so it was not opened. Put the file itself there."
+def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Model, saved: SavedAdapter) -> None:
+    """Copy saved tensors into a module that has exactly these, or raise MismatchError naming the first that differs."""
+    own = module.state_dict()
+    for name in [*own, *tensors]:
+        mine = tuple(own[name].shape) if name in own else "none"
+        theirs = tuple(tensors[name].shape) if name in tensors else "none"
+        if mine != theirs:
+            raise MismatchError(
+                f"The {what} in '{saved.folder}' does not fit '{model.backbone_name}': tensor '{name}' has shape {theirs} in "
+                f"the file and {mine} in the model. It was saved on another width or depth, or its settings were changed."
             )
-    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-        raise error(f"'{path}' is not a file. Copy or download the folder again.")
-    return path
-
-
-def _below(tensors: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    prefix = owner + "/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    module.load_state_dict(tensors)

@@ -78,21 +78,25 @@ def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 _TEXT, _WHOLE, _DICT, _LIST, _NONE = (str,), (int,), (dict,), (list,), (type(None),)
 
 
-def check_config(config: Mapping[str, Any], path: Path, *, with_hash: bool = True) -> None:
-    """Every field there, none unknown, each of its type; raises `ConfigError` naming the field."""
+def check_version(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError if a newer version wrote the folder."""
     version = config.get("format_version")
     if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT_VERSION:
         raise ConfigError(
             f"'{path}' has format_version {version}; this adapter-zoo ({_version()}) reads up to {FORMAT_VERSION}. "
             "Upgrade with `pip install -U adapter-zoo`."
         )
+
+
+def check_config(config: Mapping[str, Any], path: Path, *, with_hash: bool = True) -> None:
+    """Every field there, none unknown, each of its type; raises `ConfigError` naming the field."""
     top: dict[str, tuple[type, ...]] = {
         "format_version": _WHOLE,
         "zoo_version": _TEXT,

@@ -1,0 +1,221 @@
+"""Reading a saved adapter: what a folder holds, checked before anything is used. See `zoo.disk` for the format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zoo.errors import ConfigError, WeightsError, ZooError
+from zoo.layout import (
+    CARD,
+    CHECKSUM,
+    CONFIG,
+    COPIES,
+    HEAD,
+    METRICS,
+    WEIGHTS,
+    check_config,
+    check_tensors,
+    check_version,
+    checksum,
+    no_constant,
+    parse,
+    refuse_pickle,
+    to_json,
+)
+
+_LOG = logging.getLogger("zoo")
+_MAX_TEXT = 32 * 2**20  # bytes; a config, card or record beyond this is not one
+
+
+@dataclass(frozen=True)
+class SavedMethod:
+    """One adapter of a saved folder: its name in the model, its method's registered name and its settings."""
+
+    name: str
+    method: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a folder holds, read and checked. Tensors are on the CPU, in the dtype in which they were saved."""
+
+    folder: Path
+    backbone_name: str
+    fingerprint: str | None
+    backbone_kwargs: dict[str, Any]
+    adapters: tuple[SavedMethod, ...]
+    num_classes: int | None  # None: saved without a head
+    classes: list[str] | None
+    tensors: dict[str, Tensor] = field(repr=False)
+    record: dict[str, Any] = field(repr=False)
+    card: str = field(repr=False)
+    zoo_version: str = ""
+    recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head was saved too."""
+        return self.num_classes is not None
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """The state of one adapter, keyed `<point>.<parameter>` as in its `state_dict`."""
+        return _below(self.tensors, name)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The state of the head, keyed as in its `state_dict`."""
+        return _below(self.tensors, HEAD)
+
+
+def read(folder: str | Path) -> SavedAdapter:
+    """Read and check a saved folder.
+
+    Raises:
+        ConfigError: no such folder, a newer format, or a field that is missing, unknown or of the wrong type (named).
+        WeightsError: no weights, truncated or changed ones, NaN or Inf, a pickle, a link that leaves the folder.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        refuse_pickle(folder)
+        raise ConfigError(f"'{folder}' is a file. Name the folder that holds {CONFIG} and {WEIGHTS}.")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"There is no folder '{folder}'. Name a folder that `model.save_adapter` or `zoo pull` wrote."
+        )
+    config = _read_config(folder)
+    if config.get("peft_type"):
+        raise ConfigError(
+            f"'{folder}' holds an adapter in peft's format ({config['peft_type']}), not in ours. Import it with "
+            "zoo.from_peft."
+        )
+    path = folder / WEIGHTS
+    check_version(config, folder / CONFIG)
+    data = _read_weights(folder)
+    check_config(config, folder / CONFIG)
+    tensors, metadata = parse(data, path)
+    copies = {name: metadata.get(key, "") for name, key in COPIES.items()}
+    digest = hashlib.sha256(data).hexdigest()
+    recovered = config["weights_sha256"] != digest
+    if recovered:
+        if metadata.get(CHECKSUM) != checksum(metadata, tensors):
+            raise WeightsError(
+                f"'{path}' is not the file that {CONFIG} was written for: its SHA-256 is {digest}, expected "
+                f"{config['weights_sha256']}. It was damaged or changed. Copy or download the folder again."
+            )
+        _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
+        config, record, card = json.loads(copies[CONFIG]), json.loads(copies[METRICS]), copies[CARD]
+        check_config(config, path, with_hash=False)
+    else:
+        record = _read_record(folder, copies[METRICS])
+        card = (_read_text(folder, CARD) if (folder / CARD).exists() else "") or copies[CARD]
+    check_tensors(config, tensors, path)
+    head = config["head"]
+    return SavedAdapter(
+        folder=folder,
+        backbone_name=config["backbone"]["name"],
+        fingerprint=config["backbone"]["fingerprint"],
+        backbone_kwargs=config["backbone"]["kwargs"],
+        adapters=tuple(SavedMethod(**entry) for entry in config["adapters"]),
+        num_classes=head["num_classes"] if head else None,
+        classes=head["classes"] if head else None,
+        tensors=tensors,
+        record=record,
+        card=card,
+        zoo_version=config["zoo_version"],
+        recovered=recovered,
+    )
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The four files of a folder as bytes, checked as `read` does, in a consistent state even after a cut-off save."""
+    folder = Path(folder)
+    saved = read(folder)
+    files = {WEIGHTS: _read_weights(folder), CARD: saved.card.encode()}
+    files[METRICS] = to_json(saved.record, METRICS).encode()
+    if saved.recovered:
+        _, metadata = parse(files[WEIGHTS], folder / WEIGHTS)
+        config = json.loads(metadata[COPIES[CONFIG]])
+        config["weights_sha256"] = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        files[CONFIG] = to_json(config, CONFIG).encode()
+    else:
+        files[CONFIG] = _read_text(folder, CONFIG).encode()
+    return files
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not os.path.lexists(folder / CONFIG):
+        for other in sorted(folder.iterdir()):
+            refuse_pickle(other)
+        raise ConfigError(f"'{folder}' has no {CONFIG}, so it is not a saved adapter. Name a folder that holds one.")
+    try:
+        config = json.loads(_read_text(folder, CONFIG), parse_constant=no_constant)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{folder / CONFIG}' is not JSON ({error}). Copy or download the folder again.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"'{folder / CONFIG}' holds a {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def _read_record(folder: Path, copy: str) -> dict[str, Any]:
+    """metrics.json; the copy from the weights file if it is missing or broken (it is not synced when it is written)."""
+    if (folder / METRICS).exists():
+        try:
+            record = json.loads(_read_text(folder, METRICS), parse_constant=no_constant)
+            if isinstance(record, dict):
+                return record
+        except (ValueError, RecursionError):
+            pass
+        _LOG.warning("'%s' is not a JSON object; using the copy in %s.", folder / METRICS, WEIGHTS)
+    return json.loads(copy) if copy else {}
+
+
+def _read_text(folder: Path, name: str) -> str:
+    path = _locate(folder, name, ConfigError)
+    if path.stat().st_size > _MAX_TEXT:
+        raise ConfigError(f"'{path}' has {path.stat().st_size:,} bytes; a file of this kind has a few thousand.")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 text ({error}). Copy or download the folder again.") from error
+
+
+def _read_weights(folder: Path) -> bytes:
+    if not os.path.lexists(folder / WEIGHTS):
+        for other in sorted(folder.iterdir()):
+            refuse_pickle(other)
+        raise WeightsError(f"'{folder}' has no {WEIGHTS}. Copy or download the folder again, or name another.")
+    return _locate(folder, WEIGHTS, WeightsError).read_bytes()
+
+
+def _locate(folder: Path, name: str, error: type[ZooError]) -> Path:
+    """The file's path. A link is followed only inside the folder, or inside the Hub cache that it is part of."""
+    path = folder / name
+    if path.is_symlink():
+        roots = [folder.resolve()]
+        parents = folder.resolve().parents
+        if len(parents) > 2 and parents[0].name == "snapshots" and parents[1].name.startswith("models--"):
+            roots.append(parents[2])  # huggingface_hub's cache: <cache>/models--user--repo/snapshots/<commit>
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise error(
+                f"'{path}' is a link that leads out of the folder, so it was not opened. Put the file itself there."
+            )
+    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        raise error(f"'{path}' is not a file. Copy or download the folder again.")
+    return path
+
+
+def _below(tensors: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
+    prefix = owner + "/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
