@@ -116,25 +116,25 @@ class Session:
         node: nn.Module = self.adapter
         for part in path[:-1]:
             if part not in node._modules:
-                node.add_module(part, nn.Module())
+                node.add_module(part, Place())
             node = node._modules[part]  # type: ignore[assignment]
-        if path[-1] in node._modules or path[-1] in node._parameters:
-            raise CombinationError(f"'{self.owner}' uses point '{'.'.join(path[:-1])}' twice for '{path[-1]}'.")
+        last = path[-1]
+        held = node._modules.get(last)
+        if last in node._parameters or (held is not None and not (isinstance(held, Place) and isinstance(value, nn.Module))):
+            raise CombinationError(f"'{self.owner}' uses point '{'.'.join(path)}' twice; one module for each point.")
         if isinstance(value, nn.Parameter):
-            node.register_parameter(path[-1], value)
-        else:
-            node.add_module(path[-1], value)
+            node.register_parameter(last, value)
+            return
+        if held is not None:  # modules of points inside this one are there already: they stand inside it
+            for name, child in held._modules.items():
+                value.add_module(name, child)
+            for name, parameter in held._parameters.items():
+                value.register_parameter(name, parameter)
+        node._modules[last] = value
 
     def own(self, point: Point, module: nn.Module) -> None:
-        """Register the parameters (and submodules) of an adapter's module directly under the point's name."""
-        if not any(True for _ in module.state_dict()):
-            return
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                self.keep(point, name, parameter)
-        for name, child in module._modules.items():
-            if child is not None and (child._parameters or child._buffers or child._modules):
-                self.keep(point, name, child)
+        """Register an adapter's module under the point's name: its keys are `<point>.<its own keys>`."""
+        self._put(point.name.split("."), module)
 
     def op(self, site_module: nn.Module, op: Op, kind: type[Site] = Site) -> None:
         """Record an op at a module; used by backbone families for the verbs that they translate."""
@@ -244,12 +244,16 @@ class Session:
         for p in points:
             assert isinstance(p, LinearPoint) and p.bias is not None
             shift = BiasDelta(p.bias)
-            self._put([*p.name.split("."), "bias"], shift.bias)
+            self.own(p, shift)
             self._groups_op(p, shift)
 
     def _groups_op(self, point: LinearPoint, shift: BiasDelta) -> None:
         fn = AddGroup(((shift, point.start, point.stop),))
         self.op(point.module, self._make(point, "train", "output", fn, shift), LinearSite)
+
+
+class Place(nn.Module):
+    """A node of the tree of names at which no module of the adapter stands."""
 
 
 class BiasDelta(nn.Module):

@@ -170,9 +170,9 @@ def _class_names(classes: Any) -> list[str] | None:
 
 
 def _classes_json(folder: Path) -> list[str] | None:
-    """`classes.json` in the folder or the one above (a split's folder)."""
-    for file in (folder / "classes.json", folder.parent / "classes.json"):
-        if file.is_file():
+    """`classes.json` in the folder, or above it if the folder is that of a split."""
+    for place in (folder, folder.parent) if folder.name.lower() in (*SPLITS, "data") else (folder,):
+        if (file := place / "classes.json").is_file():
             try:
                 names = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:

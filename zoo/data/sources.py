@@ -84,7 +84,7 @@ def _images_below(folder: Path) -> list[str]:
 
 
 class HubRows:
-    """A data set of the Hub, read by the `datasets` library (the extra `hub-data`), one split of it."""
+    """A data set of the Hub, read by the `datasets` library (the extra `data`), one split of it."""
 
     blocks: np.ndarray | None = None
     window = 1
@@ -102,8 +102,8 @@ class HubRows:
             import datasets
         except ImportError as error:
             raise MissingPackageError(
-                f"Reading '{name}' from the Hub needs the package datasets: pip install datasets. If a local folder was "
-                "meant: there is none of this name."
+                f"Reading '{name}' from the Hub needs the package datasets: pip install 'adapter-zoo[data]'. If a local "
+                "folder was meant: there is none of this name."
             ) from error
         self.name = name
         try:
