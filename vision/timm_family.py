@@ -80,10 +80,9 @@ class TimmBackbone(Backbone):
     def take_head(self) -> nn.Module | None:
         """Take timm's classifier off; pooling, final norm and dropout in front of it stay."""
         head = self.module.get_classifier()  # type: ignore[operator]
-        if isinstance(head, nn.Identity):
-            return None
         self.module.reset_classifier(0)  # type: ignore[operator]
-        return head
+        # A distilled model has two classifiers, one for each token; no single head on the mean of the tokens equals both.
+        return head if isinstance(head, nn.Linear) else None
 
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""
@@ -91,8 +90,10 @@ class TimmBackbone(Backbone):
             raise MismatchError("the head does not sit on the backbone's own features, so timm's classifier cannot hold it.")
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own = module.get_classifier()  # type: ignore[operator]
-        own.load_state_dict(head.state_dict())
-        own.to(device=head.weight.device, dtype=head.weight.dtype)
+        # Distilled models average two classifiers of two tokens: twice the same one is one on the mean of the tokens.
+        for classifier in own if isinstance(own, tuple) else (own,):
+            classifier.load_state_dict(head.state_dict())
+            classifier.to(device=head.weight.device, dtype=head.weight.dtype)
 
     def data_config(self) -> dict[str, Any]:
         """timm's own data configuration of the checkpoint."""
