@@ -34,7 +34,7 @@ format: dev
 	$(BIN)/ruff format $(wildcard $(CODE))
 
 docs: dev
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev

@@ -1,0 +1,147 @@
+"""The command line, run in this process; what needs a fresh process (start-up time, exit codes of the script) in one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import zoo
+from zoo import registry
+from zoo.cli import app
+from zoo.cli.catalog import collapse
+from zoo.cli.common import settings, size
+from zoo.errors import ConfigError
+
+COMMANDS = ("list", "points", "info", "fit", "eval", "push", "pull", "merge", "bench", "demo")
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def document(*arguments: Any) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    script = "import sys; sys.argv = ['zoo', '--help']; from zoo.cli import app; app(standalone_mode=False)\n"
+    script += "print('heavy:', [m for m in ('torch', 'timm', 'accelerate', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "heavy: []" in result.stdout  # torch alone would take seconds
+    assert all(re.search(rf"^\W*{name}\s", result.stdout, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command: str) -> None:
+    text = run(command, "--help").output
+    assert re.search(rf"^\s+zoo {command}\b", text, re.MULTILINE), text
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    declared = re.search(r'^version = "(.+)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert run("--version").stdout == f"adapter-zoo {declared[1]}\n" == f"adapter-zoo {zoo.__version__}\n"
+
+
+# -- list, points, info ---------------------------------------------------------------------------------------------
+
+
+def test_list() -> None:
+    found = document("list")
+    assert [b["name"] for b in found["backbones"] if b["name"] == "vit-b16"] == ["vit-b16"]
+    assert {"lora", "vpt", "spt"} <= {a["name"] for a in found["adapters"]}
+    assert all(a["summary"].endswith(".") for a in found["adapters"])
+    assert {b["name"] for b in document("list", "backbones", "swin*")["backbones"]} == set(zoo.list_backbones("swin*"))
+    assert "backbones" not in document("list", "adapters")
+    assert "vit-b16" in run("list", "vit*").output
+
+
+def test_points_prints_selectors_that_select_what_they_stand_for() -> None:
+    model = zoo.load("swin-t", pretrained=False, num_classes=0, device="meta")
+    lines = collapse(model.points)
+    assert len(lines) < len(model.points) / 2
+    # a word without a dot is a role: `norm` is the final norm's name, and as a selector it means every norm
+    chosen = [p for name, first in lines for p in (model.points.select(name) if "." in name else [first])]
+    assert sorted(p.name for p in chosen) == sorted(p.name for p in model.points)
+
+
+def test_points() -> None:
+    found = document("points", "vit-micro", "blocks.*.attn.{q,v}")
+    assert [p["name"] for p in found] == [f"blocks.{i}.attn.{r}" for i in range(6) for r in "qv"]
+    assert {p["dim_in"] for p in found} == {192}
+    text = run("points", "vit-micro", "q,v").output
+    assert "blocks.{0..5}.attn.q" in text and "12 of" in text
+    assert "blocks.5.attn.v" in run("points", "vit-micro", "q,v", "--all").output
+
+
+def test_info_of_a_backbone_counts_what_methods_train() -> None:
+    facts = document("info", "vit-b16")
+    assert facts["parameters"] == 85_798_656
+    trained = {m["name"]: m["trainable"] for m in facts["methods"]}
+    assert trained["lora"] == 294_912 and trained["bitfit"] == 102_912 and trained["linear"] == 0
+    assert "85,798,656" in run("info", "vit-b16").output
+
+
+def test_info_of_a_method() -> None:
+    facts = document("info", "lora")
+    assert {"name": "rank", "type": "int", "default": 8} in facts["settings"]
+    assert "rank" in run("info", "lora").output
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_panel_and_code_1() -> None:
+    for arguments, kind, hint in (
+        (("info", "vit-b61"), "UnknownNameError", "vit-b16"),
+        (("points", "vit-b61"), "UnknownNameError", "vit-b16"),
+        (("points", "vit-micro", "blocks.*.attn.qq"), "SelectionError", "attn.q"),
+        (("list", "lora8"), "UnknownNameError", "lora"),
+    ):
+        result = run(*arguments, code=1)
+        assert result.stdout == "" and kind in result.stderr and hint in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_usage_errors_are_code_2() -> None:
+    assert "list" in run("lst", code=2).output  # the nearest command
+    run("points", "vit-micro", "--stage", "one", code=2)
+    run("bench", "--batch-size", "0", code=2)
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_settings() -> None:
+    assert settings(["rank=4", "targets=q,v", "dora=true"], ["lora"]) == {
+        "lora": {"rank": 4, "targets": "q,v", "dora": True}
+    }
+    assert settings(["lora.rank=4"], ["vpt", "lora"]) == {"vpt": {}, "lora": {"rank": 4}}
+    for wrong, methods, hint in (
+        ("rank", ["lora"], "name=value"),
+        ("rank=4", ["vpt", "lora"], "vpt.rank=4"),
+        ("ssf.x=1", ["lora"], "ssf"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(hint)):
+            settings([wrong], methods)
+
+
+def test_size() -> None:
+    assert [size(n) for n in (0, 999, 1000, 2_500_000, 4.2e12)] == ["0 B", "999 B", "1.0 kB", "2.5 MB", "4200.0 GB"]
+
+
+def test_registry_and_project_file_agree() -> None:
+    """What an installed package finds by entry points is what a checkout knows by itself."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for group, names in (("zoo.adapters", registry.list_adapters()), ("zoo.backbones", registry.families())):
+        section = text.split(f'[project.entry-points."{group}"]')[1].split("\n[")[0]
+        assert set(re.findall(r"^(\S+) = ", section, re.MULTILINE)) <= set(names)
