@@ -482,11 +482,14 @@ class Model(nn.Module):
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def preprocess(self, train: bool = False) -> Callable[[Any], Tensor]:
-        """The backbone's own preprocessing, from a PIL image to a tensor (3, H, W); with augmentation for training."""
+    def preprocess(self, train: bool = False, augment: str = "crop-flip") -> Callable[[Any], Tensor]:
+        """The backbone's own preprocessing, from a PIL image to a tensor (3, H, W).
+
+        In training it crops at random and flips; `augment="crop"` does not flip (digits, letters), "none" does neither.
+        """
         from zoo.preprocess import image_transform
 
-        return image_transform(self.family.data_config(), train)
+        return image_transform(self.family.data_config(), train, augment=augment)
 
     @property
     def image_size(self) -> tuple[int, int]:

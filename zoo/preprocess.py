@@ -1,0 +1,156 @@
+"""From a PIL image to the tensor that a backbone was trained on.
+
+Evaluation does what timm does with the same configuration, to the bit: resize so that `crop_pct` of the image is left,
+cut out the centre, normalise. Training cuts out a random part and flips it. Tiny images (up to 64 pixels) would lose too
+much to a random resize: they get the evaluation view, moved by up to an eighth of its size (4 pixels at 32) with the border
+reflected, and flipped.
+
+Random numbers come from torch's generator, so seeding torch (as data loaders do in each worker) repeats the augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from zoo.errors import ConfigError, DataError, nearest
+
+AUGMENTS = ("crop-flip", "crop", "none")
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
+TINY = 64  # pixels; up to here images are moved instead of randomly resized
+SCALE = (0.08, 1.0)  # share of the image's area that a random crop keeps; timm's and torchvision's default
+RATIO = (3 / 4, 4 / 3)  # its aspect
+
+
+def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: str = "crop-flip") -> ImageTransform:
+    """The preprocessing of a backbone: PIL image -> float tensor (C, H, W), C = 3 unless the backbone takes one channel.
+
+    Args:
+        config: `input_size` (C, H, W), and optionally `mean` and `std` (C values each), `interpolation`, `crop_pct`,
+            `crop_mode`, as in timm's data configuration.
+        train: augment; False gives the evaluation view.
+        augment: of training: "crop-flip", "crop" (nothing is mirrored: digits, letters, left and right hands), "none".
+
+    Raises:
+        ConfigError: `config` has no image size, or a setting that is not known.
+    """
+    return ImageTransform(config, train, augment)
+
+
+class ImageTransform:
+    """See `image_transform`. Settings are plain attributes, so an instance can be sent to worker processes."""
+
+    def __init__(self, config: Mapping[str, Any], train: bool, augment: str) -> None:
+        size = config.get("input_size")
+        if not isinstance(size, Sequence) or len(size) != 3 or size[0] not in (1, 3) or min(size) < 1:
+            raise ConfigError(
+                f"input_size is {size!r}; expected (channels, height, width) with 1 or 3 channels. A backbone that takes no "
+                "images has no image preprocessing."
+            )
+        self.channels, self.height, self.width = (int(n) for n in size)
+        self.mean = _per_channel("mean", config.get("mean", (0.485, 0.456, 0.406)), self.channels)
+        self.std = _per_channel("std", config.get("std", (0.229, 0.224, 0.225)), self.channels)
+        self.crop_pct = float(config.get("crop_pct") or 0.875)
+        self.crop_mode = str(config.get("crop_mode") or "center")
+        name = str(config.get("interpolation") or "bicubic")
+        name = "bilinear" if name == "random" else name
+        for what, value, known in (
+            ("interpolation", name, INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, CROP_MODES),
+            ("augment", augment, AUGMENTS),
+        ):
+            if value not in known:
+                raise ConfigError(f"{what} '{value}' is unknown. {nearest(value, known)}")
+        if not 0 < self.crop_pct <= 1:
+            raise ConfigError(f"crop_pct is {self.crop_pct}; expected more than 0 and at most 1.")
+        if min(self.std) <= 0:
+            raise ConfigError(f"std is {self.std}; expected positive numbers.")
+        self.interpolation = INTERPOLATIONS[name]
+        self.train = train and augment != "none"
+        self.flip = self.train and augment == "crop-flip"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The image as a normalised float tensor (C, H, W).
+
+        Raises:
+            DataError: it is not a PIL image.
+        """
+        image = self._colours(image)
+        if not self.train:
+            image = self._centre(image)
+        elif max(self.height, self.width) <= TINY:
+            image = self._shifted(self._centre(image))
+        else:
+            top, left, height, width = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
+            size = [self.height, self.width]
+            image = TF.resized_crop(image, top, left, height, width, size, self.interpolation)
+        if self.flip and bool(torch.rand(()) < 0.5):
+            image = TF.hflip(image)
+        return TF.normalize(TF.to_tensor(image), list(self.mean), list(self.std))
+
+    def _colours(self, image: Image.Image) -> Image.Image:
+        """Three channels (or one): grey is repeated, alpha dropped, 16 bits become 8."""
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"expected a PIL image, got {type(image).__name__}. Open files with PIL.Image.open, and arrays with "
+                "PIL.Image.fromarray; tensors that are ready for the model need no preprocessing."
+            )
+        if image.mode == "I;16":  # PIL would clip all above 255 to white
+            image = image.point(lambda value: value / 256, "L")
+        elif image.mode in ("P", "PA", "LA", "La") and "transparency" in image.info:
+            image = image.convert("RGBA")
+        mode = "RGB" if self.channels == 3 else "L"
+        return image if image.mode == mode else image.convert(mode)
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        """The evaluation view: resized so that `crop_pct` of it is (height, width), of which the centre is cut out."""
+        height, width = math.floor(self.height / self.crop_pct), math.floor(self.width / self.crop_pct)
+        target = [self.height, self.width]
+        if self.crop_mode == "squash":
+            return TF.center_crop(TF.resize(image, [height, width], self.interpolation), target)
+        if self.crop_mode == "center":
+            if height == width:
+                return TF.center_crop(TF.resize(image, [height], self.interpolation), target)
+            return TF.center_crop(self._resize(image, min(image.height / height, image.width / width)), target)
+        image = self._resize(image, max(image.height / height, image.width / width))
+        missing_x, missing_y = max(0, self.width - image.width), max(0, self.height - image.height)
+        if missing_x or missing_y:
+            border = [missing_x // 2, missing_y // 2, (missing_x + 1) // 2, (missing_y + 1) // 2]
+            fill = [round(255 * value) for value in self.mean]
+            image = TF.pad(image, border, fill=fill if self.channels == 3 else fill[0])
+        return TF.center_crop(image, target)
+
+    def _resize(self, image: Image.Image, ratio: float) -> Image.Image:
+        """Both sides divided by `ratio`."""
+        return TF.resize(image, [round(image.height / ratio), round(image.width / ratio)], self.interpolation)
+
+    def _shifted(self, image: Image.Image) -> Image.Image:
+        """A random cut-out of the same size from the image with reflected borders of an eighth of its size."""
+        y, x = max(1, self.height // 8), max(1, self.width // 8)
+        padded = TF.pad(image, [x, y], padding_mode="reflect")
+        top, left = (int(torch.randint(0, 2 * n + 1, ())) for n in (y, x))
+        return TF.crop(padded, top, left, self.height, self.width)
+
+    def __repr__(self) -> str:
+        steps = "evaluation" if not self.train else "training, flipped" if self.flip else "training"
+        return (
+            f"ImageTransform({self.height} x {self.width}, {steps}, crop {self.crop_pct} {self.crop_mode}, "
+            f"{self.interpolation.value}, mean {self.mean}, std {self.std})"
+        )
+
+
+def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    numbers = tuple(float(v) for v in values)
+    if len(numbers) == 3 and channels == 1:
+        numbers = (sum(numbers) / 3,)
+    if len(numbers) != channels:
+        raise ConfigError(f"{name} has {len(numbers)} values; expected {channels}, one for each channel.")
+    return numbers
