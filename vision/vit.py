@@ -15,7 +15,7 @@ from torch import nn
 
 from vision.timm_family import TimmBackbone
 from zoo.backbone import Row, find, make_linear
-from zoo.errors import MismatchError
+from zoo.errors import ConfigError, MismatchError
 from zoo.points import NormPoint, Point
 from zoo.registry import register_backbone
 
@@ -82,7 +82,10 @@ class ViT(TimmBackbone):
     def _micro(cls, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         options = {k: v for k, v in kwargs.items() if v is not None}
         device = options.pop("device", None)
-        module = VisionTransformer(**{**MICRO, "num_classes": 100, **options})
+        try:
+            module = VisionTransformer(**{**MICRO, "num_classes": 100, **options})
+        except TypeError as error:
+            raise ConfigError(f"timm does not take these options for 'vit-micro': {error}") from error
         module.pretrained_cfg = module.default_cfg = {
             **MICRO_DATA,
             "input_size": (3, 32, 32),
