@@ -46,6 +46,10 @@ class Swin(TimmBackbone):
         Row("block", "block", "", ""),
     )
     elementwise = ("mlp.act",)
+    tiny = (
+        "swin-t",
+        {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+    )
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""

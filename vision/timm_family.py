@@ -8,7 +8,7 @@ import timm
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import ConfigError, MismatchError
+from zoo.errors import ConfigError, MismatchError, nearest
 from zoo.points import Point
 
 if TYPE_CHECKING:
@@ -25,11 +25,14 @@ class TimmBackbone(Backbone):
         """True for `timm:<model>[.tag]` whose architecture is built by this family's class."""
         if not name.startswith("timm:"):
             return False
-        model = name[5:]
-        if not timm.is_model(model.split(".")[0]) and not model.startswith("hf_hub:"):
-            return False
-        entry = timm.model_entrypoint(model.split(".")[0])
-        return entry.__module__.rsplit(".", 1)[-1] in cls.timm_modules
+        model = name[5:].split(".")[0]
+        if not timm.is_model(model):
+            return nearest(name, [f"timm:{m}" for m in timm.list_models()])
+        module = timm.model_entrypoint(model).__module__.rsplit(".", 1)[-1]
+        known = {m for c in TimmBackbone.__subclasses__() for m in c.timm_modules}
+        if module not in known:
+            return f"timm builds it in its file {module}.py, which no family here describes."
+        return module in cls.timm_modules
 
     timm_modules: ClassVar[tuple[str, ...]] = ()
 
@@ -96,8 +99,12 @@ class TimmBackbone(Backbone):
             classifier.to(device=head.weight.device, dtype=head.weight.dtype)
 
     def data_config(self) -> dict[str, Any]:
-        """timm's own data configuration of the checkpoint."""
-        return timm.data.resolve_model_data_config(self.module)
+        """timm's data configuration of the checkpoint, at the image size that the module was built for."""
+        config = dict(timm.data.resolve_model_data_config(self.module))
+        size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
+        if size is not None:
+            config["input_size"] = (config["input_size"][0], *size)
+        return config
 
     def licence(self) -> str | None:
         """Licence of the checkpoint as timm's pretrained configuration states it."""

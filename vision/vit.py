@@ -65,6 +65,7 @@ class ViT(TimmBackbone):
         Row("block", "block", "", ""),
     )
     elementwise = ("mlp.act",)
+    tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:

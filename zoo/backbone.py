@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from zoo.errors import AttachError
@@ -78,6 +79,8 @@ class Backbone:
     # Linear points whose output is recomputed at memory="low"
     cheap_products: ClassVar[Sequence[str]] = ("up",)
     weights_folder: ClassVar[Path | None] = None  # embedded weights and adapters
+    # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
+    tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
@@ -138,6 +141,10 @@ class Backbone:
     def hub_id(self) -> str | None:
         """The Hub repository of the pretrained weights, if they have one."""
         return None
+
+    def tiny_batch(self) -> tuple[Tensor, ...]:
+        """Random inputs for the tiny member, a batch of two."""
+        return (torch.randn(2, *self.data_config()["input_size"]),)
 
     # -- verbs that depend on the family's attention ----------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import importlib
 import importlib.metadata
@@ -47,18 +46,20 @@ def check_shadows() -> None:
 
 def _is_ours(origin: Path, name: str, root: Path) -> bool:
     folder = origin.parent if origin.suffix else origin
-    return folder.resolve() == (root / name).resolve() or (folder / ".adapter-zoo").exists()
+    return folder.resolve() == (root / name).resolve()
 
 
 def register_adapter(name: str) -> Any:
     """Class decorator, above `@dataclass`: make a method known by name."""
 
     def decorate(cls: A) -> A:
-        if not dataclasses.is_dataclass(cls):
+        if "__dataclass_fields__" not in cls.__dict__:
             raise ConfigError(f"@register_adapter('{name}') stands above @dataclass; {cls.__name__} is not a dataclass.")
-        known = _adapters.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConfigError(f"the adapter name '{name}' is taken by {known.__module__}.{known.__qualname__}.")
+        known, entry = _adapters.get(name), _entry_points("zoo.adapters").get(name)
+        taken = known.__module__ if known is not None else getattr(entry, "value", entry)
+        # The same module again (a reload, a notebook cell run twice) replaces its own method.
+        if taken is not None and taken.split(":")[0] != cls.__module__:
+            raise ConfigError(f"the adapter name '{name}' is taken by {taken}; choose another.")
         cls.method = name
         # A dataclass compares by value and has no hash; a module in a tree of modules needs its identity.
         cls.__eq__ = object.__eq__  # type: ignore[method-assign]
@@ -162,8 +163,7 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
             return family(key), name
         if isinstance(answer, str):
             reasons.append(answer)
-    detail = (" " + " ".join(reasons)) if reasons else ""
+    hint = " ".join(dict.fromkeys(reasons)) or nearest(name, list_backbones())
     raise UnknownNameError(
-        f"There is no backbone '{name}'. {nearest(name, list_backbones())}{detail} "
-        "A model of a supported family also works by its library's name, for example 'timm:vit_small_patch16_224'."
+        f"There is no backbone '{name}'. {hint} A model of a supported family also works by its library's name, for example 'timm:vit_small_patch16_224'."
     )

@@ -1,0 +1,131 @@
+"""The table of backbone families and methods: each cell was run, and works or is refused with a reason."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo import registry
+from zoo.errors import AttachError, MergeError, ZooError
+
+STEPS = ("attach", "train", "save", "merge")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One family with one method. Each step is "yes" or the reason for which it is refused."""
+
+    family: str
+    method: str
+    attach: str
+    train: str
+    save: str
+    merge: str
+    parameters: int  # trainable at the tiny size, without head
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def compatibility(families: list[str] | None = None, methods: list[str] | None = None) -> list[Cell]:
+    """Run every method on a tiny random member of every family: attach, one training step, save and load, merge.
+
+    Takes some seconds. A refusal is a `ZooError` with its reason; any other exception is a defect and is raised.
+    """
+    return [
+        _cell(family, method)
+        for family in families or registry.families()
+        if registry.family(family).tiny
+        for method in methods or registry.list_adapters()
+    ]
+
+
+def tiny_model(family: str) -> tuple[Any, tuple[Tensor, ...]]:
+    """A tiny random member of a family with a head of 3 classes, and a batch of two for it."""
+    from zoo.loading import load_backbone
+
+    name, options = registry.family(family).tiny
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = load_backbone(name, pretrained=False, num_classes=3, **options)
+        return model, model.family.tiny_batch()
+
+
+def _cell(family: str, method: str) -> Cell:
+    model, batch = tiny_model(family)
+    targets = torch.arange(len(batch[0])) % 3
+    done = dict.fromkeys(STEPS, "not reached")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            adapter = model.add_adapter(method)
+        except AttachError as error:
+            return Cell(family, method, **{**done, "attach": str(error)}, parameters=0)
+        done["attach"] = "yes"
+        if adapter.needs_calibration:
+            adapter.calibrate(model, [(batch[0], targets)])
+        done["train"] = _train(model, batch, targets)
+        done["save"] = _save(model, batch)
+        try:
+            merged = model.merge()
+            expected = model.eval()(*batch)
+            close = torch.allclose(merged(*batch), expected, atol=1e-5)
+            done["merge"] = "yes" if close else "defect: the merged module gives other logits"
+        except MergeError as error:
+            done["merge"] = str(error)
+    return Cell(family, method, **done, parameters=model.num_parameters(trainable=True, head=False))
+
+
+def _train(model: Any, batch: tuple[Tensor, ...], targets: Tensor) -> str:
+    dead = model.probe(*batch)
+    if dead:
+        return f"defect: without a gradient: {', '.join(dead)}"
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters_to_train().values(), lr=0.1)
+    torch.nn.functional.cross_entropy(model(*batch), targets).backward()
+    optimizer.step()
+    model.eval()
+    return "yes"
+
+
+def _save(model: Any, batch: tuple[Tensor, ...]) -> str:
+    from zoo.disk import attach, read
+
+    with tempfile.TemporaryDirectory() as folder:
+        saved = model.save_adapter(Path(folder) / "adapter")
+        twin, _ = tiny_model(model.family.family)
+        try:
+            attach(twin, read(saved))
+        except ZooError as error:
+            return f"defect: {error}"
+    with torch.no_grad():
+        return "yes" if torch.equal(twin.eval()(*batch), model(*batch)) else "defect: the loaded adapter gives other logits"
+
+
+def as_markdown(cells: list[Cell]) -> str:
+    """The table for the documentation: a row for each method, a column for each family, reasons below."""
+    families = list(dict.fromkeys(c.family for c in cells))
+    by = {(c.family, c.method): c for c in cells}
+    lines = ["| method | " + " | ".join(families) + " |", "| --- |" + " --- |" * len(families)]
+    notes: dict[str, int] = {}
+    for method in dict.fromkeys(c.method for c in cells):
+        row = []
+        for family in families:
+            words = []
+            for step in STEPS:
+                answer = getattr(by[family, method], step)
+                if answer == "not reached":
+                    continue
+                note = "" if answer == "yes" else f" no[^{notes.setdefault(answer, len(notes) + 1)}]"
+                words.append(f"{step}{note}")
+            row.append(", ".join(words))
+        lines.append(f"| `{method}` | " + " | ".join(row) + " |")
+    lines.append("")
+    lines += [f"[^{number}]: {reason}" for reason, number in notes.items()]
+    return "\n".join(lines) + "\n"
