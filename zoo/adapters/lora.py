@@ -10,8 +10,8 @@ and length of each output row are trained apart: with V = W + s B A,
 
     y = m / ||V||_row * (V x) + b           m (o,), started at ||W||_row; the norm is not differentiated through
 
-Defaults: r = 8, alpha = 8 (s = 1), on q and v, no dropout. Counts: r * (i + o) for each point; ViT-B/16 on q, v 294,912, on q, k, v,
-o 589,824, on all six 1,327,104.
+Defaults: r = 8, alpha = 8 (s = 1), on q and v, no dropout. Counts: r * (i + o) for each point; ViT-B/16 on q, v 294,912, on
+q, k, v, o 589,824, on all six 1,327,104.
 Source: Hu et al. 2021 (LoRA; microsoft/LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA; NVlabs/DoRA).
 Deviations: one dropout mask for all points that share their input (q, k, v of a fused projection), as there is one input.
 
@@ -22,6 +22,7 @@ products are added into the projection's output in place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class LowRank(nn.Module):
         return _LowRankAdd.apply(y, x, slices, *factors)
 
 
-def _plain(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: list[Tensor]) -> Tensor:
+def _plain(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: Sequence[Tensor]) -> Tensor:
     """The same in plain operations, for the compiler."""
     pieces, at = [], 0
     x = x.to(y.dtype)
@@ -153,6 +154,7 @@ class LoRA(Adapter):
         dropout: on the input, while training.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         dora: train length and direction of the rows apart (no dropout).
+        ranks, alphas: other values at some points, by selector: `ranks={"v": 16, "blocks.0.attn.*": 4}`; a later entry wins.
     """
 
     rank: int = 8
@@ -161,29 +163,54 @@ class LoRA(Adapter):
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    ranks: dict[str, int] | None = None
+    alphas: dict[str, float] | None = None
 
     default_lr = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.rank >= 1, f"rank is {self.rank}; expected 1 or more.")
+        for rank in (self.rank, *(self.ranks or {}).values()):
+            self.check(type(rank) is int and rank >= 1, f"rank is {rank!r}; expected 1 or more.")
+        for alpha in (self.alphas or {}).values():
+            self.check(type(alpha) in (int, float), f"alpha is {alpha!r}; expected a number.")
         self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
-        self.check(not (self.dora and self.dropout), "DoRA changes the weight itself; dropout on its input is not defined.")
+        self.check(
+            not (self.dora and self.dropout), "DoRA changes the weight itself; dropout on its input is not defined."
+        )
 
     @property
     def scale(self) -> float:
-        """s of the equations."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """s of the equations, where `ranks` and `alphas` name no other."""
+        return self._scale(self.rank, self.alpha)
+
+    def _scale(self, rank: int, alpha: float | None) -> float:
+        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def attach(self, points: Points) -> None:
         """Add a low-rank delta at every selected linear point."""
         points.require("linear", "lora")
-        for point in self.selected(points):
+        selected = self.selected(points)
+        ranks = self._by_point("ranks", points, selected)
+        alphas = self._by_point("alphas", points, selected)
+        for point in selected:
+            rank = int(ranks.get(point.name, self.rank))
+            scale = self._scale(rank, alphas.get(point.name, self.alpha))
             if self.dora:
-                point.reparametrize(DoRAWeight(point.weight.cpu() if not point.weight.is_meta else point.weight, self.rank, self.scale))
+                frozen = point.weight if point.weight.is_meta else point.weight.cpu()
+                point.reparametrize(DoRAWeight(frozen, rank, scale))
             else:
-                point.add(LowRank(point.dim_in, point.dim_out, self.rank, self.scale, self.dropout))
+                point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout))
+
+    def _by_point(self, setting: str, points: Points, selected: list[LinearPoint]) -> dict[str, float]:
+        """`ranks` or `alphas` as names of points -> value; an entry that concerns no target is an error."""
+        found: dict[str, float] = {}
+        targets = {p.name for p in selected}
+        for key, value in (getattr(self, setting) or {}).items():
+            names = targets.intersection(p.name for p in points.select(key, kind="linear"))
+            self.check(bool(names), f"'{key}' of {setting} names no target; the targets are {self.targets!r}.")
+            found |= dict.fromkeys(names, value)
+        return found
 
     def selected(self, points: Points) -> list[LinearPoint]:
         """The target points; "all-linear" takes those of q, k, v, o, up and down that the backbone has."""
@@ -196,8 +223,9 @@ class LoRA(Adapter):
         """W <- W + s B A, or the DoRA weight."""
         for point in self.selected(merger.points):
             part = self.module_at(point)
+            change: Tensor = part.scale * (part.lora_b @ part.lora_a)  # type: ignore[operator]
             if self.dora:
-                moved = merger.weight(point) + self.scale * (part.lora_b @ part.lora_a)  # type: ignore[operator]
+                moved = merger.weight(point) + change
                 merger.set_weight(point, (part.magnitude / moved.norm(dim=1))[:, None] * moved)  # type: ignore[operator]
             else:
-                merger.add_weight(point, self.scale * (part.lora_b @ part.lora_a))  # type: ignore[operator]
+                merger.add_weight(point, change)
