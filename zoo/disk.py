@@ -3,7 +3,7 @@
 | file | content |
 | --- | --- |
 | `adapter_model.safetensors` | tensors: `<adapter>/<point>.<parameter>` and `head/<parameter>` |
-| `adapter_config.json` | backbone, methods and their settings, classes, and the SHA-256 of the weights file |
+| `adapter_config.json` | backbone, methods and their settings, classes, checksum of the weights |
 | `README.md` | the card |
 | `metrics.json` | the record of the run |
 
@@ -11,10 +11,9 @@
 carries, in its safetensors metadata, a copy of the other three and a checksum over everything: it is the adapter, and
 renaming it is the moment at which the new state replaces the old. All files are first written under temporary names in
 the same folder (a full disk shows here, before anything is touched), then renamed, the weights first and the config
-last. So if a config's SHA-256 does not fit the weights file, then either the save was cut off between two renames: the
-checksum inside the weights file holds, and its own copy of the config is used; or the weights are damaged: it does not
-hold, and the file is refused. Only weights and config are synced to the disk before their renames; the other two can be
-had from the weights file.
+last. The config repeats the checksum. If it names another one than the weights file, the save was cut off between two
+renames, and the copies in the weights file are used. If the weights do not have their own checksum, they are damaged and
+refused. Files that would not change are left alone.
 
 Nothing is ever unpickled.
 """
@@ -22,7 +21,6 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import time
@@ -122,18 +120,14 @@ def write(
 
     folder = Path(folder)
     full = {"format_version": FORMAT_VERSION, "zoo_version": __version__, **config}
-    check_config(full, folder / CONFIG, with_hash=False)
+    check_config(full, folder / CONFIG, copy=True)
     tensors = _plain(tensors)
     check_tensors(full, tensors, folder / WEIGHTS)
-    texts = {
-        CONFIG: to_json(full, "the config"),
-        METRICS: to_json(dict(record or {}), "model.record"),
-        CARD: card,
-    }
+    texts = {CONFIG: to_json(full, "the config"), METRICS: to_json(dict(record or {}), "model.record"), CARD: card}
     metadata = {"format": "pt", **{COPIES[name]: text for name, text in texts.items()}}
     metadata[CHECKSUM] = checksum(metadata, tensors)
     weights = dump_safetensors(tensors, metadata)
-    texts[CONFIG] = to_json({**full, "weights_sha256": hashlib.sha256(weights).hexdigest()}, "the config")
+    texts[CONFIG] = to_json({**full, "checksum": metadata[CHECKSUM]}, "the config")
     write_files(folder, {WEIGHTS: weights, **{name: text.encode() for name, text in texts.items()}})
     return folder
 
@@ -154,18 +148,18 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
             if target.is_dir() and not target.is_symlink():
                 raise IsADirectoryError(f"'{target}' is a folder, but a file of this name has to go there")
         _sweep(folder)
-        for name in FILES:
+        changed = [name for name in FILES if not _holds(folder / name, contents[name])]
+        for name in changed:
             temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
-            _write(temporary[name], contents[name], sync=name in (WEIGHTS, CONFIG))
-        for name in FILES:
+            _write(temporary[name], contents[name])
+        for name in changed:
             temporary[name].replace(folder / name)
             del temporary[name]
         _sync_folder(folder)
     except OSError as error:
-        # From the rename of the weights on, the new state is the one that is read.
-        whole = "What was there before is still whole" if WEIGHTS in temporary or made else "What is there can be read"
         raise SaveError(
-            f"Could not save to '{folder}': {error.strerror or error}. {whole}. Free some space, or choose a folder "
+            f"Could not save to '{folder}': {error.strerror or error}. What was there before is still whole. Free some "
+            "space, or choose a folder "
             "that you may write to, and save again."
         ) from error
     finally:
@@ -182,7 +176,7 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, data, sync=True)
+        _write(temporary, data)
         temporary.replace(path)
     except OSError as error:
         raise SaveError(
@@ -194,12 +188,16 @@ def write_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes, *, sync: bool) -> None:
+def _write(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
-        if sync:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether the file has this content already. A link does not count: it is replaced by a file."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 def _sweep(folder: Path) -> None:

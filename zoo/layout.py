@@ -33,12 +33,12 @@ CHECKSUM = "zoo.checksum"
 
 _NAME = re.compile(r"[\w-]+")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def refuse_pickle(path: Path) -> None:
     """Raise WeightsError if the file's name says that it is a pickle."""
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise WeightsError(
             f"'{path}' is a pickle, which can run any code when it is read, so it was not opened. Only {WEIGHTS} is "
             "read: ask whoever published it for safetensors, or convert it where you trust its source."
@@ -69,10 +69,10 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the copies of the text files, and each tensor's name, dtype, shape and bytes in order of names."""
+    """SHA-256 over the metadata, and over each tensor's name, dtype, shape and bytes; both in order of names."""
     digest = hashlib.sha256()
-    for name in FILES[1:]:
-        text = metadata.get(COPIES[name], "").encode()
+    for name in sorted(metadata.keys() - {CHECKSUM}):
+        text = metadata[name].encode()
         digest.update(f"{name}:{len(text)}\n".encode() + text)
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -95,8 +95,11 @@ def check_version(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any], path: Path, *, with_hash: bool = True) -> None:
-    """Every field there, none unknown, each of its type; raises `ConfigError` naming the field."""
+def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -> None:
+    """Every field there, none unknown, each of its type; raises `ConfigError` naming the field.
+
+    The copy inside the weights file cannot hold the checksum of that file.
+    """
     top: dict[str, tuple[type, ...]] = {
         "format_version": _WHOLE,
         "zoo_version": _TEXT,
@@ -104,8 +107,8 @@ def check_config(config: Mapping[str, Any], path: Path, *, with_hash: bool = Tru
         "adapters": _LIST,
         "head": _DICT + _NONE,
     }
-    if with_hash:
-        top["weights_sha256"] = _TEXT
+    if not copy:
+        top["checksum"] = _TEXT
     _check_fields(config, top, "", path)
     if config["format_version"] < 1:
         _wrong(path, "format_version", f"{config['format_version']}", f"a whole number from 1 to {FORMAT_VERSION}")
@@ -174,21 +177,30 @@ def _kind(value: Any) -> str:
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor belongs to a declared adapter or the head, and is finite."""
+    """Raise WeightsError unless each tensor belongs to a declared adapter or the head, and is finite."""
     owners = [entry["name"] for entry in config["adapters"]] + ([HEAD] if config["head"] is not None else [])
-    for name, tensor in tensors.items():
+    for name in tensors:
         owner, slash, rest = name.partition("/")
         if owner not in owners or not slash or not rest:
             raise WeightsError(
                 f"'{path}' holds tensor '{name}', which belongs to nothing that {CONFIG} declares "
                 f"({', '.join(owners)}). Copy or download the folder again."
             )
+    bad = not_finite(tensors)
+    if bad:
+        raise WeightsError(
+            f"'{path}'{bad.replace(';', ':', 1)}. The run that made it diverged: train again with a lower learning rate, or "
+            "use an earlier checkpoint."
+        )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """ "; tensor '...' has ... NaN or Inf" for the first such tensor, or ""."""
+    for name, tensor in tensors.items():
         if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
             bad = int(tensor.numel() - torch.isfinite(tensor).sum())
-            raise WeightsError(
-                f"'{path}': tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or Inf. The run that "
-                "made it diverged: train again with a lower learning rate, or use an earlier checkpoint."
-            )
+            return f"; tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or Inf"
+    return ""
 
 
 def _version() -> str:

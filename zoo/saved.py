@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from zoo.layout import (
     check_version,
     checksum,
     no_constant,
+    not_finite,
     parse,
     refuse_pickle,
     to_json,
@@ -104,17 +104,16 @@ def read(folder: str | Path) -> SavedAdapter:
     check_config(config, folder / CONFIG)
     tensors, metadata = parse(data, path)
     copies = {name: metadata.get(key, "") for name, key in COPIES.items()}
-    digest = hashlib.sha256(data).hexdigest()
-    recovered = config["weights_sha256"] != digest
+    if metadata.get(CHECKSUM) != checksum(metadata, tensors):
+        raise WeightsError(
+            f"'{path}' was damaged or changed: its content does not have the checksum that it states "
+            f"({metadata.get(CHECKSUM, 'none')}){not_finite(tensors)}. Copy or download the folder again."
+        )
+    recovered = config["checksum"] != metadata[CHECKSUM]
     if recovered:
-        if metadata.get(CHECKSUM) != checksum(metadata, tensors):
-            raise WeightsError(
-                f"'{path}' is not the file that {CONFIG} was written for: its SHA-256 is {digest}, expected "
-                f"{config['weights_sha256']}. It was damaged or changed. Copy or download the folder again."
-            )
         _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
         config, record, card = json.loads(copies[CONFIG]), json.loads(copies[METRICS]), copies[CARD]
-        check_config(config, path, with_hash=False)
+        check_config(config, path, copy=True)
     else:
         record = _read_record(folder, copies[METRICS])
         card = (_read_text(folder, CARD) if (folder / CARD).exists() else "") or copies[CARD]
@@ -145,7 +144,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     if saved.recovered:
         _, metadata = parse(files[WEIGHTS], folder / WEIGHTS)
         config = json.loads(metadata[COPIES[CONFIG]])
-        config["weights_sha256"] = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        config["checksum"] = metadata[CHECKSUM]
         files[CONFIG] = to_json(config, CONFIG).encode()
     else:
         files[CONFIG] = _read_text(folder, CONFIG).encode()
