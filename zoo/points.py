@@ -96,11 +96,7 @@ class LinearPoint(Point):
 
     def add(self, module: nn.Module) -> None:
         """`y <- y + module(x)`. Points of one fused projection are handed to `module.add_group` together, if it has one."""
-        if not isinstance(self.module, nn.Linear) and not getattr(self.module, "linear_like", False):
-            raise AttachError(
-                f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so a delta "
-                "f(x) cannot be added. Leave it out of the targets."
-            )
+        self._tokens_only("a delta f(x)")
         self._record("add", module)
 
     def rescale(self, module: nn.Module) -> None:
@@ -111,11 +107,20 @@ class LinearPoint(Point):
         """`x <- module(x)` before the projection; only where the point is the whole projection."""
         if not self.whole:
             raise AttachError(f"point '{self.name}' shares its input with the other slices of '{self.fused}'.")
+        self._tokens_only("a factor on the channels of its input")
         self._record("rescale_input", module)
 
     def reparametrize(self, module: nn.Module) -> None:
         """`W <- module(W)` on each forward; W (dim_out, dim_in) is the frozen weight of this point."""
+        self._tokens_only("another weight matrix")
         self._record("reparametrize", module)
+
+    def _tokens_only(self, what: str) -> None:
+        if not isinstance(self.module, nn.Linear) and not getattr(self.module, "linear_like", False):
+            raise AttachError(
+                f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so {what} "
+                "is not available there. Leave it out of the targets."
+            )
 
     def train(self, *names: str) -> None:
         """Train the backbone's own `weight` and/or `bias` here: a trainable copy takes the place of the frozen one."""
@@ -285,7 +290,9 @@ class Points(Sequence[Point]):
         self.session: Session | None = None
         if len(self._by_name) != len(self._points):
             names = [p.name for p in self._points]
-            raise AttachError(f"two points of {backbone} have one name: {sorted({n for n in names if names.count(n) > 1})}")
+            raise AttachError(
+                f"two points of {backbone} have one name: {sorted({n for n in names if names.count(n) > 1})}"
+            )
 
     def __len__(self) -> int:
         return len(self._points)
@@ -329,7 +336,7 @@ class Points(Sequence[Point]):
         of these (also in one string, comma-separated). Every alternative of it must match.
 
         Raises:
-            SelectionError: nothing matches, or an alternative of the selector, or a value of `role`, `stage` or `block`, does not.
+            SelectionError: nothing matches, or a part of the selector or a value of `role`, `stage` or `block` does not.
         """
         pool = self._points
         for key, wanted in (("kind", kind), ("role", role), ("stage", stage), ("block", block), ("tower", tower)):

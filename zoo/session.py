@@ -60,8 +60,12 @@ class RescaleGroup:
     """`module(y)` on slices of one projection's output (or on the whole output of a norm)."""
 
     parts: tuple[tuple[nn.Module, int, int], ...]
+    channels_first: bool = False  # the output of a convolution, (B, dim_out, H, W)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._run(y.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self._run(y)
+
+    def _run(self, y: Tensor) -> Tensor:
         if len(self.parts) == 1 and self.parts[0][2] - self.parts[0][1] == y.shape[-1]:
             return self.parts[0][0](y)
         group: Callable[..., Tensor] | None = getattr(type(self.parts[0][0]), "rescale_group", None)
@@ -120,7 +124,9 @@ class Session:
             node = node._modules[part]  # type: ignore[assignment]
         last = path[-1]
         held = node._modules.get(last)
-        if last in node._parameters or (held is not None and not (isinstance(held, Place) and isinstance(value, nn.Module))):
+        if last in node._parameters or (
+            held is not None and not (isinstance(held, Place) and isinstance(value, nn.Module))
+        ):
             raise CombinationError(f"'{self.owner}' uses point '{'.'.join(path)}' twice; one module for each point.")
         if isinstance(value, nn.Parameter):
             node.register_parameter(last, value)
@@ -216,14 +222,17 @@ class Session:
         for (_, verb, _), members in self._groups.items():
             members.sort(key=lambda m: m[0].start)
             parts = tuple((module, point.start, point.stop) for point, module in members)
-            fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts)
             first = members[0][0]
+            convolved = isinstance(first.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts, convolved)
             op = self._make(first, verb, "output", fn, *(module for _, module in members))
             self.op(first.module, op, LinearSite)
         for (_, name), points in self._trained.items():
             self._train(name, points)
         if not self.ops and not self.swaps and not self.adapter.stateless:
-            raise AttachError(f"'{self.owner}' attached to no point of {self.points.backbone}: nothing would be trained.")
+            raise AttachError(
+                f"'{self.owner}' attached to no point of {self.points.backbone}: nothing would be trained."
+            )
 
     def _train(self, name: str, points: list[Point]) -> None:
         point = points[0]
@@ -240,7 +249,9 @@ class Session:
             self.swaps.append(Swap(self.owner, point.module, name, frozen, trained))
             return
         if name != "bias":
-            raise AttachError(f"'{name}' of '{point.name}' is fused: train it for all slices of '{point.fused}', or for none.")
+            raise AttachError(
+                f"'{name}' of '{point.name}' is fused: train it for all slices of '{point.fused}', or for none."
+            )
         for p in points:
             assert isinstance(p, LinearPoint) and p.bias is not None
             shift = BiasDelta(p.bias)

@@ -1,0 +1,212 @@
+"""Bottleneck adapters: a small two-layer network beside or behind the sublayers of each block.
+
+Idea: d -> r -> d with r << d, started as nothing, added to what a frozen sublayer `h = F(LN(u))` gives.
+Points: `sublayer` points. Four published forms; `A(x) = s (W_up f(W_down x + b_down) + b_up)`, W_down (r, d), W_up (d, r):
+
+| form          | where              | computes          | r      | f    | s   | source                                    |
+| ------------- | ------------------ | ----------------- | ------ | ---- | --- | ----------------------------------------- |
+| `houlsby`     | after attn and mlp | `u + h + A(h)`    | 64     | GELU | 1   | Houlsby et al. 2019 (adapter-bert)        |
+| `pfeiffer`    | after mlp          | `u + h + A(h)`    | d / 16 | ReLU | 1   | Pfeiffer et al. 2020 (adapter-hub)        |
+| `parallel`    | beside mlp         | `u + h + A(LN u)` | 16     | ReLU | 2   | He et al. 2021, "scaled parallel adapter" |
+| `adaptformer` | beside mlp         | `u + h + A(u)`    | 64     | ReLU | 0.1 | Chen et al. 2022 (ShoufaChen/AdaptFormer) |
+
+`adaptformer` drops 0.1 of f(.) while training. Every entry can be set by itself. Start: W_down Kaiming-uniform(a = sqrt 5),
+all else zero: the pretrained function, to the bit. (Both matrices at zero, as in some published code, would never learn:
+the gradient of each is a multiple of the other.)
+Count: 2 d r + r + d for each point. ViT-B/16: Pfeiffer r = 8 156,768, Houlsby r = 8 313,536, AdaptFormer r = 64 1,189,632.
+Deviations: `houlsby` starts at exactly nothing instead of at N(0, 0.001^2) truncated, in pre-norm blocks; `pfeiffer` sits in
+front of the residual sum, as a pre-norm block has no norm behind it; `parallel` has the rank and scale that its authors use
+for classification (16 and 2; for generation 512 and 4). All sit in front of stochastic depth, which frozen backbones do not
+use. s multiplies W_up and b_up rather than the output, which is the same sum.
+
+In memory: backward needs the r numbers in front of f for each token. The sequential forms also need their input h, which
+nothing else keeps; the parallel ones read the sublayer's norm (recomputed) or its input (kept anyway).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.adapter_base import Adapter
+from zoo.errors import MergeError
+from zoo.memory import recomputable
+from zoo.merge import Merger
+from zoo.points import Points, SublayerPoint
+from zoo.registry import register_adapter
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "none": None,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {"rank": 64, "activation": "gelu", "scale": 1.0, "dropout": 0.0},
+    "pfeiffer": {"reduction": 16.0, "activation": "relu", "scale": 1.0, "dropout": 0.0, "targets": "mlp"},
+    "parallel": {"rank": 16, "activation": "relu", "scale": 2.0, "dropout": 0.0, "targets": "mlp", "source": "input"},
+    "adaptformer": {
+        "rank": 64,
+        "activation": "relu",
+        "scale": 0.1,
+        "dropout": 0.1,
+        "targets": "mlp",
+        "source": "residual",
+    },
+}
+
+
+class Bottleneck(nn.Module):
+    """`x (..., d) -> s (W_up f(W_down x + b_down) + b_up)`, plus x itself if `sequential`."""
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        *,
+        sequential: bool,
+        activation: str = "relu",
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        norm: str = "none",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.adapter_down = nn.Linear(dim, rank)
+        self.adapter_up = nn.Linear(rank, dim)
+        nn.init.kaiming_uniform_(self.adapter_down.weight, a=math.sqrt(5))
+        for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
+            nn.init.zeros_(zero)
+        self.adapter_norm = nn.LayerNorm(dim) if norm != "none" else None
+        self.adapter_scale = nn.Parameter(torch.tensor([scale])) if learn_scale else None
+        self.drop = nn.Dropout(dropout)
+        self.fixed_scale, self.norm_first, self.sequential = scale, norm == "in", sequential
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        inner = x
+        if self.adapter_norm is not None and self.norm_first:
+            inner = recomputable(self.adapter_norm, x)
+        hidden = self.adapter_down(inner)  # (..., r)
+        if self.activation is not None:
+            hidden = recomputable(self.activation, hidden)
+        if self.drop.p > 0 and self.drop.training:
+            # Kept as a mask of one byte each, from which the dropped values are computed again.
+            keep = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(1 - self.drop.p)
+            hidden = recomputable(_dropped, hidden, keep, self.drop.p)
+        if self.adapter_scale is None and self.fixed_scale == 1:
+            out = self.adapter_up(hidden)
+        else:  # s scales (d, r) weights instead of (..., d) outputs, which backward would need if s is learned
+            scale = self.fixed_scale if self.adapter_scale is None else self.adapter_scale
+            out = F.linear(hidden, scale * self.adapter_up.weight, scale * self.adapter_up.bias)
+        if self.adapter_norm is not None and not self.norm_first:
+            out = self.adapter_norm(out)
+        return x + out if self.sequential else out
+
+
+def _dropped(hidden: Tensor, keep: Tensor, p: float) -> Tensor:
+    return hidden * keep / (1 - p)
+
+
+@register_adapter("adapter")
+@dataclass
+class BottleneckAdapter(Adapter):
+    """Bottleneck adapters. Settings left at None are taken from `form`, see the table above.
+
+    Args:
+        form: "pfeiffer", "houlsby" (both sequential), "parallel" or "adaptformer".
+        rank: r, the same everywhere. reduction: instead, r = d / reduction at each point (at least 1).
+        targets: roles or names of sublayer points; None with "houlsby" takes every sublayer.
+        activation: f: "relu", "gelu", "silu", "tanh" or "none".
+        scale: s. learn_scale: train it, from this value.
+        norm: a LayerNorm of the adapter's own in front of W_down ("in") or behind W_up ("out"), or "none".
+        source: of the parallel forms: "input" (behind the sublayer's norm) or "residual" (in front of it).
+        dropout: on f(.), while training.
+    """
+
+    form: Literal["pfeiffer", "houlsby", "parallel", "adaptformer"] = "pfeiffer"
+    rank: int | None = None
+    reduction: float | None = None
+    targets: str | tuple[str, ...] | None = None
+    activation: Literal["relu", "gelu", "silu", "tanh", "none"] | None = None
+    scale: float | None = None
+    learn_scale: bool = False
+    norm: Literal["none", "in", "out"] = "none"
+    source: Literal["input", "residual"] | None = None
+    dropout: float | None = None
+
+    default_lr = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.form in PRESETS, f"form is {self.form!r}; expected one of {', '.join(PRESETS)}.")
+        given_rank = self.rank is not None or self.reduction is not None
+        for name, value in PRESETS[self.form].items():
+            # Filled in here, so that the settings that are saved are the ones in use.
+            if getattr(self, name) is None and not (given_rank and name in ("rank", "reduction")):
+                setattr(self, name, value)
+        self.check(self.rank is None or self.reduction is None, "rank and reduction are both given; give one of them.")
+        self.check(self.rank is None or self.rank >= 1, f"rank is {self.rank}; expected 1 or more.")
+        self.check(self.reduction is None or self.reduction > 0, f"reduction is {self.reduction}; expected above 0.")
+        self.check(
+            self.activation in ACTIVATIONS, f"activation is {self.activation!r}; known: {', '.join(ACTIVATIONS)}."
+        )
+        self.check(self.norm in ("none", "in", "out"), f"norm is {self.norm!r}; expected 'none', 'in' or 'out'.")
+        self.check(0 <= (self.dropout or 0) < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        self.check(self.scale != 0, "scale is 0; the adapter could never do anything.")
+        if self.sequential:
+            self.check(
+                self.source is None, f"source is for the parallel forms; '{self.form}' reads the sublayer's output."
+            )
+        else:
+            self.check(
+                self.source in ("input", "residual"), f"source is {self.source!r}; expected 'input' or 'residual'."
+            )
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the adapter reads the sublayer's output (or else stands beside it)."""
+        return self.form in ("pfeiffer", "houlsby")
+
+    def rank_at(self, dim: int) -> int:
+        """r at a point of width `dim`."""
+        return self.rank if self.rank is not None else max(1, round(dim / (self.reduction or 1)))
+
+    def attach(self, points: Points) -> None:
+        """One bottleneck at every selected sublayer."""
+        points.require("sublayer", "adapter")
+        chosen: list[SublayerPoint] = points.select(self.targets, kind="sublayer")
+        for point in chosen:
+            module = Bottleneck(
+                point.dim_out,
+                self.rank_at(point.dim_out),
+                activation=self.activation or "relu",
+                scale=1.0 if self.scale is None else self.scale,
+                learn_scale=self.learn_scale,
+                norm=self.norm,
+                dropout=self.dropout or 0.0,
+                sequential=self.sequential,
+            )
+            if self.sequential:
+                point.after(module)
+            else:
+                point.parallel(module, source=self.source or "input")
+
+    def merge(self, merger: Merger) -> None:
+        """Never.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(
+            f"'adapter' (form '{self.form}') cannot be merged: it is a network of its own beside the sublayer, not a change of "
+            "the weights. Keep the model as it is, or use a method that can be merged: lora, ssf, ia3, bitfit."
+        )
