@@ -74,6 +74,12 @@ class Adapter(nn.Module):
         """Width of what `features` returns for pooled features of width `dim`."""
         return dim
 
+    def init_head(self, head: nn.Linear) -> None:
+        """Initial values of a head that was made for this adapter, since `feature_dim` changes the width; (K, width)."""
+
+    def release(self) -> None:
+        """The forward pass is over, or broke off: drop what was kept for `features`."""
+
     # -- taking part in training; all optional ----------------------------------------------------------------------
 
     def calibrate(self, model: Model, batches: Iterable[Any]) -> None:

@@ -84,8 +84,12 @@ class Model(nn.Module):
         """Pooled features (B, d) with the active adapters, in front of the head."""
         if torch.compiler.is_compiling():
             return self._features(*inputs, **kwargs)
-        with self._state.saver.record(self.device):
-            return self._features(*inputs, **kwargs)
+        try:
+            with self._state.saver.record(self.device):
+                return self._features(*inputs, **kwargs)
+        finally:
+            for name in self._state.active:
+                self.adapters[name].release()  # type: ignore[operator]
 
     def _features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         names = [] if self._plan == "" else list(self._state.active)
@@ -147,9 +151,9 @@ class Model(nn.Module):
         session = self._attach(name, fresh, activate)
         self.adapters[name] = fresh
         width = self.num_classes if num_classes is None else num_classes
-        dim = self._feature_dim([*self._active_adapters(), fresh])
-        if num_classes is not None or (width and dim != _in_features(self.head)):
-            self.heads[name] = self._new_head(width, dim)
+        dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
+        if num_classes is not None or (width and dim != _in_features(self.head if activate else self.heads["default"])):
+            self.heads[name] = self._new_head(width, dim, fresh)
         self._install(name, session)
         self.set_active(*self._state.active, *([name] if activate else []))
         return fresh
@@ -318,7 +322,11 @@ class Model(nn.Module):
 
     def reset_head(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
         """A new, untrained head of another width in place of the one in use."""
-        self.heads[self.head_name] = self._new_head(num_classes, self._feature_dim(self._active_adapters()))
+        dim, name = self._feature_dim(self._active_adapters()), self.head_name
+        if name == "default" and dim != self.family.feature_dim:  # the bare backbone needs its own
+            name = self._state.active[-1]
+        made_for: Any = dict(self.adapters.items()).get(name)
+        self.heads[name] = self._new_head(num_classes, dim, made_for)
         self.classes = list(classes) if classes is not None else None
         self.train(self.training)
 
@@ -328,7 +336,7 @@ class Model(nn.Module):
             dim = adapter.feature_dim(dim)
         return dim
 
-    def _new_head(self, num_classes: int, dim: int) -> nn.Module:
+    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None) -> nn.Module:
         if num_classes < 0:
             raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
         if num_classes == 0:
@@ -337,6 +345,8 @@ class Model(nn.Module):
         if self.device.type != "meta":
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
+            if adapter is not None and dim != self.family.feature_dim:
+                adapter.init_head(head)
         return head
 
     # -- parameters and memory --------------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ def forward_routed(model: Model, inputs: tuple[Any, ...], names: Sequence[str | 
             features = model.adapters[name].features(parts[name]) if name and single_pass else parts[name]  # type: ignore[operator]
             outputs.append(model.head(features))
     finally:
+        for name in order:
+            if name is not None:
+                model.adapters[name].release()  # type: ignore[operator]
         model.set_active(*active)
         _restore(model, trained)
     widths = {tuple(o.shape[1:]) for o in outputs}

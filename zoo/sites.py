@@ -40,6 +40,8 @@ class Op:
     modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs
     # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
     per_row: bool = True
+    # Runs behind the ops of all adapters at this module: a watch that must see what the backbone itself goes on with
+    last: bool = False
 
 
 @dataclass(eq=False)
@@ -80,7 +82,7 @@ class Site:
     def refresh(self) -> None:
         """Take up the set of active adapters; install hooks if there is anything to run, take them away if not."""
         active = self.state.active if self.state.route is None else tuple(self.state.route)
-        live = sorted((op for op in self.ops if op.owner in active), key=lambda op: active.index(op.owner))
+        live = sorted((op for op in self.ops if op.owner in active), key=lambda op: (op.last, active.index(op.owner)))
         self.inputs = tuple(op for op in live if op.where in ("input", "watch_input"))
         self.outputs = tuple(op for op in live if op.where in ("output", "watch_output"))
         self.forwards = tuple(op for op in live if op.where == "forward")
@@ -145,6 +147,10 @@ class Site:
             self.state.watching.add(f"{op.owner}/{op.point}")
 
     def _watch(self, op: Op, tensor: Tensor) -> None:
+        if self.state.serving is not None:
+            if op.owner == self.state.serving:
+                op.fn(tensor)
+            return
         rows = None if self.state.route is None else self.state.rows(op.owner, tensor.shape[0])
         op.fn(tensor if rows is None else tensor.index_select(0, rows))
 
