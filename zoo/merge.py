@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,34 @@ from torch import Tensor, nn
 from zoo.errors import MergeError
 from zoo.points import LinearPoint, Point
 
+if TYPE_CHECKING:
+    from zoo.adapter_base import Adapter
+
 
 class Merger:
     """Handed to `Adapter.merge`: changes weights of `target`, a copy of the backbone without hooks.
 
     All tensors handed in are in the adapter's dtype; sums are formed in float32 at least and cast back.
+
+    In the live model a projection first gets its reparametrized weight, then its output is changed in the order of the active
+    adapters, and its input is scaled in front of all that. So `run` calls every adapter's `merge` once for each of these
+    phases, and a verb acts in its own phase only; whatever the order of the adapters, merged and live agree.
     """
 
     def __init__(self, target: nn.Module, points: Any) -> None:
         self.target = target
         self.points = points
+        self._phase = ""
+
+    def run(self, adapters: Sequence[Adapter]) -> None:
+        """Fold these adapters in; their order is that of application.
+
+        Raises:
+            MergeError: one of them cannot be merged.
+        """
+        for self._phase in ("weight", "output", "input"):
+            for adapter in adapters:
+                adapter.merge(self)
 
     def module(self, point: Point) -> nn.Module:
         """The copy's module at a point."""
@@ -44,11 +62,15 @@ class Merger:
 
     def add_weight(self, point: LinearPoint, delta: Tensor) -> None:
         """`W <- W + delta`; delta (dim_out, dim_in)."""
+        if self._phase != "output":
+            return
         with self._edit(point, "weight") as weight:
             weight += delta.detach().to(weight).reshape(weight.shape)
 
     def set_weight(self, point: LinearPoint, value: Tensor) -> None:
-        """`W <- value`; (dim_out, dim_in)."""
+        """`W <- value`; (dim_out, dim_in). For what the live model does by `reparametrize`."""
+        if self._phase != "weight":
+            return
         with self._edit(point, "weight") as weight:
             weight.copy_(value.detach().reshape(weight.shape))
 
@@ -58,11 +80,15 @@ class Merger:
 
     def add_bias(self, point: Point, delta: Tensor) -> None:
         """`b <- b + delta`; (dim_out,)."""
+        if self._phase != "output":
+            return
         with self._edit(point, "bias") as bias:
             bias += delta.detach().to(bias)
 
     def rescale(self, point: Point, scale: Tensor, shift: Tensor | None = None) -> None:
         """Output `y <- scale * y + shift` of a projection or norm; both (dim_out,)."""
+        if self._phase != "output":
+            return
         with self._edit(point, "weight") as weight:
             weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 1))
         if shift is not None or self.module(point)._parameters.get("bias") is not None:
@@ -73,5 +99,7 @@ class Merger:
 
     def rescale_input(self, point: LinearPoint, scale: Tensor) -> None:
         """Input `x <- scale * x` of a projection; (dim_in,)."""
+        if self._phase != "input":
+            return
         with self._edit(point, "weight") as weight:
             weight *= scale.detach().to(weight)

@@ -471,9 +471,7 @@ class Model(nn.Module):
             plain = copy.deepcopy(self.backbone)
         for module, name, parameter in trained:
             plain.get_submodule(paths[id(module)])._parameters[name].data.copy_(parameter.data)  # type: ignore[union-attr]
-        merger = Merger(plain, self.points)
-        for adapter in active:
-            adapter.merge(merger)
+        Merger(plain, self.points).run(active)
         if not isinstance(head, nn.Identity):
             self.family.put_head(plain, copy.deepcopy(head))
         return plain.requires_grad_(True).eval()

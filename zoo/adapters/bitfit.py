@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from zoo.adapter_base import Adapter
 from zoo.errors import AttachError
 from zoo.merge import Merger
-from zoo.points import Points
+from zoo.points import LinearPoint, NormPoint, Points
 from zoo.registry import register_adapter
+from zoo.session import BiasDelta
 
 
 @register_adapter("bitfit")
@@ -36,13 +37,22 @@ class BitFit(Adapter):
 
     def attach(self, points: Points) -> None:
         """Train the bias of every selected point that has one."""
-        kinds = [k for k in ("linear", "norm") if k in points.kinds]
-        chosen = points.select(self.targets, kind=kinds)
-        biased = [p for p in chosen if p.module._parameters.get("bias") is not None]
+        biased = self.selected(points)
         if not biased:
-            raise AttachError(f"'bitfit' needs biases, and none of the {len(chosen)} chosen points of {points.backbone} has one.")
+            raise AttachError(f"'bitfit' needs biases, and none of the chosen points of {points.backbone} has one.")
         for point in biased:
             point.train("bias")
 
+    def selected(self, points: Points) -> list[LinearPoint | NormPoint]:
+        """The chosen points that have a bias."""
+        kinds = [k for k in ("linear", "norm") if k in points.kinds]
+        chosen = points.select(self.targets, kind=kinds)
+        return [p for p in chosen if p.module._parameters.get("bias") is not None]
+
     def merge(self, merger: Merger) -> None:
-        """The trained values are in the merged copy already."""
+        """Trained biases are in the merged copy already, except slices of a fused one, which are kept as differences."""
+        parts = dict(self.named_modules())
+        for point in self.selected(merger.points):
+            part = parts.get(point.name)
+            if isinstance(part, BiasDelta):
+                merger.add_bias(point, part.bias - part.frozen)  # type: ignore[operator]
