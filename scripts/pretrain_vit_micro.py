@@ -4,7 +4,8 @@
 
 The recipe: AdamW, cosine schedule with warm-up, random crop and flip, mixup/cutmix, label smoothing, an exponential
 moving average of the weights, bf16 autocast. For the first part of the schedule half of the patches are dropped
-(PatchDropout, Liu et al. 2022), which halves the cost of an image and acts as augmentation.
+(PatchDropout, Liu et al. 2022), which halves the cost of an image and acts as augmentation; in the rest, with all patches, only
+a fifth of the batches is mixed, so that the model ends on images as it will see them.
 
 The test split is read once, after the last epoch; the last weights of the moving average are the result, so no choice
 is made on it. A run stopped at any moment goes on from its last epoch with the same command.
@@ -128,7 +129,9 @@ def main() -> None:
 
     step = start * steps
     for epoch in range(start, args.epochs):
-        model.patch_drop = patch_drop if epoch < args.patch_drop_epochs * args.epochs else torch.nn.Identity()
+        early = epoch < args.patch_drop_epochs * args.epochs
+        mix.mix_prob = 0.8 if early else 0.2
+        model.patch_drop = patch_drop if early else torch.nn.Identity()
         model.train()
         order = torch.randperm(len(images), generator=generator).to(device)
         began, total_loss = time.time(), 0.0

@@ -1,0 +1,150 @@
+"""Do the methods learn? `vit-micro` (trained on CIFAR-100) adapted to 2,000 images of CIFAR-10, tested on all 10,000.
+
+    python benchmarks/learning.py --data <folder with cifar10/> --seeds 3
+
+Every method has the same images, augmentation, epochs and schedule, and its own default learning rate. The last epoch counts, so nothing
+is chosen on the test images. Writes `results/learning.json`, `.md` and `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoo
+from zoo.data import open_dataset
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear probe": ("linear", {}),
+    "BitFit": ("bitfit", {}),
+    "VPT-deep": ("vpt", {"num_tokens": 10}),
+    "LoRA": ("lora", {"rank": 8, "targets": ("q", "v", "up", "down")}),
+    "AdaptFormer": ("adapter", {"form": "adaptformer", "rank": 32}),
+    "SPT": ("spt", {"budget": 0.1}),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def train_one(
+    label: str, data: str, seed: int, epochs: int, shots: int = 200, test: Any = None, progress: bool = False
+) -> tuple[zoo.Model, dict[str, Any]]:
+    """Fit one method with one seed; `shots` images of each class."""
+    method, settings = METHODS[label]
+    model = zoo.load("vit-micro", adapter=zoo.adapter(method, **settings), num_classes=10, seed=seed)
+    train = open_dataset(data, split="train", shots=shots, seed=seed)
+    model.classes = train.classes
+    report = zoo.fit(model, train, epochs=epochs, batch_size=64, seed=seed, progress=progress)
+    if test is None:
+        test = open_dataset(data, split="test")
+    accuracy = zoo.evaluate(model, test, batch_size=250, progress=False)["accuracy"]
+    images = torch.zeros(64, 3, 32, 32)
+    row = {
+        "method": label,
+        "seed": seed,
+        "accuracy": accuracy,
+        "parameters": model.num_parameters(trainable=True),
+        "saved_bytes": model.saved_bytes(images),
+        "seconds": report.seconds,
+    }
+    model.record |= {
+        "task": "image-classification",
+        "data": {"name": "CIFAR-10", "url": "https://www.cs.toronto.edu/~kriz/cifar.html", "train": 10 * shots, "test": 10000},
+        "metrics": {"test": {"accuracy": round(accuracy, 4)}},
+        "saved_bytes": row["saved_bytes"],
+        "seconds": round(report.seconds, 1),
+        "license": "apache-2.0",
+    }
+    return model, row
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each method: mean and standard deviation over the seeds."""
+    lines = []
+    for label in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == label]
+        values = [r["accuracy"] for r in mine]
+        lines.append(
+            {
+                "method": label,
+                "accuracy": statistics.mean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "seeds": len(values),
+                "parameters": mine[0]["parameters"],
+                "saved_bytes": mine[0]["saved_bytes"],
+            }
+        )
+    return lines
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The table of the cards."""
+    text = ["| method | test accuracy, % | trained parameters | kept for backward, MiB |", "| --- | --- | --- | --- |"]
+    for x in lines:
+        accuracy = f"{100 * x['accuracy']:.1f} ± {100 * x['deviation']:.1f}"
+        text.append(f"| {x['method']} | {accuracy} | {x['parameters']:,} | {x['saved_bytes'] / 2**20:.1f} |")
+    return "\n".join(text) + "\n"
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy with the deviation over the seeds, against parameters and memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = ["#6e7781", "#1f6feb", "#8250df", "#d1242f", "#bf8700", "#1a7f37"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    scales = ((axes[0], "parameters", 1, "trained parameters"), (axes[1], "saved_bytes", 2**20, "MiB kept for backward (batch of 64)"))
+    for axis, key, unit, label in scales:
+        widest = max(x[key] for x in lines)
+        for x, colour in zip(lines, colours):
+            place = x[key] / unit, 100 * x["accuracy"]
+            axis.errorbar(*place, yerr=100 * x["deviation"], fmt="o", markersize=8, color=colour, capsize=3)
+            right = x[key] < 0.8 * widest
+            axis.annotate(
+                x["method"], place, xytext=(9, 4) if right else (-9, 4), textcoords="offset points", color=colour, ha="left" if right else "right"
+            )
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel("CIFAR-10 test accuracy, %")
+    figure.suptitle("vit-micro (CIFAR-100) adapted to 2,000 images of CIFAR-10")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")) / "cifar10"
+    parser.add_argument("--data", default=str(default), help="folder with train*.parquet and test*.parquet")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--keep", type=Path, help="save the adapters of the first seed below this folder")
+    args = parser.parse_args()
+    test = open_dataset(args.data, split="test")
+    rows: list[dict[str, Any]] = []
+    partial = RESULTS / "learning.json"
+    for seed in range(args.seeds):
+        for label in args.methods:
+            model, row = train_one(label, args.data, seed, args.epochs, test=test)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if args.keep is not None and seed == 0:
+                model.save_adapter(args.keep / f"vit-micro-{METHODS[label][0]}-cifar10")
+            partial.write_text(json.dumps({"epochs": args.epochs, "rows": rows, "summary": summary(rows)}, indent=1) + "\n")
+    lines = summary(rows)
+    (RESULTS / "learning.md").write_text(markdown(lines))
+    draw(lines, RESULTS / "learning.png")
+    print(markdown(lines))
+
+
+if __name__ == "__main__":
+    main()
