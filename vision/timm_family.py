@@ -98,6 +98,11 @@ class TimmBackbone(Backbone):
             classifier.load_state_dict(head.state_dict())
             classifier.to(device=head.weight.device, dtype=head.weight.dtype)
 
+    def head_path(self) -> str | None:
+        """Where timm keeps the classifier: `head`, or `head.fc`."""
+        own = self.module.get_classifier()  # type: ignore[operator]
+        return next((path for path, module in self.module.named_modules() if module is own), None)
+
     def data_config(self) -> dict[str, Any]:
         """timm's data configuration of the checkpoint, at the image size that the module was built for."""
         config = dict(timm.data.resolve_model_data_config(self.module))

@@ -121,6 +121,10 @@ class Backbone:
         """Put a classifier into a (merged) module of this family."""
         raise TypeError(f"{type(self).__name__} has no classifier of its own.")
 
+    def head_path(self) -> str | None:
+        """Module path at which `put_head` puts a classifier; None if that is not one module."""
+        return None
+
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in forward order."""
         return [p.module for p in self.points() if p.kind == "block"]

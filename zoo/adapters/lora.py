@@ -190,17 +190,20 @@ class LoRA(Adapter):
     def attach(self, points: Points) -> None:
         """Add a low-rank delta at every selected linear point."""
         points.require("linear", "lora")
-        selected = self.selected(points)
-        ranks = self._by_point("ranks", points, selected)
-        alphas = self._by_point("alphas", points, selected)
-        for point in selected:
-            rank = int(ranks.get(point.name, self.rank))
-            scale = self._scale(rank, alphas.get(point.name, self.alpha))
+        for point, rank, scale in self.shapes(points):
             if self.dora:
                 frozen = point.weight if point.weight.is_meta else point.weight.cpu()
                 point.reparametrize(DoRAWeight(frozen, rank, scale))
             else:
                 point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout))
+
+    def shapes(self, points: Points) -> list[tuple[LinearPoint, int, float]]:
+        """The target points, with rank and scale of each."""
+        selected = self.selected(points)
+        ranks = self._by_point("ranks", points, selected)
+        alphas = self._by_point("alphas", points, selected)
+        at = [(point, int(ranks.get(point.name, self.rank))) for point in selected]
+        return [(point, rank, self._scale(rank, alphas.get(point.name, self.alpha))) for point, rank in at]
 
     def _by_point(self, setting: str, points: Points, selected: list[LinearPoint]) -> dict[str, float]:
         """`ranks` or `alphas` as names of points -> value; an entry that concerns no target is an error."""

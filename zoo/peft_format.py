@@ -1,0 +1,315 @@
+"""LoRA adapters in peft's format, out and in: `adapter_config.json` and `adapter_model.safetensors` as peft writes them.
+
+peft wraps whole modules of the library and knows no slices. So, for a fused q/k/v of width d_out = 3 d:
+
+    out:  the slices' own pairs (A_q, B_q), (A_k, B_k), ... become one pair of rank r_q + r_k + ...
+              A = [A_q; A_k; A_v]   (R, d_in)        B = diag(B_q, B_k, B_v)   (d_out, R)
+          and alpha is adapted, so that the scale stays what it was. A slice without an adapter gets rows of zeros in B.
+    in:   each slice gets a copy of A and its own rows of B, which gives the same function; the copies are trained apart.
+
+DoRA works on rows of the weight, so it splits and joins in the same way. The head goes along as `modules_to_save`. The same
+module of the library, with the same weights, is to be loaded on the other side; peft does not check that, but a folder that
+was written here also carries the fingerprint of the weights, which is checked when it comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor, nn
+
+from zoo.adapters.lora import LoRA
+from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
+from zoo.layout import CONFIG, WEIGHTS, to_json
+from zoo.points import LinearPoint
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+    from zoo.peft_reader import PeftAdapter
+
+PREFIX = "base_model.model."
+NOTE = "zoo"  # of the weights file's metadata: what peft's config has no place for
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Path:
+    """Write a LoRA adapter and the head so that peft loads them on the same backbone, with the same outputs.
+
+        peft.PeftModel.from_pretrained(timm.create_model("vit_base_patch16_224", num_classes=100), folder)
+
+    Args:
+        folder: made if need be; must not hold an adapter in our own format.
+        adapter: which one; by default the active one.
+
+    Raises:
+        ConfigError: the adapter is not a LoRA, several are active, or the folder is in use.
+        MismatchError: a point or head that peft's format cannot name. SaveError: writing failed; old files stay whole.
+    """
+    from zoo.disk import write_file
+
+    name = _choose(model, adapter)
+    lora: LoRA = model.adapters[name]  # type: ignore[assignment]
+    folder = Path(folder)
+    _check_folder(folder)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, points in _by_module(lora.selected(model.points)).items():
+        module = model.backbone.get_submodule(path)
+        if not isinstance(module, nn.Linear):
+            raise MismatchError(
+                f"'{points[0].name}' is a {type(module).__name__}; it can be written in peft's format only where the library "
+                "has an nn.Linear. Save this adapter with model.save_adapter."
+            )
+        scale = _write_module(tensors, path, module, [(p, lora.module_at(p)) for p in points])
+        ranks[path] = len(tensors[f"{PREFIX}{path}.lora_A.weight"])
+        alphas[path] = scale * ranks[path]
+    own_head = name if name in model.heads else "default"
+    head, head_path = model.heads[own_head], model.family.head_path()
+    if not isinstance(head, nn.Identity):
+        if head_path is None or not isinstance(head, nn.Linear) or head.in_features != model.family.feature_dim:
+            raise MismatchError(
+                f"The head of '{name}' ({type(head).__name__}) is not one nn.Linear on the backbone's own features, so the "
+                "library's module has no place for it. Save this adapter with model.save_adapter."
+            )
+        tensors.update({f"{PREFIX}{head_path}.{key}": value for key, value in head.state_dict().items()})
+    modules = [path for path, _ in model.backbone.named_modules()]
+    config = _config(model, lora, ranks, alphas, modules, head_path if isinstance(head, nn.Linear) else None)
+    note = {
+        "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint, "kwargs": model.backbone_kwargs},
+        "config": lora.config(),
+        "classes": model.classes if isinstance(head, nn.Linear) else None,
+    }
+    plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", NOTE: json.dumps(note)}
+    write_file(folder / WEIGHTS, dump_safetensors(plain, metadata))
+    write_file(folder / CONFIG, to_json(config, "the config").encode())
+    return folder
+
+
+def _choose(model: Model, wanted: str | None) -> str:
+    names = list(model.active) if wanted is None else [wanted]
+    if wanted is not None and wanted not in model.adapters:
+        raise UnknownNameError(f"The model has no adapter '{wanted}'. {nearest(wanted, model.adapters.keys())}")
+    if len(names) != 1:
+        what = "none is active" if not names else f"active are {', '.join(names)}"
+        raise ConfigError(
+            f"peft's format holds one adapter, and {what}. Name one: to_peft(model, folder, adapter=...)."
+        )
+    method = model.adapters[names[0]]
+    if type(method) is not LoRA:
+        raise ConfigError(
+            f"'{names[0]}' is a {type(method).__name__}; only 'lora' can be written in peft's LoRA format. Save it with "
+            "model.save_adapter."
+        )
+    return names[0]
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        present = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(present, dict) and "format_version" in present:
+        raise ConfigError(
+            f"'{folder}' holds an adapter in our own format, whose files have the same names. Choose another folder."
+        )
+
+
+def _by_module(points: Iterable[LinearPoint]) -> dict[str, list[LinearPoint]]:
+    """Points by the module that they are (slices of), slices in order of their rows."""
+    found: dict[str, list[LinearPoint]] = {}
+    for point in points:
+        found.setdefault(point.path, []).append(point)
+    return {path: sorted(members, key=lambda p: p.start) for path, members in found.items()}
+
+
+def _write_module(
+    tensors: dict[str, Tensor], path: str, module: nn.Linear, members: list[tuple[LinearPoint, Any]]
+) -> float:
+    """Add A (R, in), B (out, R) and, for DoRA, the magnitudes (out,) of one module to `tensors`; returns its scale."""
+    scale = max((float(part.scale) for _, part in members), key=abs)
+    a = torch.cat([part.lora_a.detach() for _, part in members])
+    b = a.new_zeros(module.out_features, len(a))
+    column = 0
+    for point, part in members:
+        rank = len(part.lora_a)
+        ratio = part.scale / scale if scale else 0.0
+        b[point.start : point.stop, column : column + rank] = part.lora_b.detach() * ratio
+        column += rank
+    tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b
+    if hasattr(members[0][1], "magnitude"):
+        magnitude = module.weight.detach().norm(dim=1)  # rows without an adapter keep their length
+        for point, part in members:
+            magnitude[point.start : point.stop] = part.magnitude.detach()
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
+    return scale
+
+
+def _config(
+    model: Model,
+    lora: LoRA,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    modules: list[str],
+    head_path: str | None,
+) -> dict[str, Any]:
+    """peft's `adapter_config.json`; fields that are left out have their defaults there."""
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    uniform = len(set(ranks.values())) == len(set(alphas.values())) == 1
+    # With one rank and alpha the flag can be kept; peft warns of it beside patterns, so there the scale holds it alone.
+    rslora = lora.rslora and uniform
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": {
+            "base_model_class": type(model.backbone).__name__,
+            "parent_library": type(model.backbone).__module__,
+        },
+        "base_model_name_or_path": None,  # as peft leaves it for timm; it would look a name up on the Hub
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole(alpha / math.sqrt(rank) if rslora else alpha),
+        "rank_pattern": _patterns(ranks, rank),
+        "alpha_pattern": {key: _whole(value) for key, value in _patterns(alphas, alpha).items()},
+        "use_rslora": rslora,
+        "use_dora": lora.dora,
+        "lora_dropout": lora.dropout,
+        "target_modules": _suffixes(ranks, [*modules, *([head_path] if head_path else [])]),
+        "modules_to_save": [head_path] if head_path else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Regular expressions, as peft reads them, for the modules whose value is not the default."""
+    found: dict[str, Any] = {}
+    for value in dict.fromkeys(v for v in values.values() if v != default):
+        short = _suffixes([path for path, v in values.items() if v == value], list(values))
+        for key in [short] if isinstance(short, str) else [re.escape(s) for s in short]:
+            found[key] = value
+    return found
+
+
+def _suffixes(wanted: Iterable[str], modules: list[str]) -> list[str] | str:
+    """The shortest ends of module paths that match exactly the wanted ones; one regular expression if no ends can."""
+    rest = list(wanted)
+    whole = set(rest)
+    found: list[str] = []
+    while rest:
+        parts = rest[0].split(".")
+        for count in range(1, len(parts) + 1):
+            end = ".".join(parts[-count:])
+            hits = {m for m in modules if m == end or m.endswith("." + end)}
+            if hits <= whole:
+                break
+        else:
+            return "|".join(re.escape(path) for path in sorted(whole))
+        found.append(end)
+        rest = [path for path in rest if path not in hits]
+    return found
+
+
+# -- in ---------------------------------------------------------------------------------------------------------------
+
+
+@overload
+def from_peft(
+    folder: str | Path, backbone: str | None = None, *, model: None = None, name: str | None = None, **options: Any
+) -> Model: ...
+
+
+@overload
+def from_peft(folder: str | Path, *, model: Model, name: str | None = None) -> str: ...
+
+
+def from_peft(
+    folder: str | Path,
+    backbone: str | None = None,
+    *,
+    model: Model | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> Model | str:
+    """Read a LoRA adapter that peft saved; all or nothing.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        backbone: build this backbone (as `zoo.load` does, with `options`) and return the model; may be left out if the
+            folder was written by `to_peft`.
+        model: attach to this model instead, and return the adapter's name there.
+        name: of the adapter; by default "lora".
+
+    Raises:
+        ConfigError: a setting of peft that has no equal here (named, with the reason).
+        MismatchError: the adapter belongs to another backbone, width, depth or set of weights.
+        WeightsError: the weights are damaged, a pickle, or not finite.
+    """
+    from zoo.loading import load
+    from zoo.peft_reader import read_peft
+
+    saved = read_peft(Path(folder))
+    if model is not None:
+        if backbone is not None or options:
+            raise ConfigError("Give from_peft a backbone (with options) to build, or a model that is there; not both.")
+        return _attach(model, saved, name)
+    if backbone is None:
+        if not saved.backbone_name:
+            raise ConfigError(
+                f"'{folder}' does not say which backbone it is for. Name it: from_peft(folder, 'vit-b16'), or "
+                "from_peft(folder, model=model)."
+            )
+        backbone, options = saved.backbone_name, {**saved.backbone_kwargs, **options}
+    built = load(backbone, **options)
+    _attach(built, saved, name)
+    return built
+
+
+def _attach(model: Model, saved: PeftAdapter, name: str | None) -> str:
+    from zoo.peft_translate import translate
+
+    if saved.fingerprint and model.fingerprint and saved.fingerprint != model.fingerprint:
+        raise MismatchError(
+            f"The adapter in '{saved.folder}' was trained on other weights: their fingerprint is {saved.fingerprint}, this "
+            f"model's is {model.fingerprint}. Load the weights that it was trained on ('{saved.backbone_name}')."
+        )
+    lora, parts, head = translate(saved, model)
+    heads, classes, active = dict(model.heads.items()), model.classes, model.active
+    shared = bool(model.adapters)  # then the head belongs to the new adapter alone
+    before = set(model.adapters)
+    try:
+        model.add_adapter(lora, name, num_classes=len(head["weight"]) if head and shared else None)
+        added = next(n for n in model.adapters if n not in before)
+        for point, values in parts.items():
+            model.adapters[added].get_submodule(point).load_state_dict(values)
+        if head:
+            if not shared:  # a new one: the old one is put back if anything fails
+                model.heads["default"] = model._new_head(len(head["weight"]), model.family.feature_dim)
+            model.head.load_state_dict(head)
+            model.classes = saved.classes if saved.classes or not shared else classes
+            model.train(model.training)
+    except BaseException:
+        for key in [n for n in model.adapters if n not in before]:
+            model.remove_adapter(key)
+        for key, module in heads.items():
+            model.heads[key] = module
+        model.classes = classes
+        model.set_active(*active)
+        raise
+    return added
