@@ -147,7 +147,10 @@ def decode(data: bytes | bytearray | memoryview | None, where: str) -> Image.Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of palettes; neither matters here
             with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
+                image.load()
+                if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
+                    return image.point(lambda value: value / 256, "L").convert("RGB")
+                return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{where}: the image is corrupt ({reason}). {_ADVICE}") from error

@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from zoo.data.dataset import ImageDataset, OnError, Rows, Transform
 from zoo.data.parquet import ParquetRows
@@ -59,8 +59,8 @@ def open_dataset(
     if isinstance(source, ImageDataset):
         dataset = source if transform is None else source.with_transform(transform)
     elif isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
-        rows = TorchRows(source)
-        known = names if names is not None else _class_names(getattr(source, "classes", None))
+        rows = TorchRows(cast("Dataset[Any]", source))
+        known = names if names is not None else _class_names(_own_classes(source))
         if known is None and rows.labels is not None:
             known = [str(i) for i in range(int(rows.labels.max()) + 1)]
         if known is not None:
@@ -72,7 +72,7 @@ def open_dataset(
             hub = HubRows(found, split, image_column=image_column, label_column=label_column, class_names=names)
             dataset = ImageDataset(hub, hub.class_names, transform=transform, on_error=on_error)
         elif isinstance(found, Path):
-            folder = FolderRows(found, names if names is not None else _classes_json(found))
+            folder = FolderRows(found, names if names is not None else _classes_json(found), name=_folder_name(found))
             dataset = ImageDataset(folder, folder.class_names, transform=transform, on_error=on_error)
         else:
             parquet = ParquetRows(
@@ -84,6 +84,12 @@ def open_dataset(
             )
             dataset = ImageDataset(parquet, parquet.class_names, transform=transform, on_error=on_error)
     return dataset if shots is None else few_shot(dataset, shots, seed)
+
+
+def _own_classes(dataset: Any) -> Any:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
 
 
 def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Path | list[Path] | str:
@@ -119,7 +125,9 @@ def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Pat
 
 
 def _in_folder(folder: Path, split: str | None) -> Path | list[Path]:
-    files = [f for f in sorted(folder.rglob("*.parquet")) if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
+    files = [
+        f for f in sorted(folder.rglob("*.parquet")) if not any(p.startswith(".") for p in f.relative_to(folder).parts)
+    ]
     if files:
         if split is not None and any(f.relative_to(folder).parts[0] == split for f in files):
             return [f for f in files if f.relative_to(folder).parts[0] == split]
@@ -143,7 +151,9 @@ def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
     for file in files:
         names.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if split is not None:
-        chosen = names.get(split) or [f for n, fs in names.items() if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", n) for f in fs]
+        chosen = names.get(split) or [
+            f for n, fs in names.items() if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", n) for f in fs
+        ]
         if not chosen:
             raise DataError(f"{source}: no Parquet file of the split '{split}'. {nearest(split, names)}")
         return sorted(chosen)
@@ -157,6 +167,12 @@ def _short_name(files: Sequence[Path]) -> str:
     stem = _SHARD.sub("", files[0].stem)
     folder = files[0].resolve().parent.name
     return f"{folder}/{stem}" if folder else stem
+
+
+def _folder_name(folder: Path) -> str:
+    """`flowers/train` for a split's folder, else the folder's own name."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name.lower() in SPLITS else folder.name
 
 
 def _class_names(classes: Any) -> list[str] | None:

@@ -64,6 +64,7 @@ class ParquetRows:
         self.image_column = _find_image(schema, image_column, self.files[0])
         self.label_column = _find_label(schema, label_column, self.image_column, self.files[0])
         self._index(cache_bytes, hold_bytes)
+        self.labels: np.ndarray | None
         self.labels, self.class_names = self._read_labels(schema, class_names)
 
     def _index(self, cache_bytes: int, hold_bytes: int) -> None:
@@ -89,7 +90,9 @@ class ParquetRows:
                 self._starts.append(row)
                 row += info.num_rows
                 parts = (info.column(i) for i in range(info.num_columns))
-                size += sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == self.image_column)
+                size += sum(
+                    p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == self.image_column
+                )
         self._length = row
         if row == 0:
             raise DataError(f"{self.name}: the data set is empty; {len(self.files)} Parquet file(s) hold no row.")
@@ -102,16 +105,18 @@ class ParquetRows:
             sizes = [end - start for start, end in zip(self._starts, ends, strict=True)]
             self.blocks = np.repeat(np.arange(len(sizes)), sizes)
 
-    def _read_labels(
-        self, schema: pa.Schema, class_names: Sequence[str] | None
-    ) -> tuple[np.ndarray, list[str]]:
+    def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
         columns = [self._labels_of(number) for number in range(len(self.files))]
         if len(kinds := {str(c.type) for c in columns}) > 1:
-            raise DataError(f"{self.name}: column '{self.label_column}' is {' in one file and '.join(sorted(kinds))} in another.")
+            raise DataError(
+                f"{self.name}: column '{self.label_column}' is {' in one file and '.join(sorted(kinds))} in another."
+            )
         column = pa.chunked_array([chunk for c in columns for chunk in c.chunks], type=columns[0].type)
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise DataError(f"{self.where(row)}: no label in column '{self.label_column}' ({column.null_count} such rows).")
+            raise DataError(
+                f"{self.where(row)}: no label in column '{self.label_column}' ({column.null_count} such rows)."
+            )
         names = list(class_names) if class_names is not None else _hub_names(schema, self.label_column)
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             values = column.to_pylist()
@@ -124,7 +129,9 @@ class ParquetRows:
                     )
             return np.fromiter((positions[v] for v in values), np.int64, len(values)), names
         if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
-            raise DataError(f"{self.name}: label column '{self.label_column}' is of type {column.type}; expected int or str.")
+            raise DataError(
+                f"{self.name}: label column '{self.label_column}' is of type {column.type}; expected int or str."
+            )
         labels = column.to_numpy().astype(np.int64)
         if names is None:
             names = [str(i) for i in range(int(labels.max()) + 1)]
@@ -159,6 +166,7 @@ class ParquetRows:
         return f"{self.files[file]}, row {index - self._file_starts[file]}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
+        assert self.labels is not None
         block = bisect.bisect_right(self._starts, index) - 1
         value = self._column(block)[index - self._starts[block]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -173,7 +181,9 @@ class ParquetRows:
         try:
             column = self._reader(file).read_row_group(group, columns=[self.image_column], use_threads=False).column(0)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.files[file]}, row group {group}: cannot be read ({error}). Copy the file again.") from error
+            raise DataError(
+                f"{self.files[file]}, row group {group}: cannot be read ({error}). Copy the file again."
+            ) from error
         self._cache[block] = column
         while len(self._cache) > self._keep:
             self._cache.popitem(last=False)
@@ -239,7 +249,9 @@ def _find_label(schema: pa.Schema, wanted: str | None, image: str, file: Path) -
 
 def _require(wanted: str, names: list[str], setting: str, file: Path) -> None:
     if wanted not in names:
-        raise DataError(f"{file}: no column '{wanted}' ({setting}); columns: {', '.join(names)}. {nearest(wanted, names)}")
+        raise DataError(
+            f"{file}: no column '{wanted}' ({setting}); columns: {', '.join(names)}. {nearest(wanted, names)}"
+        )
 
 
 def _described(schema: pa.Schema) -> str:

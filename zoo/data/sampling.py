@@ -53,7 +53,9 @@ def split_train_val(dataset: ImageDataset, fraction: float = 0.1, seed: int = 0)
     chosen = np.zeros(len(dataset), dtype=bool)
     chosen[np.concatenate(val)] = True
     if not chosen.any():
-        raise DataError(f"{dataset.name}: no class has two images, so none can be set aside. Pass val=..., or keep='last'.")
+        raise DataError(
+            f"{dataset.name}: no class has two images, so none can be set aside. Pass val=..., or keep='last'."
+        )
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 

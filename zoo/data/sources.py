@@ -163,7 +163,9 @@ class TorchRows:
     window = 1
 
     def __init__(self, dataset: Dataset[Any], name: str = "") -> None:
-        if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
             raise DataError(
                 f"{type(dataset).__name__} has no length or cannot be indexed; expected a map-style data set with __len__ and "
                 "__getitem__ (shuffling and exact resume need both). Put its items into a list first."
