@@ -101,9 +101,11 @@ class Saver:
         """A context in which tensors that can be given back are not kept. `device` is where the model runs."""
         return _Recording(self, device)
 
-    def note(self, output: Tensor, fn: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
+    def note(
+        self, output: Tensor, fn: Callable[..., Tensor], inputs: tuple[Any, ...], constant: bool = False
+    ) -> None:
         """`output` is `fn(*inputs)` and need not be kept, if the inputs are. `fn` must be deterministic."""
-        if not self.recording or not isinstance(output, Tensor) or not output.requires_grad:
+        if not self.recording or not isinstance(output, Tensor) or not (output.requires_grad or constant):
             return
         held = tuple(self._find(i) or i.detach() if isinstance(i, Tensor) else i for i in inputs)
         key = output.untyped_storage().data_ptr()
@@ -207,12 +209,13 @@ def saved_bytes(run: Callable[[], Any], ignore: Iterable[Tensor] = ()) -> int:
     return Saver().count(run, ignore)
 
 
-def recomputable(fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def recomputable(fn: Callable[..., Tensor], *inputs: Any, constant: bool = False) -> Tensor:
     """`fn(*inputs)`, whose result is recomputed in backward instead of kept. For the elementwise steps of adapters.
 
-    `fn` must be deterministic, and its tensor inputs must be kept anyway, or be recomputable themselves.
+    `fn` must be deterministic, and its tensor inputs must be kept anyway, or be recomputable themselves. `constant=True` is
+    for a result that carries no gradient but that an operation with one keeps, such as an attention bias.
     """
     output = fn(*inputs)
     if not torch.compiler.is_compiling() and _recording is not None:
-        _recording.note(output, fn, inputs)
+        _recording.note(output, fn, inputs, constant)
     return output

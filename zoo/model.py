@@ -103,6 +103,8 @@ class Model(nn.Module):
         super().train(mode)
         if not any(a.trains_backbone for a in self._active_adapters()):
             self.backbone.eval()
+        for where in self._sites.values():
+            where.reset()
         return self
 
     @property
@@ -242,6 +244,13 @@ class Model(nn.Module):
             for where, op in self._ops[other]:
                 if op.verb == "replace" and id(where.module) in replaced:
                     raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'.")
+                for mine_at, new in session.ops:
+                    if mine_at.module is where.module and (op.verb in new.excludes or new.verb in op.excludes):
+                        raise CombinationError(
+                            f"'{name}' ({new.verb} at '{new.point}') and '{other}' ({op.verb} at '{op.point}') need the same "
+                            f"module for themselves. Switch '{other}' off first (model.set_active()), or attach with "
+                            "activate=False."
+                        )
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away; without any adapter the backbone is as it came, to the bit."""

@@ -165,9 +165,10 @@ class AttentionPoint(Point):
     causal: bool = False
 
     def extend(self, module: nn.Module) -> None:
-        """`module() -> (keys, values)`, each (1 or B, num_heads, T, head_dim): put before the keys and values of every query.
+        """`module(B) -> (keys, values)`, each (1 or B, num_heads, T, head_dim): put before the keys and values of every query.
 
-        Windowed attention shares them between windows, with zero relative bias and no mask.
+        Windowed attention shares them between windows, with zero relative bias and no mask. In evaluation the result is
+        kept until a parameter of the module changes, so one of size 1 must depend on parameters only.
         """
         self._record("extend", module)
 
@@ -187,16 +188,17 @@ class TokensPoint(Point):
     first: bool = False  # the first block of the backbone (or tower)
     parameter: str = ""  # path of a trainable token of the backbone, such as cls_token
 
-    def prompt(self, module: nn.Module, keep: bool = False) -> None:
-        """`module() -> (1 or B, T, d)` tokens between the prefix tokens and the patches.
+    def prompt(self, module: nn.Module, keep: bool = False, pooled: bool = False) -> None:
+        """`module(B) -> (1 or B, T, d)` tokens between the prefix tokens and the patches; B images.
 
         `keep=False`: they exist in this block only and their outputs are dropped (VPT-deep); computed as keys and values,
-        which gives the same outputs and gradients. `keep=True`, first block only: they flow through all blocks and are
-        dropped before the pooling (VPT-shallow).
+        which gives the same outputs and gradients, and kept in evaluation as those of `AttentionPoint.extend`. `keep=True`,
+        first block only: they flow through all blocks (VPT-shallow). `pooled`: what leaves the last block takes part in an
+        average over the tokens; otherwise it is dropped before the pooling.
         """
         if keep and not self.first:
             raise AttachError(f"prompts that are kept can only start at the first block, not at '{self.name}'.")
-        self._record("prompt", module, keep=keep)
+        self._record("prompt", module, keep=keep, pooled=pooled)
 
     def train(self) -> None:
         """Train the backbone's own token (`parameter`), such as the class token."""

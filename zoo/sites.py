@@ -42,6 +42,7 @@ class Op:
     per_row: bool = True
     # Runs behind the ops of all adapters at this module: a watch that must see what the backbone itself goes on with
     last: bool = False
+    excludes: tuple[str, ...] = ()  # verbs of other adapters that cannot be active at the same module
 
 
 @dataclass(eq=False)
@@ -54,6 +55,7 @@ class State:
     batch: int = 0
     serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)
     watching: set[str] | None = None  # points whose ops ran, while a probe listens
+    aside: bool = False  # prompts pass through a module on their own: ops that only watch the token stream do not run
 
     def rows(self, name: str, leading: int) -> Tensor | None:
         """Rows of a tensor with `leading` = batch * k rows (k windows per image) that adapter `name` serves."""
@@ -94,11 +96,15 @@ class Site:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+        self.reset()
         # An instance attribute shadows the class's method: class, parameters and keys of the module stay as they are.
         if self.replaces():
             self.module.__dict__["forward"] = self.forward
         else:
             self.module.__dict__.pop("forward", None)
+
+    def reset(self) -> None:
+        """The mode or the set of adapters changed: forget what was computed for evaluation."""
 
     def replaces(self) -> bool:
         """Whether the module's forward must be ours."""
@@ -147,6 +153,8 @@ class Site:
             self.state.watching.add(f"{op.owner}/{op.point}")
 
     def _watch(self, op: Op, tensor: Tensor) -> None:
+        if self.state.aside:
+            return
         if self.state.serving is not None:
             if op.owner == self.state.serving:
                 op.fn(tensor)
@@ -171,6 +179,12 @@ class Site:
         modules: Iterable[nn.Module] = [self.module, *(m for op in self.outputs for m in op.modules)]
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
 
+
+
+def site_at(module: nn.Module) -> Site | None:
+    """The site whose hooks are on a module."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Site)), None)
 
 
 class LinearSite(Site):
