@@ -74,6 +74,17 @@ class Merger:
         with self._edit(point, "weight") as weight:
             weight.copy_(value.detach().reshape(weight.shape))
 
+    def set_bias(self, point: LinearPoint, value: Tensor) -> None:
+        """`b <- value`; (dim_out,). For what the live model does by `reparametrize`."""
+        if self._phase != "weight":
+            return
+        with self._edit(point, "bias") as bias:
+            bias.copy_(value.detach())
+
+    def bias(self, point: LinearPoint) -> Tensor:
+        """The copy's present bias at a point (dim_out,), with what was merged before."""
+        return self.module(point).bias.data[point.start : point.stop]  # type: ignore[operator,union-attr,index]
+
     def weight(self, point: LinearPoint) -> Tensor:
         """The copy's present weight at a point (dim_out, dim_in), with what was merged before."""
         return self.module(point).weight.data[point.start : point.stop].flatten(1)  # type: ignore[operator,union-attr,index]

@@ -166,7 +166,7 @@ class Model(nn.Module):
         adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
         twin, active = adapter.fresh(), self._state.active
         head = self.heads[name] if name in self.heads else None
-        session = self._attach(name, twin, activate=False)
+        session = self._attach(name, twin, activate=name in active)
         self.remove_adapter(name)
         # The instance stays the same, since the caller is usually one of its own methods.
         adapter._modules, adapter._parameters, adapter._buffers = twin._modules, twin._parameters, twin._buffers
@@ -188,6 +188,7 @@ class Model(nn.Module):
     def _attach(self, name: str, fresh: Adapter, activate: bool) -> Session:
         """Run `fresh.attach` and return what it asked for; the model is unchanged."""
         made: list[int] = []
+        live = [swap for other in self._state.active for swap in self._swaps[other]]
 
         def site(module: nn.Module, kind: type[Site]) -> Site:
             known = self._sites.get(id(module))
@@ -204,6 +205,8 @@ class Model(nn.Module):
         self.points.session = session
         for point in self.points:
             point.session = session
+        for swap in live:  # attach sees the frozen parameters, not what another adapter has put in their place
+            swap.put(False)
         try:
             fresh.attach(self.points)
             session.finish()
@@ -214,6 +217,8 @@ class Model(nn.Module):
                 del self._sites[key]
             raise
         finally:
+            for swap in live:
+                swap.put(True)
             self.points.session = None
             for point in self.points:
                 point.session = None
@@ -233,6 +238,8 @@ class Model(nn.Module):
         if not activate:
             return
         for other in self._state.active:
+            if other == name:  # which is attached anew
+                continue
             mine = {(id(s.module), s.name): s for s in session.swaps}
             for swap in self._swaps[other]:
                 if (id(swap.module), swap.name) in mine:

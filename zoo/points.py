@@ -111,7 +111,11 @@ class LinearPoint(Point):
         self._record("rescale_input", module)
 
     def reparametrize(self, module: nn.Module) -> None:
-        """`W <- module(W)` on each forward; W (dim_out, dim_in) is the frozen weight of this point."""
+        """`W <- module(W)` on each forward; W (dim_out, dim_in) is the frozen weight of this point.
+
+        Points of one fused projection are handed to `module.linear_group(parts, run, x, W, b)` together, if it has one, with
+        the whole W and b; it returns what it makes of `run(x, W', b')`, which is `F.linear` unless another adapter follows.
+        """
         self._tokens_only("another weight matrix")
         self._record("reparametrize", module)
 
@@ -202,6 +206,8 @@ class TokensPoint(Point):
 
     def train(self) -> None:
         """Train the backbone's own token (`parameter`), such as the class token."""
+        if not self.parameter:
+            raise AttachError(f"the backbone has no token of its own at '{self.name}' that could be trained.")
         self._record("train", None, names=(self.parameter,))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import AttachError, CombinationError
-from zoo.points import LinearPoint, Point, Points
+from zoo.points import LinearPoint, Point, Points, TokensPoint
 from zoo.sites import BlockSite, LinearSite, Op, Site
 
 if TYPE_CHECKING:
@@ -53,6 +53,16 @@ class AddGroup:
             else:
                 y = torch.cat([y[..., :start], y[..., start:stop] + module(x), y[..., stop:]], dim=-1)
         return y
+
+
+@dataclass(eq=False)
+class LinearGroup:
+    """A projection whose weight, bias or input an adapter changes by its own computation, all slices at once."""
+
+    parts: tuple[tuple[nn.Module, int, int], ...]
+
+    def __call__(self, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(self.parts[0][0]).linear_group(self.parts, run, x, weight, bias)  # type: ignore[operator,attr-defined]
 
 
 @dataclass(eq=False)
@@ -164,7 +174,7 @@ class Session:
         return Op(self.owner, where, fn, point.name, verb=verb, modules=modules, **kw)
 
     def _linear(self, point: LinearPoint, verb: str, module: nn.Module) -> None:
-        if verb in ("add", "rescale"):
+        if verb in ("add", "rescale") or (verb == "reparametrize" and hasattr(type(module), "linear_group")):
             self._groups.setdefault((id(point.module), verb, type(module)), []).append((point, module))
         elif verb == "rescale_input":
             self.op(point.module, self._make(point, verb, "input", module, module), LinearSite)
@@ -223,9 +233,13 @@ class Session:
             members.sort(key=lambda m: m[0].start)
             parts = tuple((module, point.start, point.stop) for point, module in members)
             first = members[0][0]
-            convolved = isinstance(first.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts, convolved)
-            op = self._make(first, verb, "output", fn, *(module for _, module in members))
+            modules = [module for _, module in members]
+            if verb == "reparametrize":
+                op = self._make(first, verb, "forward", LinearGroup(parts), *modules, per_row=False)
+            else:
+                convolved = isinstance(first.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts, convolved)
+                op = self._make(first, verb, "output", fn, *modules)
             self.op(first.module, op, LinearSite)
         for (_, name), points in self._trained.items():
             self._train(name, points)
@@ -235,8 +249,11 @@ class Session:
             )
 
     def _train(self, name: str, points: list[Point]) -> None:
-        point = points[0]
-        frozen = point.module._parameters.get(name)
+        point, module = points[0], points[0].module
+        if isinstance(point, TokensPoint):  # a token belongs to the backbone, not to the block that it enters
+            path, _, name = name.rpartition(".")
+            module = self.family.module.get_submodule(path)
+        frozen = module._parameters.get(name)
         if frozen is None:
             raise AttachError(f"point '{point.name}' has no parameter '{name}' to train.")
         whole, key = True, point.name
@@ -246,11 +263,11 @@ class Session:
         if whole:
             trained = nn.Parameter(frozen.detach().clone())
             self._put([*key.split("."), name], trained)
-            self.swaps.append(Swap(self.owner, point.module, name, frozen, trained))
+            self.swaps.append(Swap(self.owner, module, name, frozen, trained))
             return
         if name != "bias":
             raise AttachError(
-                f"'{name}' of '{point.name}' is fused: train it for all slices of '{point.fused}', or for none."
+                f"'{name}' of '{point.name}' is fused: train it for all slices of '{key}', or for none."
             )
         for p in points:
             assert isinstance(p, LinearPoint) and p.bias is not None

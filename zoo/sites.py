@@ -36,7 +36,7 @@ class Op:
     fn: Callable[..., Any]
     point: str
     verb: str = ""
-    rows: tuple[int, int] = (0, 0)  # for a reparametrized weight
+    rows: tuple[int, int] | None = None  # of a reparametrized weight; None: `fn(run, x, W, b)` sees the whole projection
     modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs
     # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
     per_row: bool = True
@@ -176,7 +176,8 @@ class Site:
 
     def stochastic(self) -> bool:
         """Whether running this module twice gives two results: a live dropout in it or in its adapters."""
-        modules: Iterable[nn.Module] = [self.module, *(m for op in self.outputs for m in op.modules)]
+        ops = (*self.outputs, *self.forwards)
+        modules: Iterable[nn.Module] = [self.module, *(m for op in ops for m in op.modules)]
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
 
 
@@ -188,19 +189,28 @@ def site_at(module: nn.Module) -> Site | None:
 
 
 class LinearSite(Site):
-    """A projection whose weight adapters may reparametrize: `fn(W_slice) -> W_slice` for rows [start, stop) of W."""
+    """A projection whose weight adapters may reparametrize, each on what those before it made of it.
+
+    `fn(W_slice) -> W_slice` for rows [start, stop) of W; or, for op.rows None, `fn(run, x, W, b) -> y`, which calls
+    `run(x, W', b')` for what comes behind it: the projection itself if it is the last.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim_in) -> (..., dim_out)."""
         if not self.forwards:
             return self.original(x)
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        for op in self.forwards:
-            self._seen(op)
-            start, stop = op.rows
-            new = op.fn(weight[start:stop])
-            weight = new if stop - start == len(weight) else torch.cat([weight[:start], new, weight[stop:]])
-        return nn.functional.linear(x, weight, self.module.bias)  # type: ignore[arg-type]
+        run: Callable[..., Tensor] = nn.functional.linear
+        for op in reversed(self.forwards):
+            run = functools.partial(self._reparametrized, op, run)
+        return run(x, self.module.weight, self.module.bias)
+
+    def _reparametrized(self, op: Op, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        self._seen(op)
+        if op.rows is None:
+            return op.fn(run, x, weight, bias)
+        start, stop = op.rows
+        new = op.fn(weight[start:stop])
+        return run(x, new if stop - start == len(weight) else torch.cat([weight[:start], new, weight[stop:]]), bias)
 
 
 class BlockSite(Site):
