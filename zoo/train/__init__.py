@@ -1,0 +1,10 @@
+"""Training and evaluation: `fit`, `evaluate`, the hooks of adapters, and the optimizer service."""
+
+from zoo.train.evaluation import evaluate
+from zoo.train.fitting import fit
+from zoo.train.hooks import Hooks, training_hooks
+from zoo.train.optimizer import OptimizerService
+from zoo.train.report import Report
+from zoo.train.step import TrainingError
+
+__all__ = ["Hooks", "OptimizerService", "Report", "TrainingError", "evaluate", "fit", "training_hooks"]

@@ -1,0 +1,296 @@
+"""Checkpoints of a run: one safetensors file, replaced in one step, from which training goes on exactly.
+
+The file holds what is trained, the buffers of the adapters and the optimizer's state as tensors, and everything else as JSON in
+the file's metadata. The best weights so far are a file of their own, written before the checkpoint that names it. Both are
+written under a temporary name and then renamed, so a kill at any moment leaves a whole checkpoint. Random numbers need no
+place in it (see `zoo.train.seeds`). Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as dump
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from zoo.disk import write_file
+from zoo.errors import ConfigError, MismatchError, WeightsError
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+    from zoo.train.optimizer import OptimizerService
+
+__all__ = ["Run", "Saved", "Snapshot", "Store", "parameters_of", "restore", "restore_plans", "snapshot"]
+
+LAST = "last.safetensors"
+FORMAT = 1
+EXTRA = "extra:"
+OPTIMIZER = "optimizer:"
+_BEST = re.compile(r"best-\d+\.safetensors")
+_TEMPORARY = re.compile(r"\.(last|best-\d+)\.safetensors\.[0-9a-f]+\.tmp")
+
+
+@dataclass
+class Run:
+    """How far a run is. All of it is JSON."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of the present epoch that are done."""
+    step: int = 0
+    images: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    waited: int = 0
+    """Epochs since the best one."""
+    stopped: bool = False
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    sums: list[float] = field(default_factory=list)
+    scale: dict[str, float] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+
+class Snapshot(dict[str, Tensor]):
+    """The tensors of a model that training may change, on the CPU; `adapters` is what adapters say of themselves."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], adapters: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self.adapters = adapters
+
+
+def snapshot(model: Model) -> Snapshot:
+    """Copies of everything that training may change: parameters and buffers of the active adapters and of the head.
+
+    Also of each adapter its `plan`, and what its `extra_state()` returns, if it has one: numbers, text and tensors in dicts
+    and lists, for what lives neither in parameters nor in buffers.
+    """
+    tensors: dict[str, Tensor] = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in _tensors(model).items()}
+    adapters: dict[str, Any] = {}
+    for name in model.active:
+        adapter: Any = model.adapters[name]
+        adapters[name] = {"plan": getattr(adapter, "plan", None)}
+        if hasattr(adapter, "extra_state"):
+            adapters[name]["extra"] = _plain(adapter.extra_state(), name, tensors)
+    return Snapshot(tensors, adapters)
+
+
+def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
+    """Attach adapters again as the calibration of the run decided, before an optimizer is made.
+
+    Raises:
+        MismatchError: the run had other adapters.
+    """
+    if list(adapters) != list(model.active):
+        raise MismatchError(
+            f"The checkpoint is of a model with the adapters {', '.join(adapters) or 'none'}; this one has "
+            f"{', '.join(model.active) or 'none'}. Build the same model, or pass resume=False to begin anew."
+        )
+    for name, saved in adapters.items():
+        adapter: Any = model.adapters[name]
+        if saved["plan"] != getattr(adapter, "plan", None):
+            adapter.plan = saved["plan"]
+            model.reattach(name)
+
+
+def restore(model: Model, saved: Snapshot) -> None:
+    """Put a snapshot back.
+
+    An adapter whose structure changes while training rebuilds it in `load_extra_state(model, state)`, called before tensors
+    return to their places.
+
+    Raises:
+        MismatchError: the model has other parameters, or of other shapes.
+    """
+    for name, state in saved.adapters.items():
+        if "extra" in state:
+            model.adapters[name].load_extra_state(model, _tensors_back(state["extra"], saved))  # type: ignore[operator]
+    tensors = _tensors(model)
+    for name, value in saved.items():
+        if name.startswith(EXTRA):
+            continue
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != value.shape:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise MismatchError(
+                f"The checkpoint holds '{name}' of shape {tuple(value.shape)}; in this model it {found}. Resume with the model "
+                "that the run began with, or pass resume=False."
+            )
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def parameters_of(model: Model) -> dict[str, Parameter]:
+    """All parameters of the active adapters and of the head, frozen ones too, by the names of `parameters_to_train()`."""
+    return {n: t for n, t in _tensors(model).items() if isinstance(t, Parameter)}
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    owners: list[tuple[str, Module]] = [(name, model.adapters[name]) for name in model.active]
+    return {
+        f"{owner}/{name}": tensor
+        for owner, module in [*owners, ("head", model.head)]
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON in which tensors are references to entries of `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[EXTRA + place] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": EXTRA + place}
+    if isinstance(value, Mapping):
+        return {"map": {str(k): _plain(v, f"{place}.{k}", tensors) for k, v in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _tensors_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_tensors_back(v, tensors) for v in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]].clone()
+        return {k: _tensors_back(v, tensors) for k, v in value["map"].items()}
+    return value
+
+
+@dataclass
+class Saved:
+    """A checkpoint that was read."""
+
+    model: Snapshot
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Store:
+    """The checkpoint folder of a run; None writes and reads nothing. Only the main process writes."""
+
+    def __init__(self, folder: Path | None, main: bool) -> None:
+        self.folder, self.main = folder, main
+
+    def write(
+        self,
+        model: Model,
+        service: OptimizerService,
+        run: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        chosen: Snapshot | None,
+        best: int | None,
+    ) -> None:
+        """Replace the checkpoint.
+
+        Args:
+            run: how far the run is; identity: what makes it this run and no other. Both JSON.
+            chosen, best: the best weights so far and their step.
+
+        Raises:
+            SaveError: the file system refused; the checkpoint before is whole.
+        """
+        if self.folder is None or not self.main:
+            return
+        if chosen is not None and not (best_file := self.folder / _best(best)).exists():
+            _write(best_file, chosen, {"adapters": chosen.adapters})
+        taken = snapshot(model)
+        plain, tensors = service.save()
+        state = {"run": run, "identity": identity, "service": plain, "adapters": taken.adapters}
+        _write(self.folder / LAST, {**taken, **{OPTIMIZER + n: t for n, t in tensors.items()}}, state)
+        self._sweep(best)
+
+    def read(self, identity: Mapping[str, Any]) -> Saved | None:
+        """The checkpoint, if there is one.
+
+        Raises:
+            ConfigError: it is of another run.
+            WeightsError: it is damaged.
+        """
+        found = None if self.folder is None else _read(self.folder / LAST)
+        if found is None:
+            return None
+        tensors, state = found
+        former, now = state["identity"], json.loads(json.dumps(identity))
+        differences = [
+            f"{name} was {former['settings'].get(name)!r}, is {value!r}"
+            for name, value in now["settings"].items()
+            if former["settings"].get(name) != value
+        ]
+        differences += [f"the {part} changed" for part in now if part != "settings" and former[part] != now[part]]
+        if differences:
+            raise ConfigError(
+                f"The checkpoint in '{self.folder}' is of another run: {'; '.join(differences)}. Resume with the same settings, "
+                "choose another checkpoint folder, or pass resume=False to begin anew."
+            )
+        optimizer = {n[len(OPTIMIZER) :]: t for n, t in tensors.items() if n.startswith(OPTIMIZER)}
+        model = {n: t for n, t in tensors.items() if not n.startswith(OPTIMIZER)}
+        return Saved(Snapshot(model, state["adapters"]), optimizer, state)
+
+    def read_best(self, step: int) -> Snapshot | None:
+        """The best weights that the checkpoint names."""
+        if self.folder is None:
+            return None
+        found = _read(self.folder / _best(step))
+        if found is None:
+            raise WeightsError(
+                f"The checkpoint in '{self.folder}' names best weights ({_best(step)}) that are gone. Pass resume=False to "
+                "begin anew."
+            )
+        return Snapshot(found[0], found[1]["adapters"])
+
+    def clear(self) -> None:
+        """Begin anew: remove the checkpoint of a former run."""
+        if self.folder is not None and self.main:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / LAST).unlink()
+            self._sweep(None)
+
+    def _sweep(self, best: int | None) -> None:
+        """Remove what killed runs left: temporary files, and best weights that the checkpoint does not name."""
+        if self.folder is None or not self.main or not self.folder.is_dir():
+            return
+        for entry in self.folder.iterdir():
+            if _TEMPORARY.fullmatch(entry.name) or (_BEST.fullmatch(entry.name) and entry.name != _best(best)):
+                with contextlib.suppress(OSError):
+                    entry.unlink()
+
+
+def _best(step: int | None) -> str:
+    return f"best-{step}.safetensors"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """One safetensors file with `state` as JSON in its metadata."""
+    plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    write_file(path, dump(plain, {"format": "pt", "zoo.format": str(FORMAT), "zoo.state": json.dumps(state)}))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, state), or None if there is no such file.
+
+    Raises:
+        WeightsError: it is damaged or of another program.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("zoo.format") != str(FORMAT):
+            raise ValueError("not a checkpoint of this version")
+        return tensors, json.loads(metadata["zoo.state"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"'{path}' is not a whole checkpoint ({error}). Delete it, or pass resume=False, to begin anew."
+        ) from error

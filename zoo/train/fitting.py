@@ -1,0 +1,216 @@
+"""`fit`: train the adapters and the head of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zoo.data.dataset import ImageDataset
+from zoo.data.sampling import split_train_val
+from zoo.errors import ConfigError
+from zoo.train.evaluation import autocast, check_classes, input_dtype, prepare, split_of, to_device
+from zoo.train.optimizer import MakeOptimizer
+from zoo.train.processes import Processes
+from zoo.train.progress import Progress
+from zoo.train.report import Report
+from zoo.train.seeds import kept_generators
+from zoo.train.settings import Settings
+from zoo.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: Model,
+    train: Any,
+    val: Any = None,
+    *,
+    epochs: int = 10,
+    steps: int | None = None,
+    batch_size: int = 64,
+    lr: float | Mapping[str, float] | None = None,
+    weight_decay: float | None = None,
+    optimizer: str | MakeOptimizer = "adamw",
+    optimizer_options: Mapping[str, Any] | None = None,
+    schedule: str = "cosine",
+    warmup: float = 0.05,
+    layer_decay: float | None = None,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    precision: str = "fp32",
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    augment: str | None = None,
+    seed: int = 0,
+    patience: int | None = None,
+    monitor: str = "accuracy",
+    keep: str | None = None,
+    val_fraction: float = 0.1,
+    drop_last: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = True,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Any] = (),
+) -> Report:
+    """Train what `model.parameters_to_train()` lists; the backbone stays frozen, in eval mode.
+
+    The numbers depend on the arguments alone, not on the number of processes (`accelerate launch`), of workers, or of parts,
+    up to the rounding of sums (only a calibration sees batches of `batch_size / accumulate`). The caller's random generators are
+    left as they were.
+
+    Args:
+        train, val: what `zoo.open_dataset` takes, or a data set of it. Without a transform of its own it gets the
+            backbone's preprocessing. Never give a test split as `val`: the best epoch is chosen on it.
+        epochs: passes over `train`; `steps` (optimizer steps in all) overrides it.
+        batch_size: images of one optimizer step, over all processes and accumulated parts together.
+        lr: learning rate of all, or {"lora": 1e-3, "head": 1e-2, "lora/blocks.0.*": 1e-4} by adapter, head or pattern (the last
+            that fits counts; "default" for the rest). By default the `default_lr` of each adapter.
+        weight_decay: of matrices; biases, norms and other vectors have none. By default 0.01, or the adapter's own.
+        optimizer: "adamw", "adam", "sgd", "nesterov", "rmsprop", or a function from param groups to a torch
+            optimizer (its learning rate is overwritten by `lr` and `schedule`).
+        optimizer_options: its further arguments, such as {"betas": (0.9, 0.95)}.
+        schedule: "cosine", "linear" or "constant", after `warmup` (below 1 a part of all steps, else steps).
+        layer_decay: learning rate of a block = lr * layer_decay ** (blocks behind it).
+        clip: largest norm of the whole gradient; None does not clip.
+        accumulate: compute a batch in so many parts, for less memory.
+        precision: "fp32", "bf16" or "fp16" (autocast; trained weights stay in their own precision).
+        loss: (outputs, targets) -> mean loss; by default cross-entropy with `label_smoothing`.
+        mixup, cutmix: alpha of their beta distributions; 0 is off.
+        augment: of the default preprocessing in training: "crop-flip", "crop" or "none".
+        patience: stop after so many epochs without a better `monitor`.
+        monitor: "accuracy", "loss" or another number of `zoo.evaluate`.
+        keep: "best" or "last" weights; by default best if there is `val` or `patience`.
+        val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
+        drop_last: leave out a last batch that is not full.
+        checkpoint: folder for checkpoints, written after every epoch and every `checkpoint_every` steps. If it holds one
+            of the same run and `resume` is true, training goes on from there, to exactly the numbers of an unbroken run.
+        out: folder for report.json and curves.png.
+        workers: processes that load images; by default none beside a CPU model, up to 8 beside a GPU.
+        device: by default where the model is if that is a GPU, else what accelerate chooses.
+        callbacks: objects with any of the hooks of `zoo.train.Hooks`, or functions that are called with each epoch's record.
+
+    Returns:
+        The report; the model holds the chosen weights and is in eval mode, and `model.record` describes the run.
+
+    Raises:
+        ConfigError: a setting is out of range, nothing is to be trained, or the checkpoint is of another run.
+        DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
+        TrainingError: the loss became NaN or infinite.
+    """
+    keep = keep or ("best" if val is not None or patience is not None else "last")
+    settings = Settings(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=dict(lr) if isinstance(lr, Mapping) else lr,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        optimizer_options=dict(optimizer_options or {}),
+        schedule=schedule,
+        warmup=warmup,
+        layer_decay=layer_decay,
+        clip=clip,
+        accumulate=accumulate,
+        precision=precision,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        augment=augment,
+        seed=seed,
+        patience=patience,
+        monitor=monitor,
+        keep=keep,
+        val_fraction=val_fraction,
+        drop_last=drop_last,
+    )
+    if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
+        raise ConfigError(
+            f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
+            "train with precision='fp16' or 'bf16'."
+        )
+    train_set = prepare(model, train, train=True, augment=augment)
+    val_set = prepare(model, val, train=False) if val is not None else None
+    if val_set is None and (patience is not None or keep == "best"):
+        own = getattr(train, "transform", None) is not None
+        train_set, val_set = split_train_val(train_set, val_fraction, seed)
+        if not own and train_set.transform is not None:
+            val_set = val_set.with_transform(model.preprocess(train=False))
+    if loss is None:
+        check_classes(model, train_set, "training data")
+        if val_set is not None:
+            check_classes(model, val_set, "validation data")
+            _same_classes(train_set, val_set)
+    processes = Processes(device, model)
+    with kept_generators(), Progress(progress and processes.main) as bar:
+        trainer = Trainer(
+            model,
+            train_set,
+            val_set,
+            settings,
+            processes,
+            loss=loss,
+            workers=workers,
+            folder=Path(checkpoint) if checkpoint is not None else None,
+            every=checkpoint_every,
+            callbacks=callbacks,
+            bar=bar,
+        )
+        trainer.prepare(resume)
+        trainer.fit()
+        if train_set.classes is not None and loss is None:
+            model.classes = list(train_set.classes)
+        report = trainer.report()
+    _record(model, report, trainer)
+    if out is not None and processes.main:
+        report.save(out)
+    return report
+
+
+def _same_classes(train: ImageDataset, val: ImageDataset) -> None:
+    if train.classes is not None and val.classes is not None and train.classes != val.classes:
+        first = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)
+        raise ConfigError(
+            f"Class {first} is '{train.classes[first]}' in the training data, '{val.classes[first]}' in the validation data. "
+            "Open the second with classes=<the first>.classes."
+        )
+
+
+def _record(model: Model, report: Report, trainer: Trainer) -> None:
+    """Fill `model.record`, from which cards are made (`zoo.cards` lists its keys)."""
+    record, processes = model.record, trainer.processes
+    if trainer.loss is None:
+        record["task"] = "image-classification"
+    name = trainer.train.name
+    split = split_of(name)
+    record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}
+    record["data"]["train"] = len(trainer.train)
+    if trainer.val is not None:
+        record["data"]["val"] = len(trainer.val)
+    numbers = {k[4:]: v for k, v in report.metrics.items() if k.startswith("val_")}
+    record["metrics"] = {"val": numbers} if numbers else {}
+    record["hyperparameters"] = {
+        k: v for k, v in report.settings.items() if v is not None and v != {} and isinstance(v, (int, float, str, dict))
+    }
+    record["seconds"] = round(report.seconds, 2)
+    record["device"] = (
+        torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else processes.device.type
+    )
+    record.pop("saved_bytes", None)
+    if hasattr(model, "saved_bytes") and trainer.plan.parts * processes.world == 1:
+        for batch in trainer.first_batch():
+            inputs = to_device(batch.inputs, processes.device, input_dtype(model, trainer.settings.precision))
+            with autocast(processes.device, trainer.settings.precision):
+                record["saved_bytes"] = {getattr(model, "memory", "default"): model.saved_bytes(inputs)}

@@ -1,0 +1,140 @@
+"""The training hooks of the active adapters, for `zoo.fit` and for your own loop.
+
+    hooks = zoo.training_hooks(model)
+    hooks.calibrate(batches)                             # before the optimizer is made
+    hooks.fit_start(optimizer, total_steps)
+    for step, (inputs, targets) in enumerate(batches):
+        hooks.step_start(step)
+        outputs = model(inputs)
+        loss = cross_entropy(outputs, targets) + hooks.extra_loss(outputs, targets)
+        loss.backward()
+        hooks.after_backward(step)                       # then clip
+        optimizer.step()
+        hooks.after_step(step)
+        optimizer.zero_grad(set_to_none=True)
+    hooks.fit_end()
+
+`optimizer` is any torch optimizer; methods that need its services get it wrapped in an `OptimizerService`. What a method
+does not define costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zoo.train.optimizer import OptimizerService
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+__all__ = ["HOOKS", "Hooks", "training_hooks"]
+
+HOOKS = (
+    "fit_start",
+    "step_start",
+    "extra_loss",
+    "after_backward",
+    "after_step",
+    "step_end",
+    "epoch_end",
+    "eval_start",
+    "eval_end",
+    "fit_end",
+)
+
+
+class Hooks:
+    """Calls the hooks of every active adapter, in the order of attachment, then those of `callbacks`.
+
+    Args:
+        model: the model; adapters that are switched off take no part.
+        callbacks: further objects with any of these methods, called as an adapter's would be (`step_start(model, step)`).
+    """
+
+    def __init__(self, model: Model, callbacks: Sequence[Any] = ()) -> None:
+        self.model = model
+        self.callbacks = tuple(callbacks)
+
+    @property
+    def receivers(self) -> list[Any]:
+        adapters = self.model.adapters
+        return [adapters[name] for name in self.model.active] + list(self.callbacks)
+
+    def _call(self, hook: str, *arguments: Any) -> list[Any]:
+        return [getattr(r, hook)(self.model, *arguments) for r in self.receivers if hasattr(r, hook)]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether an active adapter has to see data before its parameters are final."""
+        return any(getattr(r, "needs_calibration", False) for r in self.receivers)
+
+    def calibrate(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+        """Before training, and before an optimizer is made. `batches` must be iterable more than once."""
+        for receiver in self.receivers:
+            if getattr(receiver, "needs_calibration", False):
+                receiver.calibrate(self.model, batches)
+
+    def fit_start(self, optimizer: OptimizerService | Optimizer, total_steps: int) -> None:
+        """Training begins."""
+        if isinstance(optimizer, Optimizer):
+            optimizer = OptimizerService.wrap(optimizer, self.model, total_steps=total_steps)
+        self._call("fit_start", optimizer, total_steps)
+
+    def step_start(self, step: int) -> None:
+        """In front of the forward pass of an optimizer step (counted from 0)."""
+        self._call("step_start", step)
+
+    def extra_loss(self, outputs: Any, targets: Any) -> Tensor | float:
+        """The sum of the adapters' loss terms; 0.0 if none has one."""
+        total: Tensor | float = 0.0
+        for term in self._call("extra_loss", outputs, targets):
+            if term is not None:
+                total = total + term
+        return total
+
+    def after_backward(self, step: int) -> None:
+        """Gradients are complete and unscaled, and not yet clipped."""
+        self._call("after_backward", step)
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has stepped; gradients are not yet zeroed."""
+        self._call("after_step", step)
+
+    def step_end(self, step: int) -> None:
+        """A step is over, gradients are zeroed."""
+        self._call("step_end", step)
+
+    def epoch_end(self, epoch: int) -> None:
+        """An epoch (counted from 0) is over; before its evaluation."""
+        self._call("epoch_end", epoch)
+
+    def eval_start(self) -> None:
+        """An evaluation begins."""
+        self._call("eval_start")
+
+    def eval_end(self) -> None:
+        """An evaluation is over."""
+        self._call("eval_end")
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """`eval_start` and `eval_end` around a block; what the first swapped in, the second takes out, also after an error."""
+        self.eval_start()
+        try:
+            yield
+        finally:
+            self.eval_end()
+
+    def fit_end(self) -> None:
+        """Training is over, the chosen weights are in the model."""
+        self._call("fit_end")
+
+
+def training_hooks(model: Model, callbacks: Sequence[Any] = ()) -> Hooks:
+    """The training hooks of a model's active adapters, for your own loop; see `zoo.train.hooks`."""
+    return Hooks(model, callbacks)

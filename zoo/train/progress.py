@@ -1,0 +1,71 @@
+"""Progress on the terminal: a bar for what runs, a line for each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+__all__ = ["Progress"]
+
+T = TypeVar("T")
+
+
+class Progress:
+    """`with Progress(shown) as bar: for x in bar.over(xs, "training", n): ...`. Without a terminal only lines are printed."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self._bars: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            console = Console(stderr=True)
+            self._bars = Bars(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("[dim]{task.fields[note]}"),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def task(self, description: str, total: int, done: int = 0) -> Any:
+        """A new bar; give it to `move` and `end`."""
+        if self._bars is None:
+            return None
+        return self._bars.add_task(description, total=total, completed=done, note="")
+
+    def move(self, task: Any, note: str = "") -> None:
+        if self._bars is not None:
+            self._bars.update(task, advance=1, note=note)
+
+    def end(self, task: Any) -> None:
+        if self._bars is not None:
+            self._bars.remove_task(task)
+
+    def over(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        task = self.task(description, total)
+        try:
+            for item in items:
+                yield item
+                self.move(task)
+        finally:
+            self.end(task)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self._bars is not None:
+            self._bars.console.print(text, highlight=False, soft_wrap=True)

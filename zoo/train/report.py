@@ -1,0 +1,119 @@
+"""What a training run was and did: `Report`, its JSON and its curves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.disk import write_file
+
+__all__ = ["Report"]
+
+TRAIN, VAL, CHOSEN = "#8a8f98", "#1f6feb", "#d1242f"
+
+
+@dataclass
+class Report:
+    """The result of `zoo.fit`.
+
+    Attributes:
+        history: one dict per epoch: "epoch" (from 1), "step", "lr", "loss", "accuracy", "val_loss", "val_accuracy", "val_top5",
+            "seconds", "images_per_second"; what does not apply is not there.
+        best: the epoch whose weights the model now holds, with the metrics of that epoch and "chosen" ("best" or "last").
+        stopped: "finished" or "early".
+        steps: optimizer steps done.
+        images: images trained on, over all epochs.
+        seconds: of training and evaluation together, over all resumed parts.
+        images_per_second: training alone, over all processes.
+        parameters: how many numbers were trained.
+        skipped: places of images that could not be read (only with on_error="skip").
+        settings: the arguments of the run.
+        data: names and sizes of the data sets.
+        out: where report.json and curves.png are.
+    """
+
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    stopped: str
+    steps: int
+    images: int
+    seconds: float
+    images_per_second: float
+    parameters: int
+    skipped: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    out: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the chosen epoch."""
+        return {
+            k: v
+            for k, v in self.best.items()
+            if isinstance(v, float) and k not in ("lr", "seconds", "images_per_second")
+        }
+
+    def to_json(self) -> str:
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "out"}, indent=2)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.json` and `curves.png`; returns the folder."""
+        folder = Path(folder)
+        write_file(folder / "report.json", self.to_json().encode())
+        write_file(folder / "curves.png", self.curves())
+        self.out = str(folder)
+        return folder
+
+    def curves(self) -> bytes:
+        """Loss and accuracy over epochs, as PNG bytes."""
+        import io
+
+        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+        panels = [("loss", "loss"), ("accuracy", "accuracy, %")]
+        shown = [p for p in panels if any(p[0] in h or f"val_{p[0]}" in h for h in self.history)]
+        figure = Figure(figsize=(4.6 * max(1, len(shown)), 3.4), layout="constrained")
+        for index, (key, title) in enumerate(shown):
+            self._panel(figure.add_subplot(1, len(shown), index + 1), key, title)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
+
+    def _panel(self, axes: Any, key: str, title: str) -> None:
+        factor = 100.0 if key == "accuracy" else 1.0
+        for name, colour, label in ((key, TRAIN, "training"), (f"val_{key}", VAL, "validation")):
+            points = [(h["epoch"], factor * h[name]) for h in self.history if name in h]
+            if points:
+                marker = "o" if len(points) < 25 else None
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, lw=1.8, marker=marker, ms=3.5)
+        chosen = f"val_{key}" if f"val_{key}" in self.best else key
+        if self.best.get("chosen") == "best" and chosen in self.best:
+            value = factor * self.best[chosen]
+            axes.plot([self.best["epoch"]], [value], "o", ms=9, mfc="none", mec=CHOSEN, mew=1.6, label="chosen")
+            axes.annotate(
+                f"{value:.1f}" if factor > 1 else f"{value:.3f}",
+                (self.best["epoch"], value),
+                textcoords="offset points",
+                xytext=(0, -15 if key == "accuracy" else 9),
+                ha="center",
+                fontsize=8,
+                color=CHOSEN,
+            )
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(y=0.12)
+        axes.grid(axis="y", color="#e3e5e8", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
+        return (
+            f"{len(self.history)} epochs, {self.steps} steps, {self.images_per_second:.0f} images/s, {self.seconds:.0f} s; "
+            f"epoch {self.best.get('epoch', 0)} ({self.best.get('chosen', 'last')}): {numbers}"
+        )
