@@ -19,7 +19,7 @@ front of the residual sum, as a pre-norm block has no norm behind it; `parallel`
 for classification (16 and 2; for generation 512 and 4). All sit in front of stochastic depth, which frozen backbones do not
 use. s multiplies W_up and b_up rather than the output, which is the same sum.
 
-In memory: backward needs the r numbers in front of f for each token. The sequential forms also need their input h, which
+In memory: backward needs r numbers for each token. The sequential forms also need their input h, which
 nothing else keeps; the parallel ones read the sublayer's norm (recomputed) or its input (kept anyway).
 """
 
@@ -41,12 +41,13 @@ from zoo.merge import Merger
 from zoo.points import Points, SublayerPoint
 from zoo.registry import register_adapter
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "none": None,
+# f, and whether its backward keeps its input (so that its output can be recomputed) rather than its output
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
+    "relu": (torch.relu, False),
+    "gelu": (F.gelu, True),
+    "silu": (F.silu, True),
+    "tanh": (torch.tanh, False),
+    "none": (None, False),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {"rank": 64, "activation": "gelu", "scale": 1.0, "dropout": 0.0},
@@ -88,7 +89,7 @@ class Bottleneck(nn.Module):
         self.adapter_scale = nn.Parameter(torch.tensor([scale])) if learn_scale else None
         self.drop = nn.Dropout(dropout)
         self.fixed_scale, self.norm_first, self.sequential = scale, norm == "in", sequential
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.keeps_input = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
@@ -97,7 +98,7 @@ class Bottleneck(nn.Module):
             inner = recomputable(self.adapter_norm, x)
         hidden = self.adapter_down(inner)  # (..., r)
         if self.activation is not None:
-            hidden = recomputable(self.activation, hidden)
+            hidden = recomputable(self.activation, hidden) if self.keeps_input else self.activation(hidden)
         if self.drop.p > 0 and self.drop.training:
             # Kept as a mask of one byte each, from which the dropped values are computed again.
             keep = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(1 - self.drop.p)
@@ -106,7 +107,7 @@ class Bottleneck(nn.Module):
             out = self.adapter_up(hidden)
         else:  # s scales (d, r) weights instead of (..., d) outputs, which backward would need if s is learned
             scale = self.fixed_scale if self.adapter_scale is None else self.adapter_scale
-            out = F.linear(hidden, scale * self.adapter_up.weight, scale * self.adapter_up.bias)
+            out = F.linear(hidden, recomputable(torch.mul, self.adapter_up.weight, scale), scale * self.adapter_up.bias)
         if self.adapter_norm is not None and not self.norm_first:
             out = self.adapter_norm(out)
         return x + out if self.sequential else out
