@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import vision.vit
 import zoo
 from zoo import registry
 from zoo.cli import app
@@ -47,7 +52,9 @@ def test_every_help_has_an_example(command: str) -> None:
 
 
 def test_version_is_that_of_the_distribution() -> None:
-    declared = re.search(r'^version = "(.+)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.MULTILINE)
+    declared = re.search(
+        r'^version = "(.+)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.MULTILINE
+    )
     assert declared is not None
     assert run("--version").stdout == f"adapter-zoo {declared[1]}\n" == f"adapter-zoo {zoo.__version__}\n"
 
@@ -95,6 +102,83 @@ def test_info_of_a_method() -> None:
     facts = document("info", "lora")
     assert {"name": "rank", "type": "int", "default": 8} in facts["settings"]
     assert "rank" in run("info", "lora").output
+
+
+# -- from images to plain weights -----------------------------------------------------------------------------------
+
+
+def test_fit_eval_push_pull_merge(
+    image_folder: Path, micro_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adapter through all commands; each number is compared with one computed without the command line."""
+    monkeypatch.chdir(tmp_path)
+    train = ["--data", image_folder, "--split", "train", "--test-split", "test", "-e", 3, "-b", 8, "-o", "out"]
+    fitted = document("fit", "vit-micro", "lora", "--set", "rank=2", "--set", "targets=q", *train)
+    assert fitted["adapters"]["lora"]["rank"] == 2 and fitted["classes"] == 2
+    assert fitted["trained_parameters"] == 6 * 2 * (192 + 192) + 2 * 192 + 2  # blocks * rank * (in + out), head
+    assert fitted["steps"] == 9 and fitted["test"]["images"] == 12
+
+    model = zoo.load(adapter="out").eval()
+    wrong = 0
+    for label, name in enumerate(("blue", "red")):
+        for file in sorted((image_folder / "test" / name).iterdir()):
+            image = model.preprocess(train=False)(Image.open(file).convert("RGB"))
+            wrong += int(model(image[None]).argmax()) != label
+    assert fitted["test"]["accuracy"] == pytest.approx(1 - wrong / 12)
+
+    measured = document("eval", "out", "--data", image_folder / "test", "--per-class")
+    assert measured["accuracy"] == fitted["test"]["accuracy"] and set(measured["per_class"]) == {"blue", "red"}
+    one = document("eval", "out", "--data", image_folder / "test", "--save")  # the card then says so
+    assert f"{100 * one['accuracy']:.2f} %" in Path("out/README.md").read_text()
+    assert document("info", "out")["classes"] == ["blue", "red"]
+
+    assert document("push", "out", "me/it", "--hub-folder", "hub")["address"].endswith("/hub/me/it")
+    pulled = document("pull", "me/it", "--hub-folder", "hub", "--out", "back")["folder"]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / pulled / name).read_bytes() == Path("out", name).read_bytes()
+
+    merged = document("merge", "out", "--out", "merged.safetensors")
+    assert merged["largest_difference"] < 1e-4
+    plain = timm.models.VisionTransformer(num_classes=2, **vision.vit.MICRO)
+    plain.load_state_dict(load_file("merged.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_fit_goes_on_from_a_saved_adapter(image_folder: Path, micro_weights: Path, tmp_path: Path) -> None:
+    train = ["--data", image_folder / "train", "--steps", 1, "-b", 4]
+    document("fit", "vit-micro", "bitfit", *train, "-o", tmp_path / "first")
+    document("fit", "vit-micro", tmp_path / "first", *train, "-o", tmp_path / "second", "--lr", 1e-30)
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second"))
+    assert first.keys() == second.keys()  # the head was kept too
+    assert all(torch.allclose(first[k], second[k]) for k in first)
+
+
+def test_bench(tmp_path: Path) -> None:
+    found = document("bench", "-a", "lora,linear", "-b", 1, "--rounds", 1, "--png", tmp_path / "b.png")
+    rows = {r["method"]: r for r in found["methods"]}
+    assert rows["library"]["saved_ratio"] == rows["library"]["step_ratio"] == 1
+    model = zoo.load("vit-micro", "lora", num_classes=100, pretrained=False)
+    assert rows["lora"]["saved_bytes"] == model.saved_bytes(torch.randn(1, 3, 32, 32))
+    assert rows["linear"]["saved_ratio"] < rows["lora"]["saved_ratio"] < 0.7
+    assert Image.open(tmp_path / "b.png").size[0] > 500
+
+
+def test_fit_fails_before_it_trains(image_folder: Path, tmp_path: Path) -> None:
+    train = ["--data", image_folder / "train", "--no-pretrained"]
+    (tmp_path / "file").touch()
+    for arguments, kind, hint in (
+        (("vit-micro", "lorra", "-o", tmp_path / "o", *train), "UnknownNameError", "lora"),
+        (("vit-micro", "lora", "-s", "rnak=3", "-o", tmp_path / "o", *train), "ConfigError", "rank"),
+        (("vit-micro", "lora", "-s", "rank=many", "-o", tmp_path / "o", *train), "ConfigError", "int"),
+        (("vit-micro", "lora", "-o", tmp_path / "file", *train), "SaveError", "is a file"),
+        (("vit-micro", "lora", "-o", tmp_path / "o", "--data", tmp_path / "none"), "DataError", "none"),
+        (("vit-micro", "lora", "-o", tmp_path / "o", "--data", image_folder), "DataError", "split"),
+        (("vit-micro", "lora", "-o", tmp_path / "o", "--keep", "first", *train), "ConfigError", "best"),
+    ):
+        result = run("fit", *arguments, code=1)
+        assert kind in result.stderr and hint in result.stderr and "Traceback" not in result.stderr
+        assert not (tmp_path / "o").exists()
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def _folder_info(folder: Path) -> dict[str, Any]:
     saved = disk.read(folder)
     return {
         "folder": str(folder),
-        "backbone": saved.backbone,
+        "backbone": saved.backbone_name,
         "fingerprint": saved.fingerprint,
         "adapters": [{"name": a.name, "method": a.method, "config": a.config} for a in saved.adapters],
         "num_classes": saved.num_classes,
@@ -313,12 +313,18 @@ def _cell(key: str, value: Any) -> str:
         return "\n".join(
             f"{a['name']}: {a['method']}({', '.join(f'{k}={v!r}' for k, v in a['config'].items())})" for a in value
         )
+    if key == "record":
+        return "\n".join(
+            f"{k}: {_cell(k, value[k])}" for k in ("task", "data", "metrics", "saved_bytes") if value.get(k)
+        )
     if key == "classes":
         return f"{', '.join(value[:8])}{f' and {len(value) - 8} more' if len(value) > 8 else ''}"
     if isinstance(value, dict):
-        return "\n".join(f"{k}: {v}" for k, v in value.items())
+        return ", ".join(f"{k} {_cell(k, v)}" for k, v in value.items())
     if isinstance(value, list):
         return " x ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4f}"
     return count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -76,7 +76,14 @@ def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", right: Sequence[str] = ()
 ) -> Table:
     """A table; the columns named in `right` are right-aligned (numbers). Text is never read as markup."""
-    built = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    built = Table(
+        title=title or None,
+        title_justify="left",
+        header_style="bold",
+        show_header=any(columns),
+        box=None,
+        pad_edge=False,
+    )
     for name in columns:
         built.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
