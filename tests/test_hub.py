@@ -11,10 +11,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 
 import zoo
-from tests.hub_server import Fault, HubServer
 from zoo import disk, hub
 from zoo.errors import HubError, UnknownNameError
 from zoo.layout import CARD, CONFIG, FILES, METRICS, WEIGHTS

@@ -29,16 +29,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from zoo import registry
 from zoo.errors import ConfigError, MismatchError, SaveError, nearest
 from zoo.layout import (
     CARD,
-    CHECKSUM,
     CONFIG,
-    COPIES,
     FILES,
     FORMAT_VERSION,
     HEAD,
@@ -46,7 +43,7 @@ from zoo.layout import (
     WEIGHTS,
     check_config,
     check_tensors,
-    checksum,
+    pack,
     to_json,
 )
 from zoo.saved import SavedAdapter, contents, read
@@ -123,12 +120,11 @@ def write(
     check_config(full, folder / CONFIG, copy=True)
     tensors = _plain(tensors)
     check_tensors(full, tensors, folder / WEIGHTS)
-    texts = {CONFIG: to_json(full, "the config"), METRICS: to_json(dict(record or {}), "model.record"), CARD: card}
-    metadata = {"format": "pt", **{COPIES[name]: text for name, text in texts.items()}}
-    metadata[CHECKSUM] = checksum(metadata, tensors)
-    weights = dump_safetensors(tensors, metadata)
-    texts[CONFIG] = to_json({**full, "checksum": metadata[CHECKSUM]}, "the config")
-    write_files(folder, {WEIGHTS: weights, **{name: text.encode() for name, text in texts.items()}})
+    record = dict(record or {})
+    files = {METRICS: to_json(record, "model.record"), CARD: card}
+    weights, checksum = pack(full, record, card, tensors)
+    files[CONFIG] = to_json({**full, "checksum": checksum}, "the config")
+    write_files(folder, {WEIGHTS: weights, **{name: text.encode() for name, text in files.items()}})
     return folder
 
 
@@ -149,6 +145,10 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
                 raise IsADirectoryError(f"'{target}' is a folder, but a file of this name has to go there")
         _sweep(folder)
         changed = [name for name in FILES if not _holds(folder / name, contents[name])]
+        if CONFIG not in changed:
+            # A save was cut off, and this one returns to the state before it. The weights that are there do not fit the
+            # config, which is right already; the ones that come will, so now they are the last piece.
+            changed.sort(key=lambda name: name == WEIGHTS)
         for name in changed:
             temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
             _write(temporary[name], contents[name])

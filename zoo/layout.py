@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import safetensors
 import torch
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
 from zoo.errors import ConfigError, WeightsError, nearest
@@ -27,9 +28,9 @@ FILES = (WEIGHTS, METRICS, CARD, CONFIG)  # in the order of their renames
 
 FORMAT_VERSION = 1
 HEAD = "head"
-# names of the copies inside the weights file's metadata, and of the checksum over them and the tensors
-COPIES = {CONFIG: "zoo.adapter_config", METRICS: "zoo.metrics", CARD: "zoo.card"}
-CHECKSUM = "zoo.checksum"
+# The one metadata entry of the weights file: its checksum, a line break, and the other three files as JSON. One entry,
+# because safetensors writes several in random order, and the same adapter should make the same bytes.
+STAMP = "adapter-zoo"
 
 _NAME = re.compile(r"[\w-]+")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -45,8 +46,21 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of safetensors bytes; the reason in words if they are none."""
+def pack(
+    config: Mapping[str, Any], record: Mapping[str, Any], card: str, tensors: dict[str, Tensor]
+) -> tuple[bytes, str]:
+    """The weights file, with a copy of the other files inside, and its checksum."""
+    copy = to_json({"config": config, "metrics": record, "card": card}, "the record")
+    digest = _checksum(copy, tensors)
+    return dump_safetensors(tensors, {STAMP: f"{digest}\n{copy}"}), digest
+
+
+def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Tensors, copy of the other files ("config", "metrics", "card") and checksum of a weights file.
+
+    Raises:
+        WeightsError: truncated, damaged, a pickle, or not written by `pack`.
+    """
     size = int.from_bytes(data[:8], "little")
     if len(data) < 10 or size > len(data) - 8 or data[8:9] != b"{":
         if data.startswith(_PICKLE_MAGIC):
@@ -59,24 +73,27 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         header = json.loads(data[8 : 8 + size])
-        metadata = header.pop("__metadata__", {})
+        digest, _, copy = header.pop("__metadata__", {}).get(STAMP, "").partition("\n")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + size
-        if end <= len(data):
-            return load_safetensors(data), metadata
+        tensors = load_safetensors(data) if end <= len(data) else {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"'{path}' is damaged ({error}). Copy or download it again.") from error
-    raise WeightsError(f"'{path}' is truncated: {len(data):,} of {end:,} bytes. Copy or download it again.")
+    if end > len(data):
+        raise WeightsError(f"'{path}' is truncated: {len(data):,} of {end:,} bytes. Copy or download it again.")
+    if not digest or digest != _checksum(copy, tensors):
+        what = "does not have the checksum that it states" if digest else "states no checksum, so we did not write it"
+        raise WeightsError(
+            f"'{path}' was damaged or changed: it {what}{not_finite(tensors)}. Copy or download the folder again."
+        )
+    return tensors, json.loads(copy), digest
 
 
-def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the metadata, and over each tensor's name, dtype, shape and bytes; both in order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(metadata.keys() - {CHECKSUM}):
-        text = metadata[name].encode()
-        digest.update(f"{name}:{len(text)}\n".encode() + text)
+def _checksum(copy: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the copy of the other files, and over each tensor's name, dtype, shape and bytes, in order of names."""
+    digest = hashlib.sha256(copy.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,21 +16,17 @@ from torch import Tensor
 from zoo.errors import ConfigError, WeightsError, ZooError
 from zoo.layout import (
     CARD,
-    CHECKSUM,
     CONFIG,
-    COPIES,
     HEAD,
     METRICS,
     WEIGHTS,
     check_config,
     check_tensors,
     check_version,
-    checksum,
     no_constant,
-    not_finite,
-    parse,
     refuse_pickle,
     to_json,
+    unpack,
 )
 
 _LOG = logging.getLogger("zoo")
@@ -92,31 +88,24 @@ def read(folder: str | Path) -> SavedAdapter:
         raise ConfigError(
             f"There is no folder '{folder}'. Name a folder that `model.save_adapter` or `zoo pull` wrote."
         )
-    config = _read_config(folder)
+    files = _snapshot(folder)
+    path = folder / WEIGHTS
+    config = _as_object(files[CONFIG], folder / CONFIG)
     if config.get("peft_type"):
         raise ConfigError(
             f"'{folder}' holds an adapter in peft's format ({config['peft_type']}), not in ours. Import it with "
             "zoo.from_peft."
         )
-    path = folder / WEIGHTS
-    check_version(config, folder / CONFIG)
-    data = _read_weights(folder)
     check_config(config, folder / CONFIG)
-    tensors, metadata = parse(data, path)
-    copies = {name: metadata.get(key, "") for name, key in COPIES.items()}
-    if metadata.get(CHECKSUM) != checksum(metadata, tensors):
-        raise WeightsError(
-            f"'{path}' was damaged or changed: its content does not have the checksum that it states "
-            f"({metadata.get(CHECKSUM, 'none')}){not_finite(tensors)}. Copy or download the folder again."
-        )
-    recovered = config["checksum"] != metadata[CHECKSUM]
+    tensors, copy, checksum = unpack(files[WEIGHTS], path)
+    recovered = config["checksum"] != checksum
     if recovered:
         _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
-        config, record, card = json.loads(copies[CONFIG]), json.loads(copies[METRICS]), copies[CARD]
+        config, record, card = copy["config"], copy["metrics"], copy["card"]
         check_config(config, path, copy=True)
     else:
-        record = _read_record(folder, copies[METRICS])
-        card = (_read_text(folder, CARD) if (folder / CARD).exists() else "") or copies[CARD]
+        record = _record(files, folder) or copy["metrics"]
+        card = files[CARD].decode(errors="replace") or copy["card"]
     check_tensors(config, tensors, path)
     head = config["head"]
     return SavedAdapter(
@@ -139,63 +128,60 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     """The four files of a folder as bytes, checked as `read` does, in a consistent state even after a cut-off save."""
     folder = Path(folder)
     saved = read(folder)
-    files = {WEIGHTS: _read_weights(folder), CARD: saved.card.encode()}
-    files[METRICS] = to_json(saved.record, METRICS).encode()
+    files = _snapshot(folder)
     if saved.recovered:
-        _, metadata = parse(files[WEIGHTS], folder / WEIGHTS)
-        config = json.loads(metadata[COPIES[CONFIG]])
-        config["checksum"] = metadata[CHECKSUM]
-        files[CONFIG] = to_json(config, CONFIG).encode()
-    else:
-        files[CONFIG] = _read_text(folder, CONFIG).encode()
+        _, copy, checksum = unpack(files[WEIGHTS], folder / WEIGHTS)
+        files[CONFIG] = to_json({**copy["config"], "checksum": checksum}, CONFIG).encode()
+    files[METRICS] = to_json(saved.record, METRICS).encode()
+    files[CARD] = saved.card.encode()
     return files
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not os.path.lexists(folder / CONFIG):
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    """The files' bytes; b"" for a card or record that is not there.
+
+    Read in the reverse of the order in which a save renames them: if the weights, read last, are those that the config,
+    read first, was written for, then no save has begun or ended in between.
+    """
+    if not os.path.lexists(folder / CONFIG) or not os.path.lexists(folder / WEIGHTS):
         for other in sorted(folder.iterdir()):
             refuse_pickle(other)
+    if not os.path.lexists(folder / CONFIG):
         raise ConfigError(f"'{folder}' has no {CONFIG}, so it is not a saved adapter. Name a folder that holds one.")
-    try:
-        config = json.loads(_read_text(folder, CONFIG), parse_constant=no_constant)
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"'{folder / CONFIG}' is not JSON ({error}). Copy or download the folder again.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"'{folder / CONFIG}' holds a {type(config).__name__}, expected a JSON object.")
-    return config
+    files = {CONFIG: _small(folder, CONFIG)}
+    if files[CONFIG]:
+        check_version(_as_object(files[CONFIG], folder / CONFIG), folder / CONFIG)
+    files |= {name: _small(folder, name) if (folder / name).exists() else b"" for name in (CARD, METRICS)}
+    if not os.path.lexists(folder / WEIGHTS):
+        raise WeightsError(f"'{folder}' has no {WEIGHTS}. Copy or download the folder again, or name another.")
+    files[WEIGHTS] = _locate(folder, WEIGHTS, WeightsError).read_bytes()
+    return files
 
 
-def _read_record(folder: Path, copy: str) -> dict[str, Any]:
-    """metrics.json; the copy from the weights file if it is missing or broken (it is not synced when it is written)."""
-    if (folder / METRICS).exists():
-        try:
-            record = json.loads(_read_text(folder, METRICS), parse_constant=no_constant)
-            if isinstance(record, dict):
-                return record
-        except (ValueError, RecursionError):
-            pass
-        _LOG.warning("'%s' is not a JSON object; using the copy in %s.", folder / METRICS, WEIGHTS)
-    return json.loads(copy) if copy else {}
-
-
-def _read_text(folder: Path, name: str) -> str:
+def _small(folder: Path, name: str) -> bytes:
     path = _locate(folder, name, ConfigError)
     if path.stat().st_size > _MAX_TEXT:
         raise ConfigError(f"'{path}' has {path.stat().st_size:,} bytes; a file of this kind has a few thousand.")
+    return path.read_bytes()
+
+
+def _as_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text ({error}). Copy or download the folder again.") from error
+        value = json.loads(data, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' is not JSON ({error}). Copy or download the folder again.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"'{path}' holds a {type(value).__name__}, expected a JSON object.")
+    return value
 
 
-def _read_weights(folder: Path) -> bytes:
-    if not os.path.lexists(folder / WEIGHTS):
-        for other in sorted(folder.iterdir()):
-            refuse_pickle(other)
-        raise WeightsError(f"'{folder}' has no {WEIGHTS}. Copy or download the folder again, or name another.")
-    return _locate(folder, WEIGHTS, WeightsError).read_bytes()
+def _record(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
+    """metrics.json; empty if it is missing or broken, which costs nothing, since the weights file has a copy."""
+    try:
+        return _as_object(files[METRICS], folder / METRICS) if files[METRICS] else {}
+    except ConfigError as error:
+        _LOG.warning("%s Using the copy in %s.", error, WEIGHTS)
+        return {}
 
 
 def _locate(folder: Path, name: str, error: type[ZooError]) -> Path:
