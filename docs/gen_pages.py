@@ -111,4 +111,13 @@ def _console(runner: Any, app: Any, command: list[str]) -> str:
 
 
 def _compatibility() -> str:
-    return "# Compatibility\n"
+    import zoo
+    from zoo.table import as_markdown
+
+    return f"""# Compatibility
+
+Every cell was run when this page was made, on a tiny random member of the family: attaching, one training step in which
+every trainable tensor got a gradient, saving and loading to the same outputs, and merging to the same outputs. What is refused is
+refused with the reason below the table.
+
+{as_markdown(zoo.compatibility())}"""
