@@ -87,7 +87,7 @@ class _Card:
         self.base = model.family.hub_id()
         what = " + ".join(dict.fromkeys(type(adapter).__name__ for adapter in self.adapters)) or "Head"
         on = f" on {self.data_record['name']}" if self.data_record.get("name") else ""
-        self.title = f"{what} for {model.backbone_name}{on}"
+        self.title = " ".join(f"{what} for {model.backbone_name}{on}".split())
 
     def metadata(self) -> str:
         """The YAML that the Hub reads."""
@@ -164,7 +164,7 @@ class _Card:
         record = self.data_record
         if not record.get("name"):
             return ""
-        name, link = record["name"], record.get("url")
+        name, link = " ".join(str(record["name"]).split()), record.get("url")
         text = f"[{name}]({link})" if link else str(name)
         if record.get("hub_id"):
             text += f" (`{record['hub_id']}`)"
