@@ -13,7 +13,8 @@ renaming it is the moment at which the new state replaces the old. All files are
 the same folder (a full disk shows here, before anything is touched), then renamed, the weights first and the config
 last. The config repeats the checksum. If it names another one than the weights file, the save was cut off between two
 renames, and the copies in the weights file are used. If the weights do not have their own checksum, they are damaged and
-refused. Files that would not change are left alone.
+refused. Only the weights are synced before their rename: if the power goes, the others may be left empty, which is a
+save cut off, too. Files that would not change are left alone.
 
 Nothing is ever unpickled.
 """
@@ -151,11 +152,10 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
             changed.sort(key=lambda name: name == WEIGHTS)
         for name in changed:
             temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
-            _write(temporary[name], contents[name])
+            _write(temporary[name], contents[name], sync=name == WEIGHTS)
         for name in changed:
             temporary[name].replace(folder / name)
             del temporary[name]
-        _sync_folder(folder)
     except OSError as error:
         raise SaveError(
             f"Could not save to '{folder}': {error.strerror or error}. What was there before is still whole. Free some "
@@ -176,7 +176,7 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, data)
+        _write(temporary, data, sync=True)
         temporary.replace(path)
     except OSError as error:
         raise SaveError(
@@ -188,11 +188,12 @@ def write_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, sync: bool) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -206,16 +207,6 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if _STALE.fullmatch(entry.name) and time.time() - entry.lstat().st_mtime > _STALE_AFTER:
                 entry.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _select(model: Model, wanted: Sequence[str] | None) -> list[str]:

@@ -90,22 +90,25 @@ def read(folder: str | Path) -> SavedAdapter:
         )
     files = _snapshot(folder)
     path = folder / WEIGHTS
-    config = _as_object(files[CONFIG], folder / CONFIG)
-    if config.get("peft_type"):
-        raise ConfigError(
-            f"'{folder}' holds an adapter in peft's format ({config['peft_type']}), not in ours. Import it with "
-            "zoo.from_peft."
-        )
-    check_config(config, folder / CONFIG)
+    config: dict[str, Any] = {}
+    lost = not files[CONFIG].strip(b"\0")  # emptied by a power cut, see zoo.disk
+    if not lost:
+        config = _as_object(files[CONFIG], folder / CONFIG)
+        if config.get("peft_type"):
+            raise ConfigError(
+                f"'{folder}' holds an adapter in peft's format ({config['peft_type']}), not in ours. Import it with "
+                "zoo.from_peft."
+            )
+        check_config(config, folder / CONFIG)
     tensors, copy, checksum = unpack(files[WEIGHTS], path)
-    recovered = config["checksum"] != checksum
+    recovered = lost or config["checksum"] != checksum
     if recovered:
         _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
         config, record, card = copy["config"], copy["metrics"], copy["card"]
         check_config(config, path, copy=True)
     else:
         record = _record(files, folder) or copy["metrics"]
-        card = files[CARD].decode(errors="replace") or copy["card"]
+        card = files[CARD].strip(b"\0").decode(errors="replace") or copy["card"]
     check_tensors(config, tensors, path)
     head = config["head"]
     return SavedAdapter(
@@ -149,7 +152,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     if not os.path.lexists(folder / CONFIG):
         raise ConfigError(f"'{folder}' has no {CONFIG}, so it is not a saved adapter. Name a folder that holds one.")
     files = {CONFIG: _small(folder, CONFIG)}
-    if files[CONFIG]:
+    if files[CONFIG].strip(b"\0"):
         check_version(_as_object(files[CONFIG], folder / CONFIG), folder / CONFIG)
     files |= {name: _small(folder, name) if (folder / name).exists() else b"" for name in (CARD, METRICS)}
     if not os.path.lexists(folder / WEIGHTS):
@@ -178,7 +181,7 @@ def _as_object(data: bytes, path: Path) -> dict[str, Any]:
 def _record(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
     """metrics.json; empty if it is missing or broken, which costs nothing, since the weights file has a copy."""
     try:
-        return _as_object(files[METRICS], folder / METRICS) if files[METRICS] else {}
+        return _as_object(files[METRICS], folder / METRICS) if files[METRICS].strip(b"\0") else {}
     except ConfigError as error:
         _LOG.warning("%s Using the copy in %s.", error, WEIGHTS)
         return {}
