@@ -12,8 +12,9 @@ to it. `init_std=0` starts at gamma = 1, beta = 0, which is equal to it to the b
 Merged: W <- gamma W, b <- gamma b + beta; of a norm likewise.
 Count on ViT-B/16: 12 * 2 * 11 d + 4 d = 205,824.
 Source: Lian, Zhou, Feng, Wang, "Scaling & Shifting Your Features", 2022 (dongzelian/SSF). As there, the reduction of Swin's
-patch merging is left out (it has no bias to merge into), its norm is not.
-Deviations: q, k and v have tensors of their own; theirs is one of 3 d, with the same numbers in all.
+patch merging is left out; it has no bias to merge into.
+Deviations: q, k and v have tensors of their own; theirs is one of 3 d, with the same numbers in all. The norm of Swin's patch
+merging is scaled, as their text and module say; their blocks hand it a list in place of a name, so it never happens there.
 
 In memory: backward needs the unscaled output of each projection; the scaled one, and the outputs of norms, are recomputed.
 """
