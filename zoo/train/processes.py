@@ -7,6 +7,7 @@ overlapping, and methods may add, drop, freeze or leave unused any parameter at 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Sequence
@@ -45,9 +46,12 @@ class Processes:
         accelerator = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
         flag = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
         on_cpu = flag or not accelerator or (wanted is not None and wanted.type == "cpu")
+        before = dist.is_available() and dist.is_initialized()
         state = PartialState(cpu=on_cpu)
         # A script that made its own PartialState on a machine without GPU is told of one process though there are more.
         joined = dist.is_available() and dist.is_initialized()
+        if joined and not before and dist.get_backend() == "gloo":
+            atexit.register(_leave)  # its threads must end before the interpreter does, or it aborts
         self.rank = dist.get_rank() if joined else 0
         self.world = dist.get_world_size() if joined else 1
         self.main = self.rank == 0
@@ -125,6 +129,11 @@ class Processes:
                 f"The {self.world} processes have different {what}. Each must build the same model, data and settings; "
                 "pass seed=... to zoo.load, and let every process see the same files."
             )
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _add_bucket(parameters: Sequence[Parameter]) -> None:

@@ -1,0 +1,107 @@
+"""Two CPU processes under `accelerate launch` train to the numbers of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from train_parts import difference, easy_data, tiny_model, weights
+
+import zoo
+from zoo.train.processes import Processes
+
+METHODS = ("lora", "bitfit")
+SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 1e-2, "progress": False, "device": "cpu"}
+
+
+class Odd:
+    """Leaves parameters unused on one process, and freezes and adds some on the way, as samplers and growing methods do."""
+
+    def fit_start(self, model: zoo.Model, optimizer: Any, total_steps: int) -> None:
+        self.optimizer, self.draws = optimizer, torch.zeros(())
+        self.extra = torch.nn.Parameter(torch.ones(2))
+
+    def step_start(self, model: zoo.Model, step: int) -> None:
+        self.draws = self.draws + torch.rand(())  # must be equal on all processes
+        names = [n for n in self.optimizer.parameters if n.startswith("lora/")]
+        self.optimizer.unfreeze(names)
+        self.optimizer.freeze(names[step % 2 :: 2])
+        if step == 2:
+            self.optimizer.add({"lora/extra": self.extra})
+
+    def extra_loss(self, model: zoo.Model, outputs: Tensor, targets: Tensor) -> Tensor:
+        used = (targets == 3).sum()  # often no such image on a process: no gradient there
+        return used * (self.extra**2).sum() / len(targets) if int(used) else 0 * outputs.sum()
+
+    def after_backward(self, model: zoo.Model, step: int) -> None:
+        score = self.optimizer.reduce(torch.ones(()))
+        assert float(score) == int(os.environ.get("WORLD_SIZE", 1))
+
+
+def train(out: Path) -> None:
+    """All runs of this test; what they gave goes to `out` (of process 0; the others must agree with it)."""
+    torch.set_num_threads(1)
+    histories, tensors = {}, {}
+    data = easy_data(61, noise=1)  # the last batch has one image: one process has nothing to do
+    for name in [*METHODS, "odd"]:
+        model = tiny_model("lora" if name == "odd" else name, seed=0)
+        odd = Odd()
+        report = zoo.fit(model, data, easy_data(13, seed=1), callbacks=[odd] if name == "odd" else [], **SETTINGS)
+        histories[name] = report.history
+        tensors |= {f"{name}:{k}": v for k, v in weights(model).items()}
+        if name == "odd":
+            tensors |= {"odd:draws": odd.draws, "odd:extra": odd.extra.detach()}
+        metrics = zoo.evaluate(model, easy_data(21, seed=2), per_class=True, progress=False, device="cpu")
+        histories[f"{name}:test"] = [{k: v for k, v in metrics.items() if "second" not in k}]
+    processes = Processes("cpu")
+    processes.same(repr([(k, v.tolist()) for k, v in tensors.items()]), "results")
+    if processes.main:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{processes.world}.safetensors")
+        (out / f"{processes.world}.json").write_text(json.dumps(histories))
+
+
+def test_two_processes_train_to_the_numbers_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [
+        *accelerate,
+        "--dynamo_backend",
+        "no",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(port),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(tmp_path)
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert one.keys() == two.keys()
+    for run, records in one.items():
+        for a, b in zip(records, two[run], strict=True):
+            assert a.pop("per_class", None) == b.pop("per_class", None)
+            numbers = {k: v for k, v in a.items() if "second" not in k}
+            assert {k: v for k, v in b.items() if "second" not in k} == pytest.approx(numbers, rel=2e-5), run
+    first, second = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
+    assert difference(first, second) < 1e-4
+    assert torch.equal(first["odd:draws"], second["odd:draws"])
+    assert not torch.equal(first["odd:extra"], torch.ones(2))
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
