@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MEMORY_SETTINGS = ("default", "low", "min")
 
@@ -34,7 +34,9 @@ class Recipe:
 
     __slots__ = ("autocast", "fn", "inputs", "pending", "value")
 
-    def __init__(self, fn: Callable[..., Tensor], inputs: tuple[Any, ...], autocast: tuple[str, bool, torch.dtype]) -> None:
+    def __init__(
+        self, fn: Callable[..., Tensor], inputs: tuple[Any, ...], autocast: tuple[str, bool, torch.dtype]
+    ) -> None:
         self.fn = fn
         self.inputs = inputs
         self.autocast = autocast
@@ -101,9 +103,7 @@ class Saver:
         """A context in which tensors that can be given back are not kept. `device` is where the model runs."""
         return _Recording(self, device)
 
-    def note(
-        self, output: Tensor, fn: Callable[..., Tensor], inputs: tuple[Any, ...], constant: bool = False
-    ) -> None:
+    def note(self, output: Tensor, fn: Callable[..., Tensor], inputs: tuple[Any, ...], constant: bool = False) -> None:
         """`output` is `fn(*inputs)` and need not be kept, if the inputs are. `fn` must be deterministic."""
         if not self.recording or not isinstance(output, Tensor) or not (output.requires_grad or constant):
             return
@@ -219,3 +219,15 @@ def recomputable(fn: Callable[..., Tensor], *inputs: Any, constant: bool = False
     if not torch.compiler.is_compiling() and _recording is not None:
         _recording.note(output, fn, inputs, constant)
     return output
+
+
+def dropped(x: Tensor, drop: nn.Dropout) -> Tensor:
+    """`drop(x)`, for which backward keeps one byte for each value instead of the values and their factors."""
+    if drop.p == 0 or not drop.training:
+        return x
+    keep = torch.rand_like(x, dtype=torch.float32) >= drop.p
+    return recomputable(_masked, x, keep, drop.p)
+
+
+def _masked(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return x * keep / (1 - p)

@@ -48,10 +48,11 @@ class AddGroup:
         if group is not None:
             return group(self.parts, x, y)
         for module, start, stop in self.parts:
+            delta = module(x).to(y.dtype)  # in a mixed-precision region a bias is wider than what it is added to
             if stop - start == y.shape[-1]:
-                y = y + module(x)
+                y = y + delta
             else:
-                y = torch.cat([y[..., :start], y[..., start:stop] + module(x), y[..., stop:]], dim=-1)
+                y = torch.cat([y[..., :start], y[..., start:stop] + delta, y[..., stop:]], dim=-1)
         return y
 
 
@@ -266,9 +267,7 @@ class Session:
             self.swaps.append(Swap(self.owner, module, name, frozen, trained))
             return
         if name != "bias":
-            raise AttachError(
-                f"'{name}' of '{point.name}' is fused: train it for all slices of '{key}', or for none."
-            )
+            raise AttachError(f"'{name}' of '{point.name}' is fused: train it for all slices of '{key}', or for none.")
         for p in points:
             assert isinstance(p, LinearPoint) and p.bias is not None
             shift = BiasDelta(p.bias)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from zoo.adapter_base import Adapter
 from zoo.errors import MergeError
-from zoo.memory import recomputable
+from zoo.memory import dropped, recomputable
 from zoo.merge import Merger
 from zoo.points import Points, SublayerPoint
 from zoo.registry import register_adapter
@@ -99,10 +99,7 @@ class Bottleneck(nn.Module):
         hidden = self.adapter_down(inner)  # (..., r)
         if self.activation is not None:
             hidden = recomputable(self.activation, hidden) if self.keeps_input else self.activation(hidden)
-        if self.drop.p > 0 and self.drop.training:
-            # Kept as a mask of one byte each, from which the dropped values are computed again.
-            keep = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(1 - self.drop.p)
-            hidden = recomputable(_dropped, hidden, keep, self.drop.p)
+        hidden = dropped(hidden, self.drop)
         if self.adapter_scale is None and self.fixed_scale == 1:
             out = self.adapter_up(hidden)
         else:  # s scales (d, r) weights instead of (..., d) outputs, which backward would need if s is learned
@@ -111,10 +108,6 @@ class Bottleneck(nn.Module):
         if self.adapter_norm is not None and not self.norm_first:
             out = self.adapter_norm(out)
         return x + out if self.sequential else out
-
-
-def _dropped(hidden: Tensor, keep: Tensor, p: float) -> Tensor:
-    return hidden * keep / (1 - p)
 
 
 @register_adapter("adapter")

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.adapter_base import Adapter
+from zoo.memory import dropped
 from zoo.merge import Merger
 from zoo.points import LinearPoint, Points
 from zoo.registry import register_adapter
@@ -62,7 +63,7 @@ class LowRank(nn.Module):
     def add_group(parts: tuple[Part, ...], x: Tensor, y: Tensor) -> Tensor:
         """`y[..., start:stop] += delta(x)` for all parts of one projection at once; y is changed in place and returned."""
         first = parts[0][0]
-        x = first.drop(x)
+        x = dropped(x, first.drop)
         slices = tuple((start, stop, m.scale) for m, start, stop in parts)
         factors = [f for m, _, _ in parts for f in (m.lora_a, m.lora_b)]
         if torch.compiler.is_compiling() or x.device.type == "meta":
@@ -91,37 +92,43 @@ class _LowRankAdd(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, slices: tuple[tuple[int, int, float], ...], *factors: Tensor) -> Tensor:
         ranks = [len(a) for a in factors[::2]]
         rows, flat = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
-        down = torch.cat([a.to(y.dtype) for a in factors[::2]]) if len(ranks) > 1 else factors[0].to(y.dtype)
-        hidden = rows @ down.T  # (n, sum of ranks)
+        hidden = (rows @ _stacked(factors, y.dtype).T).to(y.dtype)  # (n, sum of ranks)
         for h, (start, stop, scale), b in zip(hidden.split(ranks, dim=1), slices, factors[1::2]):
             flat[:, start:stop].addmm_(h, b.T.to(y.dtype), alpha=scale)
         ctx.mark_dirty(y)
-        ctx.slices, ctx.ranks = slices, ranks
-        ctx.save_for_backward(x, hidden, *factors)
+        ctx.slices, ctx.ranks, ctx.shape, ctx.dtype = slices, ranks, x.shape, x.dtype
+        ctx.trained = any(ctx.needs_input_grad[3:])  # a frozen adapter needs neither x nor A x
+        ctx.save_for_backward(*((x, hidden) if ctx.trained else ()), *factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, hidden, *factors = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        factors = saved[2:] if ctx.trained else saved
         g = grad.reshape(-1, grad.shape[-1])
-        rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
-        through = torch.empty_like(hidden)  # gradient of the hidden values
-        pairs = zip(hidden.split(ctx.ranks, dim=1), through.split(ctx.ranks, dim=1), ctx.slices, factors[1::2])
-        up = []
-        for h, t, (start, stop, scale), b in pairs:
-            part = g[:, start:stop]
-            torch.mm(part, b.to(g.dtype) * scale, out=t)
-            up.append((part.T @ h).mul_(scale).to(b.dtype))
-        down = (through.T @ rows).split(ctx.ranks)
-        grads: list[Any] = []
-        for a, da, db in zip(factors[::2], down, up):
-            grads += [da.to(a.dtype), db]
+        through = g.new_empty(len(g), sum(ctx.ranks))  # gradient of the hidden values
+        for t, (start, stop, scale), b in zip(through.split(ctx.ranks, dim=1), ctx.slices, factors[1::2]):
+            torch.mm(g[:, start:stop], b.to(g.dtype) * scale, out=t)
+        grads: list[Any] = [None] * len(factors)
+        if ctx.trained:
+            x, hidden = saved[:2]
+            down = (through.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)).split(ctx.ranks)
+            grads[::2] = [d.to(a.dtype) for d, a in zip(down, factors[::2])]
+            grads[1::2] = [
+                (g[:, start:stop].T @ h).mul_(scale).to(b.dtype)
+                for h, (start, stop, scale), b in zip(hidden.split(ctx.ranks, dim=1), ctx.slices, factors[1::2])
+            ]
         dx = None
         if ctx.needs_input_grad[1]:
-            cat = torch.cat([a.to(g.dtype) for a in factors[::2]]) if len(ctx.ranks) > 1 else factors[0].to(g.dtype)
-            dx = (through @ cat).view(x.shape).to(x.dtype)
+            dx = (through @ _stacked(factors, g.dtype)).view(ctx.shape).to(ctx.dtype)
         return (grad, dx, None, *grads)
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All A below one another: (sum of ranks, dim_in)."""
+    downs = [a.to(dtype) for a in factors[::2]]
+    return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
 class DoRAWeight(nn.Module):
@@ -192,8 +199,7 @@ class LoRA(Adapter):
         points.require("linear", "lora")
         for point, rank, scale in self.shapes(points):
             if self.dora:
-                frozen = point.weight if point.weight.is_meta else point.weight.cpu()
-                point.reparametrize(DoRAWeight(frozen, rank, scale))
+                point.reparametrize(DoRAWeight(point.weight, rank, scale))
             else:
                 point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout))
 
