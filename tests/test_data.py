@@ -61,7 +61,7 @@ def test_folder(image_folder: Path) -> None:
 
 
 def test_folder_with_several_splits_needs_one_named(image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"splits test, train; choose one with split="):
+    with pytest.raises(DataError, match=r"splits test, train; choose one with open_dataset"):
         open_dataset(image_folder)
     with pytest.raises(DataError, match=r"no split 'tran'.*Did you mean 'train'"):
         open_dataset(image_folder, split="tran")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_data import encoded, write_parquet
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from train_parts import CLASSES, difference, easy_data, tiny_model, weights
 
 import zoo
@@ -176,6 +176,36 @@ def test_own_loss_and_optimizer() -> None:
     assert report.settings["optimizer"] == "<lambda>"
 
 
+def test_torch_data_of_pictures_gets_the_backbones_preprocessing() -> None:
+    images, labels = easy_data(16).tensors
+
+    class Pictures(Dataset[Any]):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+            pixels = (40 * images[i] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            return Image.fromarray(pixels), int(labels[i])
+
+    assert fit(tiny_model(), Pictures(), Pictures(), epochs=1).history[0]["val_loss"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(precision: str) -> None:
+    cpu, gpu = tiny_model(), tiny_model()
+    a = fit(cpu, easy_data(64), easy_data(16, seed=1), device="cpu")
+    b = fit(gpu, easy_data(64), easy_data(16, seed=1), device="cuda", precision=precision, workers=2)
+    assert gpu.device.type == "cuda"
+    assert b.history[-1]["val_loss"] == pytest.approx(
+        a.history[-1]["val_loss"], rel=1e-3 if precision == "fp32" else 5e-2
+    )
+    images, labels = easy_data(48).tensors
+    with pytest.raises(TrainingError):
+        fit(tiny_model(), TensorDataset(images * math.nan, labels), device="cuda", precision=precision)
+
+
 # -- hooks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +226,9 @@ class Recorder:
     def fit_start(self, model: zoo.Model, optimizer: Any, total_steps: int) -> None:
         self.calls.append(("fit_start", total_steps))
         self.optimizer = optimizer
+
+    def epoch_start(self, model: zoo.Model, epoch: int) -> None:
+        self.calls.append(("epoch_start", epoch))
 
     def step_start(self, model: zoo.Model, step: int) -> None:
         self.calls.append(("step_start", step))
@@ -245,6 +278,7 @@ def test_hooks_are_called_in_order() -> None:
     assert recorder.calls == [
         "calibrate",
         ("fit_start", 2),
+        ("epoch_start", 0),
         *one(0, [8, 8]),
         *one(1, [4, 4]),
         ("epoch_end", 0),
@@ -457,7 +491,7 @@ def test_classes_that_do_not_fit() -> None:
     with pytest.raises(MismatchError, match=r"has 3 classes, the model's head 4\. Load the model with num_classes=3"):
         fit(model, easy_data(12, classes=3))
 
-    class Silent(torch.utils.data.Dataset[Any]):
+    class Silent(Dataset[Any]):
         """Does not tell its labels beforehand."""
 
         def __len__(self) -> int:

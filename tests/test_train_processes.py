@@ -19,8 +19,16 @@ from train_parts import difference, easy_data, tiny_model, weights
 import zoo
 from zoo.train.processes import Processes
 
-METHODS = ("lora", "bitfit")
+METHODS: dict[str, Any] = {
+    "lora": {},
+    "vpt": {"num_tokens": 3},
+    "spt": {"budget": 0.002, "rank": 2, "dropout": 0.0, "drop_path": 0.0, "num_batches": 3},
+}
 SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 1e-2, "progress": False, "device": "cpu"}
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Odd:
@@ -44,18 +52,25 @@ class Odd:
 
     def after_backward(self, model: zoo.Model, step: int) -> None:
         score = self.optimizer.reduce(torch.ones(()))
-        assert float(score) == int(os.environ.get("WORLD_SIZE", 1))
+        assert float(score) == world()
 
 
 def train(out: Path) -> None:
     """All runs of this test; what they gave goes to `out` (of process 0; the others must agree with it)."""
     torch.set_num_threads(1)
     histories, tensors = {}, {}
-    data = easy_data(61, noise=1)  # the last batch has one image: one process has nothing to do
-    for name in [*METHODS, "odd"]:
-        model = tiny_model("lora" if name == "odd" else name, seed=0)
+    data = easy_data(37, noise=1)  # the last batch has one image: one process has nothing to do
+    for name in [*METHODS, "odd", "dropout"]:
+        model = tiny_model(
+            zoo.adapter(name, **METHODS[name])
+            if name in METHODS
+            else zoo.adapter("lora", dropout=0.3 * (name == "dropout"))
+        )
         odd = Odd()
-        report = zoo.fit(model, data, easy_data(13, seed=1), callbacks=[odd] if name == "odd" else [], **SETTINGS)
+        # random numbers belong to the parts of a batch: two parts draw alike on one process and on two
+        parts = 2 // world() if name == "dropout" else 1
+        callbacks = [odd] if name == "odd" else []
+        report = zoo.fit(model, data, easy_data(13, seed=1), callbacks=callbacks, accumulate=parts, **SETTINGS)
         histories[name] = report.history
         tensors |= {f"{name}:{k}": v for k, v in weights(model).items()}
         if name == "odd":
@@ -69,6 +84,7 @@ def train(out: Path) -> None:
         (out / f"{processes.world}.json").write_text(json.dumps(histories))
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_numbers_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,6 +115,7 @@ def test_two_processes_train_to_the_numbers_of_one(tmp_path: Path) -> None:
             assert {k: v for k, v in b.items() if "second" not in k} == pytest.approx(numbers, rel=2e-5), run
     first, second = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
     assert difference(first, second) < 1e-4
+    assert all(any(k.startswith(f"{m}:{m}/") for k in first) for m in METHODS)
     assert torch.equal(first["odd:draws"], second["odd:draws"])
     assert not torch.equal(first["odd:extra"], torch.ones(2))
 

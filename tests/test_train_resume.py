@@ -105,6 +105,30 @@ def test_a_finished_run_is_only_loaded(tmp_path: Path, unbroken: tuple[Report, d
     assert difference(weights(model), unbroken[1]) == 0 and numbers(report) == numbers(unbroken[0])
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        zoo.adapter("vpt", num_tokens=3, dropout=0.1),
+        zoo.adapter("spt", budget=0.002, rank=2, num_batches=2),
+        zoo.adapter("full"),
+    ],
+    ids=["vpt", "spt", "full"],
+)
+def test_other_methods(tmp_path: Path, adapter: zoo.Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a calibration decided is in the checkpoint; it is not made again."""
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "checkpoint_every": 1, "keep": "best"}
+    whole = fit(expected := tiny_model(adapter), easy_data(48), **options)
+    with pytest.raises(Stop):
+        fit(tiny_model(adapter), easy_data(48), checkpoint=tmp_path, callbacks=[StopAt(4)], **options)
+    model = tiny_model(adapter)
+    monkeypatch.setattr(type(adapter), "calibrate", None)
+    report = fit(model, easy_data(48), checkpoint=tmp_path, **options)
+    assert numbers(report) == numbers(whole) and difference(weights(model), weights(expected)) == 0
+    images, _ = easy_data(8, seed=3).tensors
+    assert torch.equal(model(images), expected(images))
+    assert any(not name.startswith("head/") for name in weights(model))
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])

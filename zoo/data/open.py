@@ -141,7 +141,7 @@ def _in_folder(folder: Path, split: str | None) -> Path | list[Path]:
     if splits and len(splits) == len(subfolders):
         if len(splits) == 1:
             return folder / splits[0]
-        raise DataError(f"{folder}: has the splits {', '.join(splits)}; choose one with split=...")
+        raise DataError(f"{folder}: has the splits {', '.join(splits)}; choose one with open_dataset(..., split=...)")
     return folder
 
 
@@ -158,7 +158,9 @@ def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
             raise DataError(f"{source}: no Parquet file of the split '{split}'. {nearest(split, names)}")
         return sorted(chosen)
     if len(names) > 1:
-        raise DataError(f"{source}: holds several splits ({', '.join(sorted(names))}); choose one with split=...")
+        raise DataError(
+            f"{source}: holds several splits ({', '.join(sorted(names))}); choose one with open_dataset(..., split=...)"
+        )
     return files
 
 

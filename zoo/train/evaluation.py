@@ -19,6 +19,7 @@ from zoo.train.batches import BatchPlan, class_range, make_loader
 from zoo.train.hooks import Hooks
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
+from zoo.train.seeds import kept_generators
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -113,7 +114,8 @@ def prepare(
 
 
 def _yields_tensors(dataset: ImageDataset) -> bool:
-    item = dataset[0]
+    with kept_generators(cuda=False):
+        item = dataset[0]
     return isinstance(item, tuple) and not hasattr(item[0], "convert")
 
 

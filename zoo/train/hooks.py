@@ -36,6 +36,7 @@ __all__ = ["HOOKS", "Hooks", "training_hooks"]
 
 HOOKS = (
     "fit_start",
+    "epoch_start",
     "step_start",
     "extra_loss",
     "after_backward",
@@ -70,13 +71,16 @@ class Hooks:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether an active adapter has to see data before its parameters are final."""
-        return any(getattr(r, "needs_calibration", False) for r in self.receivers)
+        """Whether an active adapter has to see data before its parameters are final, and has not yet (it has no `plan`)."""
+        return any(_uncalibrated(r) for r in self.receivers)
 
     def calibrate(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
-        """Before training, and before an optimizer is made. `batches` must be iterable more than once."""
+        """Before training, and before an optimizer is made. `batches` must be iterable more than once.
+
+        An adapter that has a `plan` was calibrated before, or was loaded, and is left alone.
+        """
         for receiver in self.receivers:
-            if getattr(receiver, "needs_calibration", False):
+            if _uncalibrated(receiver):
                 receiver.calibrate(self.model, batches)
 
     def fit_start(self, optimizer: OptimizerService | Optimizer, total_steps: int) -> None:
@@ -84,6 +88,10 @@ class Hooks:
         if isinstance(optimizer, Optimizer):
             optimizer = OptimizerService.wrap(optimizer, self.model, total_steps=total_steps)
         self._call("fit_start", optimizer, total_steps)
+
+    def epoch_start(self, epoch: int) -> None:
+        """An epoch (counted from 0) begins; not called again when training goes on in the middle of one."""
+        self._call("epoch_start", epoch)
 
     def step_start(self, step: int) -> None:
         """In front of the forward pass of an optimizer step (counted from 0)."""
@@ -133,6 +141,10 @@ class Hooks:
     def fit_end(self) -> None:
         """Training is over, the chosen weights are in the model."""
         self._call("fit_end")
+
+
+def _uncalibrated(receiver: Any) -> bool:
+    return getattr(receiver, "needs_calibration", False) and getattr(receiver, "plan", None) is None
 
 
 def training_hooks(model: Model, callbacks: Sequence[Any] = ()) -> Hooks:

@@ -94,14 +94,15 @@ class Stepper:
         """
         settings, processes, service = self.settings, self.processes, self.service
         service.set_lr()
-        service.batches = [(b.inputs, b.targets) for b in parts if b.count]
+        batches = [self._to_device(b) if b.count else None for b in parts]
+        service.batches = [b for b in batches if b is not None]
         seed_everything(settings.seed, "step", step)  # equal on all processes: a sampled rank or layer must be
         self.hooks.step_start(step)
         totals = torch.zeros_like(self.sums)
-        for number, batch in enumerate(parts):
-            if batch.count:
+        for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            if batch is not None:
                 seed_everything(settings.seed, "part", step, number * processes.world + processes.rank)
-                self._backward(batch, planned, totals)
+                self._backward(*batch, part.count, planned, totals)
         parameters = list(service.parameters.values())
         processes.add_gradients(parameters, totals)
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -131,11 +132,14 @@ class Stepper:
         self.hooks.step_end(step)
         self.sums += totals
 
-    def _backward(self, batch: Batch, planned: int, totals: Tensor) -> None:
-        """Forward and backward of one part; the gradient is that of the mean over the whole batch."""
+    def _to_device(self, batch: Batch) -> tuple[Any, Tensor]:
+        """(inputs, targets) of a part."""
         if self.loss is None:
             check_batch(batch.targets, self.model.num_classes, self.dataset)
-        inputs, targets = to_device(batch.inputs, self.device, self.dtype), to_device(batch.targets, self.device)
+        return to_device(batch.inputs, self.device, self.dtype), to_device(batch.targets, self.device)
+
+    def _backward(self, inputs: Any, targets: Tensor, count: int, planned: int, totals: Tensor) -> None:
+        """Forward and backward of one part; the gradient is that of the mean over the whole batch."""
         labels = targets
         if self._mix is not None:
             inputs, targets = self._mix(inputs, targets)
@@ -146,15 +150,15 @@ class Stepper:
             else:
                 loss = F.cross_entropy(outputs.float(), targets, label_smoothing=self.settings.label_smoothing)
             extra = self.hooks.extra_loss(outputs, targets)
-        (((loss + extra) * (batch.count / planned)) * self.scale.scale).backward()
+        (((loss + extra) * (count / planned)) * self.scale.scale).backward()
         with torch.no_grad():
-            totals[0] += batch.count
-            totals[1] += loss.detach().to(totals.dtype) * batch.count
+            totals[0] += count
+            totals[1] += loss.detach().to(totals.dtype) * count
             if isinstance(extra, Tensor):
-                totals[2] += extra.detach().to(totals.dtype) * batch.count
+                totals[2] += extra.detach().to(totals.dtype) * count
             if self.loss is None and self._mix is None and labels.ndim == 1 and not labels.is_floating_point():
                 totals[3] += (outputs.argmax(1) == labels).sum()
-                totals[4] += batch.count
+                totals[4] += count
 
     def _watch(self, step: int, totals: Tensor, norm: Tensor) -> None:
         """Raise if loss or gradients are not finite; on a GPU those of the step before, whose numbers have arrived by now."""

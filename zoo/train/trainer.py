@@ -157,6 +157,7 @@ class Trainer:
             self._save()
         if self.chosen is not None:
             restore(self.model, self.chosen)
+        self.service.unfreeze(self.service.parameters)  # what a method froze for the last step is still a parameter to train
         self.model.eval()
         seed_everything(self.settings.seed, "fit_end")
         self.hooks.fit_end()
@@ -169,6 +170,9 @@ class Trainer:
         loader = iter(self.loader)
         task = bar.task(f"epoch {run.epoch + 1}/{self.epochs}", batches, run.batch)
         self.model.train()
+        if run.batch == 0:
+            seed_everything(self.settings.seed, "epoch_start", run.epoch)
+            self.hooks.epoch_start(run.epoch)
         while run.batch < batches:
             began = time.perf_counter()
             parts = [next(loader) for _ in range(plan.parts)]
