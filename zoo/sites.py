@@ -28,7 +28,7 @@ class Op:
 
     `where` says how `fn` is called: "input": `x -> x`; "output": `(x, y) -> y`, with x the module's first input;
     "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "forward": not called by the site
-    itself but read by the site's replacement of `forward` (attention, blocks).
+    itself but read by the site's replacement of `forward` (attention, blocks), as are other words of a family's own.
     """
 
     owner: str

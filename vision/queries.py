@@ -1,0 +1,196 @@
+"""Queries: tokens that read a block's keys and values and leave the block's own tokens alone (`AttentionPoint.query`).
+
+The tokens Q (1 or B, T, d) run through a copy of block m's forward in which they only ask; nobody asks them:
+
+    q = W_q norm1(Q) + b_q                                                      (1 or B, h, T, c)
+    A = mean over the windows w of softmax(q k_w^T / sqrt(c)) v_w               (B, h, T, c)
+    U = Q + ls1(W_o A + b_o)        Z = U + ls2(mlp(norm2(U)))                  (B, T, d)
+
+k_w, v_w (B, h, N, c) are those that the block has just used for its own N tokens, prompts and prefixes of other adapters
+included; a ViT has one window. Queries get no mask and no relative position bias. The stream runs behind the block, through
+the block's own modules, so what other adapters do there (LoRA on q, a bottleneck behind the MLP, a trained norm) is
+done to the queries too.
+
+In memory: if nothing trainable stands in front, the block's tokens have no graph, and backward needs of them only
+
+    dq = C dA        C = scale * sum_n a_n k_n (v_n - A)^T        (B, h, T, c, c), a_n the attention of token n
+
+the covariance of keys and values under the query's own attention. It does not grow with the number of tokens: T c d values
+for each image instead of 2 N d for keys and values (ViT-B/16 at T = 1: a sixth). For many queries keys and values are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vision.attention import heads
+from zoo.errors import AttachError, CombinationError
+from zoo.points import Point
+from zoo.sites import BlockSite, LinearSite, Op, Site, State
+
+if TYPE_CHECKING:
+    from vision.timm_family import TimmBackbone
+    from zoo.session import Session
+
+# Covariances cost one product of N c^2 for each query, so a few queries are where they pay.
+FEW = 4
+
+
+class _Read(torch.autograd.Function):
+    """Windowed attention of a few queries over frozen tokens; keeps the covariances C and nothing of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1 or B, h, T, c); k, v (B, h, W, N, c), contiguous -> (B, h, T, c)."""
+        windows, scale = k.shape[2], q.shape[-1] ** -0.5
+        scores = (q.unsqueeze(2) @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        attention = scores.softmax(dim=-1).to(v.dtype)  # (B, h, W, T, N)
+        read = attention @ v  # (B, h, W, T, c)
+        weights = attention * (scale / windows)
+        parts = []
+        for t in range(q.shape[2]):
+            keys = weights[..., t, :, None] * k
+            values = v - read[..., t, None, :]  # centred before the product: no cancellation in half precision
+            parts.append(keys.flatten(2, 3).transpose(-1, -2) @ values.flatten(2, 3))
+        ctx.save_for_backward(torch.stack(parts, dim=2))
+        ctx.shared = q.shape[0] == 1
+        return read.mean(dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """dA (B, h, T, c) -> dq."""
+        (covariance,) = ctx.saved_tensors
+        grad_q = (covariance * grad.unsqueeze(-2)).sum(dim=-1)  # faster than so many products with one column
+        return grad_q.sum(dim=0, keepdim=True) if ctx.shared else grad_q, None, None
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
+    """What queries read: attention in each window, averaged over the windows.
+
+    Args:
+        q: (1 or B, h, T, c).
+        k, v: (B * W, h, N, c), usually views; the windows of an image stand together.
+        batch: B.
+
+    Returns:
+        (B, h, T, c)
+    """
+    rows, _, tokens, width = k.shape
+    windows, count = rows // batch, q.shape[2]
+    frozen = not k.requires_grad and not v.requires_grad
+    learning = q.requires_grad and torch.is_grad_enabled()
+    if frozen and learning and count <= FEW and count * width <= 2 * windows * tokens:
+        # (B, h, W, N, c), contiguous since both are read several times
+        k, v = (t.unflatten(0, (batch, windows)).transpose(1, 2).contiguous() for t in (k, v))
+        return _Read.apply(q, k, v)
+    if frozen and learning:  # what is kept must not hold on to the storage of all three projections
+        k, v = k.contiguous(), v.contiguous()
+    q = q.unsqueeze(1).expand(batch, windows, -1, -1, -1).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v).unflatten(0, (batch, windows)).mean(dim=1)
+
+
+@dataclass(eq=False)
+class Stream:
+    """The way of one adapter's queries through one block.
+
+    `module(batch) -> (1 or batch, T, d)` gives the queries, `module.receive(z)` gets what becomes of them. `module.caught` holds
+    keys and values from the block's attention to its end; they stand there so that `Adapter.release` can drop them.
+    """
+
+    owner: str
+    state: State
+    block: Any
+    module: Any
+    point: str
+    armed: bool = False
+
+    def enter(self, x: Tensor) -> None:
+        """The block begins: the next projection is that of its own tokens (and not of anybody's queries)."""
+        self.armed = True
+
+    def catch(self, qkv: Tensor) -> None:
+        """Keep keys and values out of the projections (B * W, N, 3 h c), as all adapters have left them."""
+        if self.armed:
+            _, k, v = heads(qkv, self.block.attn.num_heads)
+            self.armed, self.module.caught = False, (k, v, False)
+
+    def catch_used(self, k: Tensor, v: Tensor) -> None:
+        """The attention goes on with these instead, (B * W, h, N, c): prompts or prefixes of other adapters are among them."""
+        if self.module.caught is not None:  # not while a checkpointed block is recomputed
+            self.module.caught = (k, v, True)
+
+    def leave(self, y: Tensor) -> None:
+        """The block is done: run the queries. y (B, ..., d)."""
+        caught, self.module.caught, self.armed = self.module.caught, None, False
+        if caught is None:
+            raise CombinationError(
+                f"the queries of '{self.owner}' at '{self.point}' found no keys and values: another adapter replaces or skips "
+                "the block's attention. Leave the block out of the targets, or switch that adapter off."
+            )
+        serving = self.state.serving
+        if self.state.route is not None:  # these rows belong to this adapter alone
+            self.state.serving = self.owner
+        try:
+            k, v, normed = caught
+            z = self.run(k, v, normed, y.shape[0])
+        finally:
+            self.state.serving = serving
+        self.module.receive(z)
+
+    def run(self, k: Tensor, v: Tensor, normed: bool, batch: int) -> Tensor:
+        """Keys (which may lack their norm) and values (B * W, h, N, c) -> the queries' outputs (B, T, d)."""
+        block, attention = self.block, self.block.attn
+        tokens = self.module(batch)
+        hidden = block.norm1(tokens)
+        # a copy of the first third, so that a graph does not hold on to the storage of all three
+        q = heads(attention.qkv(hidden), attention.num_heads)[0].contiguous()
+        vit = isinstance(attention, Attention)
+        if vit:
+            q, k = attention.q_norm(q), k if normed else attention.k_norm(k)
+        out = read(q, k, v, batch).transpose(1, 2).flatten(2)
+        if vit:
+            out = attention.norm(out)
+            gate = getattr(attention, "gate", None)
+            out = out if gate is None else out * gate(hidden).sigmoid()
+        out = attention.proj_drop(attention.proj(out))
+        tokens = tokens + block.drop_path1(_scaled(block, "ls1", out))
+        return tokens + block.drop_path2(_scaled(block, "ls2", block.mlp(block.norm2(tokens))))
+
+
+def _scaled(block: nn.Module, name: str, x: Tensor) -> Tensor:
+    scale = block._modules.get(name)  # Swin has none
+    return x if scale is None else scale(x)
+
+
+def record(family: TimmBackbone, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    """Record the ops of `point.query(module)`.
+
+    Raises:
+        AttachError: an attention of a class that this file does not describe.
+    """
+    attention = point.module
+    if type(attention) not in (Attention, WindowAttention):
+        raise AttachError(
+            f"the attention at '{point.name}' is a {type(attention).__name__}; queries are described for timm's Attention and "
+            "WindowAttention. Use a backbone with one of these, or leave the point out of the targets."
+        )
+    block = family.module.get_submodule(point.path.rpartition(".")[0])
+
+    def op(site_module: nn.Module, kind: Any, where: str, fn: Any) -> None:
+        made = Op(session.owner, where, fn, point.name, verb=verb, modules=(module,), last=True)
+        session.op(site_module, made, kind)
+
+    stream = Stream(session.owner, session.site(block, BlockSite).state, block, module, point.name)
+    op(block, BlockSite, "watch_input", stream.enter)
+    op(attention.qkv, LinearSite, "watch_output", stream.catch)  # type: ignore[arg-type]
+    op(attention, Site, "watch_keys", stream.catch_used)
+    op(block, BlockSite, "watch_output", stream.leave)
