@@ -36,7 +36,7 @@ def parts(value: float = 1.0) -> tuple[dict[str, Any], dict[str, torch.Tensor], 
     """Config, tensors, record and card of a made-up adapter in which everything says `value`."""
     config = {
         "backbone": {"name": "vit-ti16", "fingerprint": "v1:ab", "kwargs": {"img_size": 32}},
-        "adapters": [{"name": "lora", "method": "lora", "config": {"rank": 2, "alpha": value}}],
+        "adapters": [{"name": "lora", "method": "lora", "config": {"rank": 2, "alpha": value}, "plan": None}],
         "head": {"num_classes": 2, "classes": ["cat", "dog"]},
     }
     tensors = {
@@ -102,7 +102,7 @@ def test_tensors_that_share_storage_or_are_strided(tmp_path: Path) -> None:
         "a/none": torch.empty(0, 4),
         "a/z": base[0, 3],
     }
-    config = {**parts()[0], "adapters": [{"name": "a", "method": "lora", "config": {}}], "head": None}
+    config = {**parts()[0], "adapters": [{"name": "a", "method": "lora", "config": {}, "plan": None}], "head": None}
     saved = disk.read(disk.write(tmp_path / "out", config, tensors))
     assert all(torch.equal(saved.tensors[k], v) for k, v in tensors.items())
     assert saved.num_classes is None and saved.record == {} and not saved.has_head

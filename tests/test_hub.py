@@ -45,7 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 def save_small(folder: Path, scale: float = 1.0) -> Path:
     config = {
         "backbone": {"name": "vit-ti16", "fingerprint": None, "kwargs": {}},
-        "adapters": [{"name": "lora", "method": "lora", "config": {"rank": 2}}],
+        "adapters": [{"name": "lora", "method": "lora", "config": {"rank": 2}, "plan": None}],
         "head": {"num_classes": 2, "classes": ["cat", "dog"]},
     }
     tensors = {"lora/blocks.0.attn.q.lora_a": torch.full((2, 8), scale), "head/weight": torch.eye(2)}

@@ -112,9 +112,12 @@ class TimmBackbone(Backbone):
         return config
 
     def licence(self) -> str | None:
-        """Licence of the checkpoint as timm's pretrained configuration states it."""
-        return (getattr(self.module, "pretrained_cfg", None) or {}).get("license")
+        """Licence of the checkpoint as timm's pretrained configuration states it; None for random weights."""
+        return self._source().get("license")
 
     def hub_id(self) -> str | None:
-        """Hub repository of the checkpoint."""
-        return (getattr(self.module, "pretrained_cfg", None) or {}).get("hf_hub_id")
+        """Hub repository of the checkpoint; None for random weights."""
+        return self._source().get("hf_hub_id")
+
+    def _source(self) -> dict[str, Any]:
+        return (getattr(self.module, "pretrained_cfg", None) or {}) if self.pretrained else {}

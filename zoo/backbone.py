@@ -85,6 +85,7 @@ class Backbone:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
         self.name = name
+        self.pretrained = False  # set by zoo.load: whether the weights are those of `hub_id`
 
     # -- building ---------------------------------------------------------------------------------------------------
 

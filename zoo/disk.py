@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from zoo import registry
@@ -62,11 +63,19 @@ _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save th
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(model: Model, folder: str | Path, adapters: Sequence[str] | None = None, *, source: str | None = None) -> Path:
+def save(
+    model: Model,
+    folder: str | Path,
+    adapters: Sequence[str] | None = None,
+    *,
+    source: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write the active (or the named) adapters and the head that goes with them, the card and the record.
 
-    `source` is what the card tells readers to load: a repository id, by default the folder's name. A kill or a full
-    disk at any moment leaves what the folder held before, or the complete new state.
+    `source` is what the card tells readers to load: a repository id, by default the folder's name. `dtype` is the precision of the
+    stored numbers, by default the model's own. A kill or a full disk at any moment leaves what the folder held before,
+    or the complete new state.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
@@ -84,6 +93,8 @@ def save(model: Model, folder: str | Path, adapters: Sequence[str] | None = None
     num_classes = int(getattr(model.heads[own_head], "out_features", 0))
     if num_classes:
         tensors.update({f"{HEAD}/{key}": value for key, value in model.heads[own_head].state_dict().items()})
+    if dtype is not None:
+        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     classes = model.classes if model.classes and len(model.classes) == num_classes else None
     methods = [cast("Adapter", model.adapters[name]) for name in names]
     config: dict[str, Any] = {
@@ -93,7 +104,7 @@ def save(model: Model, folder: str | Path, adapters: Sequence[str] | None = None
             "kwargs": model.backbone_kwargs,
         },
         "adapters": [
-            {"name": name, "method": method.method, "config": method.config()}
+            {"name": name, "method": method.method, "config": method.config(), "plan": method.plan}
             for name, method in zip(names, methods, strict=True)
         ],
         "head": {"num_classes": num_classes, "classes": classes} if num_classes else None,
@@ -259,6 +270,7 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
                 fresh = registry.adapter_class(entry.method).from_config(entry.config, strict=True)
             except ConfigError as error:
                 raise ConfigError(f"'{saved.folder / CONFIG}', adapters[{i}].config: {error}") from error
+            fresh.plan = entry.plan
             before = set(model.adapters)
             model.add_adapter(fresh, name, num_classes=saved.num_classes if own_head and last else None)
             added += [one for one in model.adapters if one not in before]

@@ -105,6 +105,7 @@ def load_backbone(
     else:
         module = cls.build(own, pretrained=pretrained, **kwargs)
     family = cls(module, name)
+    family.pretrained = pretrained and not meta
     model = Model(family, num_classes=num_classes, memory=memory, kwargs=kwargs)
     if not meta and (where is not None or dtype is not None):
         model.to(device=where, dtype=dtype)

@@ -492,11 +492,16 @@ class Model(nn.Module):
             self.family.put_head(plain, copy.deepcopy(head))
         return plain.requires_grad_(True).eval()
 
-    def save_adapter(self, folder: str | Path, adapters: Sequence[str] | None = None) -> Path:
-        """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics."""
+    def save_adapter(
+        self, folder: str | Path, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    ) -> Path:
+        """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics.
+
+        `dtype` is the precision of the stored numbers; by default the model's own.
+        """
         from zoo.disk import save
 
-        return save(self, folder, adapters)
+        return save(self, folder, adapters, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the active adapters, head and card to a Hub repository; options as `zoo.hub.push`. Returns its address."""

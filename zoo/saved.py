@@ -40,6 +40,7 @@ class SavedMethod:
     name: str
     method: str
     config: dict[str, Any]
+    plan: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
