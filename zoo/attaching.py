@@ -1,0 +1,341 @@
+"""Attaching, switching and removing adapters and their heads: the part of a model that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.adapter_base import Adapter
+from zoo.backbone import Backbone
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.points import Points
+from zoo.session import Session, Swap
+from zoo.sites import BlockSite, Op, Site, State
+
+
+class AdapterHost(nn.Module):
+    """Base of `Model`: keeps adapters, heads, and the sites at which the adapters' ops run."""
+
+    backbone: nn.Module
+    family: Backbone
+    points: Points
+    adapters: nn.ModuleDict
+    heads: nn.ModuleDict
+    classes: list[str] | None
+    _state: State
+    _sites: dict[int, Site]
+    _ops: dict[str, list[tuple[Site, Op]]]
+    _swaps: dict[str, list[Swap]]
+    _plan: str
+    _memory: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone."""
+        return next(self.backbone.parameters()).dtype
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use, in order of application."""
+        return self._state.active
+
+    def _active_adapters(self) -> list[Adapter]:
+        return [self.adapters[n] for n in self._state.active]  # type: ignore[misc]
+
+    def add_adapter(
+        self, adapter: Adapter | str, name: str | None = None, *, num_classes: int | None = None, activate: bool = True
+    ) -> Adapter:
+        """Attach a fresh copy of an adapter and return it; all or nothing.
+
+        Args:
+            adapter: a method's name or a config object (which is copied, so it can be used again).
+            name: under which it is switched and saved; by default the method's name.
+            num_classes: a head of its own of this width.
+            activate: use it together with the ones active now.
+
+        Raises:
+            AttachError, SelectionError, ConfigError: it does not fit; the model is as it was before.
+            CombinationError: it and an active one cannot work together.
+        """
+        from zoo import registry
+
+        fresh: Adapter = registry.adapter(adapter) if isinstance(adapter, str) else adapter.fresh()
+        name = name or self._free_name(fresh.method)
+        if not name.replace("_", "").replace("-", "").isalnum() or name in ("default", "head"):
+            raise ConfigError(
+                f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head')."
+            )
+        if name in self.adapters:
+            raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
+        session = self._attach(name, fresh, activate)
+        self.adapters[name] = fresh
+        width = self.num_classes if num_classes is None else num_classes
+        dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
+        if num_classes is not None or (width and dim != _in_features(self.head if activate else self.heads["default"])):
+            self.heads[name] = self._new_head(width, dim, fresh)
+        self._install(name, session)
+        self.set_active(*self._state.active, *([name] if activate else []))
+        return fresh
+
+    def reattach(self, name: str) -> Adapter:
+        """Attach an adapter anew after its `plan` was decided (by a calibration); its old parameters are dropped."""
+        self._known(name)
+        adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
+        twin, active = adapter.fresh(), self._state.active
+        head = dict(self.heads.items()).get(name)
+        session = self._attach(name, twin, activate=name in active)
+        self.remove_adapter(name)
+        # The instance stays the same, since the caller is usually one of its own methods.
+        adapter._modules, adapter._parameters, adapter._buffers = twin._modules, twin._parameters, twin._buffers
+        self.adapters[name] = adapter
+        if head is not None:
+            self.heads[name] = head
+        self._install(name, session)
+        self.set_active(*active)
+        return adapter
+
+    def _install(self, name: str, session: Session) -> None:
+        self._ops[name], self._swaps[name] = session.ops, session.swaps
+        for i, (where, op) in enumerate(session.ops):
+            if id(where.module) not in self._sites:
+                self._sites[id(where.module)] = where
+            self._sites[id(where.module)].ops.append(op)
+            session.ops[i] = (self._sites[id(where.module)], op)
+
+    def _attach(self, name: str, fresh: Adapter, activate: bool) -> Session:
+        """Run `fresh.attach` and return what it asked for; the model is unchanged."""
+        made: list[int] = []
+        live = [swap for other in self._state.active for swap in self._swaps[other]]
+
+        def site(module: nn.Module, kind: type[Site]) -> Site:
+            known = self._sites.get(id(module))
+            if known is None:
+                made.append(id(module))
+                known = self._sites[id(module)] = kind(module, self._state)
+            elif not isinstance(known, kind):  # a plain site here so far; keep what it has
+                upgraded = kind(module, self._state, known.ops, recompute=known.recompute, _handles=[])
+                self._replace_site(known, upgraded)
+                known = upgraded
+            return known
+
+        session = Session(name, fresh, self.family, site, self.points)
+        self.points.session = session
+        for point in self.points:
+            point.session = session
+        for swap in live:  # attach sees the frozen parameters, not what another adapter has put in their place
+            swap.put(False)
+        try:
+            fresh.attach(self.points)
+            session.finish()
+            self._check_combination(name, session, activate)
+            self._feature_dim([*self._active_adapters(), fresh])
+        except BaseException:
+            for key in made:
+                del self._sites[key]
+            raise
+        finally:
+            for swap in live:
+                swap.put(True)
+            self.points.session = None
+            for point in self.points:
+                point.session = None
+        fresh.to(device=self.device, dtype=self.dtype)
+        fresh.train(self.training)
+        return session
+
+    def _replace_site(self, old: Site, new: Site) -> None:
+        ops, recompute = old.ops, old.recompute
+        old.ops, old.recompute = [], ""
+        old.refresh()
+        new.ops, new.recompute = ops, recompute
+        self._sites[id(old.module)] = new
+        new.refresh()
+
+    def _check_combination(self, name: str, session: Session, activate: bool) -> None:
+        if not activate:
+            return
+        for other in self._state.active:
+            if other == name:  # which is attached anew
+                continue
+            mine = {(id(s.module), s.name): s for s in session.swaps}
+            for swap in self._swaps[other]:
+                if (id(swap.module), swap.name) in mine:
+                    raise CombinationError(
+                        f"'{name}' and '{other}' would both train the same '{swap.name}' of the backbone. "
+                        f"Switch '{other}' off first (model.set_active()), or attach with activate=False."
+                    )
+            replaced = {id(s.module) for s, op in session.ops if op.verb == "replace"}
+            for where, op in self._ops[other]:
+                if op.verb == "replace" and id(where.module) in replaced:
+                    raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'.")
+                for mine_at, new in session.ops:
+                    if mine_at.module is where.module and (op.verb in new.excludes or new.verb in op.excludes):
+                        raise CombinationError(
+                            f"'{name}' ({new.verb} at '{new.point}') and '{other}' ({op.verb} at '{op.point}') need the same "
+                            f"module for themselves. Switch '{other}' off first (model.set_active()), or attach with "
+                            "activate=False."
+                        )
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away; without any adapter the backbone is as it came, to the bit."""
+        self._known(name)
+        self.set_active(*(n for n in self._state.active if n != name))
+        gone = {id(op) for _, op in self._ops.pop(name)}
+        del self._swaps[name], self.adapters[name]
+        if name in self.heads:
+            del self.heads[name]
+        for key, where in list(self._sites.items()):
+            where.ops = [op for op in where.ops if id(op) not in gone]
+            where.refresh()
+            if not where.ops and not where.recompute and not where.replaces():
+                del self._sites[key]
+        if not self.adapters:
+            self._watch_memory()
+
+    def set_active(self, *names: str, train: str | Sequence[str] | None = None) -> None:
+        """Use exactly these adapters, in this order; the others stay attached and cost nothing.
+
+        Args:
+            names: none at all switches every adapter off.
+            train: which of them are trained; by default all.
+        """
+        for name in names:
+            self._known(name)
+        for other in (n for n in self._state.active if n not in names):
+            for swap in self._swaps[other]:
+                swap.put(False)
+        self._state.active = tuple(dict.fromkeys(names))
+        trained = self._state.active if train is None else ((train,) if isinstance(train, str) else tuple(train))
+        for name, adapter in self.adapters.items():
+            adapter.requires_grad_(name in trained)
+        for name in self._state.active:
+            for swap in self._swaps[name]:
+                swap.put(True)
+        current = self.head_name
+        for name, head in self.heads.items():
+            head.requires_grad_(name == current)
+        self._plan = "+".join(self._state.active)
+        self._watch_memory()
+        self.train(self.training)
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """A context without any adapter: the bare backbone and the default head."""
+        active = self._state.active
+        self.set_active()
+        try:
+            yield
+        finally:
+            self.set_active(*active)
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UnknownNameError(f"The model has no adapter '{name}'. {nearest(name, self.adapters.keys())}")
+
+    def _free_name(self, method: str) -> str:
+        taken = [n for n in self.adapters if n == method or n.startswith(f"{method}-")]
+        return method if not taken else f"{method}-{len(taken) + 1}"
+
+    # -- heads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def head_name(self) -> str:
+        """Which head is in use: that of the last active adapter that has one of its own, else "default"."""
+        return next((n for n in reversed(self._state.active) if n in self.heads), "default")
+
+    @property
+    def head(self) -> nn.Module:
+        """The head in use; `nn.Identity` without classes."""
+        return self.heads[self.head_name]
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head in use; 0 without one."""
+        return int(getattr(self.head, "out_features", 0))
+
+    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
+        """A new, untrained head of another width in place of the one in use."""
+        dim, name = self._feature_dim(self._active_adapters()), self.head_name
+        if name == "default" and dim != self.family.feature_dim:  # the bare backbone needs its own
+            name = self._state.active[-1]
+        made_for: Any = dict(self.adapters.items()).get(name)
+        self.heads[name] = self._new_head(num_classes, dim, made_for)
+        self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
+        dim = self.family.feature_dim
+        for adapter in adapters:
+            dim = adapter.feature_dim(dim)
+        return dim
+
+    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None) -> nn.Module:
+        if num_classes < 0:
+            raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
+        if num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(dim, num_classes, device=self.device, dtype=self.dtype)
+        if self.device.type != "meta":
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            if adapter is not None and dim != self.family.feature_dim:
+                adapter.init_head(head)
+        return head
+
+    # -- sites ------------------------------------------------------------------------------------------------------
+
+    def _watch_memory(self) -> None:
+        """Bring all sites up to date: who is active, and whose outputs are recomputed."""
+        wanted: dict[int, tuple[nn.Module, str, bool]] = {}
+        if self._state.active or self._state.route:
+            for point in self.points:
+                if point.kind == "norm":
+                    wanted[id(point.module)] = (point.module, "cheap", False)
+                elif self._memory == "low" and point.role in self.family.cheap_products and point.kind == "linear":
+                    wanted[id(point.module)] = (point.module, "product", False)
+                elif self._memory == "min" and point.kind == "block":
+                    wanted[id(point.module)] = (point.module, "", True)
+            for module in self.family.elementwise_modules():
+                wanted[id(module)] = (module, "cheap", False)
+        for key, (module, _, block) in wanted.items():
+            if key not in self._sites:
+                self._sites[key] = (BlockSite if block else Site)(module, self._state)
+        for key, where in list(self._sites.items()):
+            _, where.recompute, checkpointed = wanted.get(key, (None, "", False))
+            if isinstance(where, BlockSite):
+                where.checkpointed = checkpointed
+            where.refresh()
+            if not where.ops and not where.recompute and not where.replaces():
+                del self._sites[key]
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The backbone without hooks, replacements and swapped parameters."""
+        active, sites = self._state.active, dict(self._sites)
+        kept = {k: (s.ops, s.recompute) for k, s in sites.items()}
+        self.set_active()
+        for where in sites.values():
+            where.ops, where.recompute = [], ""
+            where.refresh()
+        try:
+            yield
+        finally:
+            for key, where in sites.items():
+                where.ops, where.recompute = kept[key]
+            self._sites = sites
+            self.set_active(*active)
+
+
+def _in_features(head: nn.Module) -> int | None:
+    return getattr(head, "in_features", None)
