@@ -1,0 +1,229 @@
+"""Prefixes and prompts on timm's `SwinTransformer`. See `vision.attention` for the idea.
+
+Tokens see each other within a window. Extra keys and values are the same for all windows of an image, with relative position bias and
+shift mask zero. Windows are batch-major: those of image i are rows i * W to (i + 1) * W.
+
+Prompts that flow (VPT-shallow) stand beside the map (B, H, W, d), as (B, T, d). In each block they are in every window, ask there
+too, and what they read is averaged over the windows of their image; residual sums and MLP run on them as on any token. Patch merging
+takes each prompt four times for four neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import use_fused_attn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vision.attention import AttentionSite, Given, Prompts, heads, prepend
+from zoo.memory import recomputable
+from zoo.points import Point, TokensPoint
+from zoo.sites import BlockSite, Op, Site
+
+if TYPE_CHECKING:
+    from vision.timm_family import TimmBackbone
+    from zoo.session import Session
+
+
+def window_bias(
+    attention: Any, mask: Tensor | None, dtype: torch.dtype, extra: int, asking: int, images: int
+) -> Tensor:
+    """What is added to the scores: (1 or images * W, h, asking + N, extra + N), zero for all but the window's own N tokens.
+
+    mask: (W, N, N) of shifted windows, or None.
+    """
+    bias = attention._get_rel_pos_bias()  # (1, h, N, N)
+    if mask is not None:
+        bias = bias + mask.unsqueeze(1)
+    bias = F.pad(bias.to(dtype), (extra, 0, asking, 0))
+    return bias if mask is None else bias.repeat(images, 1, 1, 1)
+
+
+@dataclass(eq=False)
+class WindowSite(AttentionSite):
+    """timm's `WindowAttention`, with extra keys and values, and with prompts that flow."""
+
+    images: int | None = None  # B; windows alone do not tell
+    prompts: Tensor | None = None  # flowing prompts, normed (B, T, d)
+    asking: bool = False  # whether they ask too, or only give keys and values
+    answers: Tensor | None = None  # what they read (B, T, d)
+
+    @property
+    def fused(self) -> bool:
+        """Also where timm by default keeps Swin from the fused product: with more keys it saves time and half the bytes."""
+        return bool(self.module.fused_attn) or use_fused_attn()
+
+    @property
+    def sources(self) -> tuple[Op, ...]:
+        """Active ops that give keys and values."""
+        return tuple(op for op in self.forwards if op.verb != "flow")
+
+    def extended(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B * W, N, d), mask (W, N, N) or None -> (B * W, N, d)."""
+        attention: Any = self.module
+        count = attention.num_heads
+        images = self.images or len(x)
+        q, k, v = heads(attention.qkv(x), count)
+        prompts, self.prompts = self.prompts, None
+        flowing = asking = 0
+        if prompts is not None:
+            q_p, k_p, v_p = heads(attention.qkv(prompts), count)
+            k, v = recomputable(prepend, k, k_p), recomputable(prepend, v, v_p)
+            flowing = prompts.shape[1]
+            if self.asking:
+                q, asking = recomputable(prepend, q, q_p), flowing
+
+        def bias(extra: int, images: int, index: Tensor | None) -> Tensor:
+            return recomputable(window_bias, attention, mask, q.dtype, extra + flowing, asking, images, constant=True)
+
+        y = self.attend(q, k, v, images, bias).transpose(1, 2)  # (B * W, asking + N, h, c)
+        if asking:
+            read = y[:, :asking].flatten(2).unflatten(0, (images, -1)).mean(dim=1)
+            self.answers = attention.proj_drop(attention.proj(read))
+        return attention.proj_drop(attention.proj(y[:, asking:].flatten(2)))
+
+
+@dataclass(eq=False)
+class Flow:
+    """The prompts of one adapter on their way through the stages."""
+
+    module: nn.Module
+    held: Tensor | None = None  # (B, T, d) between two blocks
+
+    def start(self, images: int) -> None:
+        """New prompts."""
+        self.held = self.module(images).expand(images, -1, -1)
+
+    def take(self) -> Tensor:
+        """Hand the prompts over."""
+        held, self.held = self.held, None
+        assert held is not None, "prompts were taken before the first block"
+        return held
+
+    def join(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, d) -> (B, 1, T + H W, d): one row of tokens, prompts first, for the final norm and the pooling."""
+        return torch.cat([self.take(), x.flatten(1, 2)], dim=1).unsqueeze(1)
+
+
+@dataclass(eq=False)
+class Merge:
+    """Takes prompts through a patch merging, behind the tokens."""
+
+    flow: Flow
+    merging: Any
+
+    def __call__(self, x: Tensor) -> None:
+        """(B, T, d) -> (B, T, 2 d)."""
+        self.flow.held = self.merging.reduction(self.merging.norm(self.flow.take().repeat(1, 1, 4)))
+
+
+@dataclass(eq=False)
+class Pass:
+    """The way of flowing prompts through one block."""
+
+    flow: Flow
+    first: bool  # they start here
+    read: bool  # what becomes of them is read by somebody
+
+
+@dataclass(eq=False)
+class WindowBlock(BlockSite):
+    """timm's `SwinTransformerBlock`: tells its attention the number of images, and takes prompts through."""
+
+    @property
+    def attention(self) -> WindowSite:
+        """The site that stands for the block's attention."""
+        return self.module.attn.forward.__self__  # type: ignore[union-attr]
+
+    def original(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """The block's own forward."""
+        if isinstance(getattr(self.module.attn.forward, "__self__", None), WindowSite):
+            self.attention.images = len(x)
+        return super().original(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, H, W, d) -> (B, H, W, d)."""
+        passes: list[Pass] = [op.fn for op in self.forwards if op.verb == "flow"]
+        if not passes:
+            return super().forward(x)
+        for op in self.forwards:
+            self._seen(op)
+        for each in passes:
+            if each.first:
+                each.flow.start(len(x))
+        held = [each.flow.take() for each in passes]
+        prompts = torch.cat(held, dim=1)
+        read = any(each.read for each in passes)
+        if self.checkpointed and torch.is_grad_enabled():
+            x, prompts = checkpoint(self.prompted, x, prompts, read, use_reentrant=False)
+        else:
+            x, prompts = self.prompted(x, prompts, read)
+        for each, part in zip(passes, prompts.split([h.shape[1] for h in held], dim=1)):
+            each.flow.held = part if each.read else None
+        return x
+
+    def prompted(self, x: Tensor, prompts: Tensor, read: bool) -> tuple[Tensor, Tensor]:
+        """The block on x (B, H, W, d) and prompts (B, T, d); without `read` the prompts give keys and values only."""
+        block: Any = self.module
+        site, state = self.attention, self.state
+        count = prompts.shape[1]
+        site.images, site.asking = len(x), read
+        if not read:
+            state.aside = True
+            try:
+                site.prompts = block.norm1(prompts)
+            finally:
+                state.aside = False
+            return self.original(x), prompts
+        tokens = torch.cat([prompts, x.flatten(1, 2)], dim=1)
+        normed = block.norm1(tokens)
+        site.prompts = normed[:, :count]
+        windows = block._attn(normed[:, count:].reshape(x.shape))
+        answers, site.answers = site.answers, None
+        tokens = tokens + block.drop_path1(torch.cat([answers, windows.flatten(1, 2)], dim=1))  # type: ignore[list-item]
+        tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+        return tokens[:, count:].reshape(x.shape), tokens[:, :count]
+
+
+def record(
+    family: TimmBackbone,
+    session: Session,
+    point: Point,
+    block: nn.Module,
+    verb: str,
+    module: nn.Module,
+    keep: bool = False,
+    pooled: bool = False,
+) -> None:
+    """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
+    backbone: Any = family.module
+    attention: Any = block.attn
+
+    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
+        excludes = ("replace",) if name == "flow" else ()
+        made = Op(session.owner, where, fn, point.name, name, modules=(module,), per_row=per_row, excludes=excludes)
+        session.op(site_module, made, kind)
+
+    last = backbone.layers[-1].blocks[-1]
+    if not keep and not (pooled and block is last):
+        source: Any = Given(module)
+        if verb == "prompt":
+            source = Prompts(session.owner, module, (block.norm1, attention.qkv, nn.Identity()))  # type: ignore[arg-type]
+        op(attention, WindowSite, "forward", source, per_row=True)
+        op(block, WindowBlock, "forward", None, "windows", per_row=True)
+        return
+    assert isinstance(point, TokensPoint)
+    flow = Flow(module)
+    for number, stage in enumerate(backbone.layers):
+        if keep and number and not isinstance(stage.downsample, nn.Identity):
+            op(stage.downsample, Site, "watch_input", Merge(flow, stage.downsample))
+        for each in stage.blocks:
+            if keep or each is last:
+                op(each.attn, WindowSite, "forward", None, "flow")
+                op(each, WindowBlock, "forward", Pass(flow, each is block, each is not last or pooled), "flow")
+    if pooled:
+        op(backbone.norm, Site, "input", flow.join)

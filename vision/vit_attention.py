@@ -1,0 +1,110 @@
+"""Prefixes and prompts on timm's `VisionTransformer`. See `vision.attention` for the idea.
+
+Prompts that flow (VPT-shallow) are tokens of the sequence: put in behind the prefix tokens [cls, registers | prompts | patches] in
+front of the first block, and taken out in front of the final norm, unless they are to take part in the pooling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision.attention import AttentionSite, Given, Prompts, heads
+from zoo.points import Point, TokensPoint
+from zoo.sites import BlockSite, Op, Site
+
+if TYPE_CHECKING:
+    from vision.timm_family import TimmBackbone
+    from zoo.session import Session
+
+
+@dataclass(eq=False)
+class ViTAttention(AttentionSite):
+    """timm's `Attention`, with extra keys and values."""
+
+    def extended(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, N, d) -> (B, N, d). Extra keys are seen by every query, masked or not."""
+        attention: Any = self.module
+        batch, tokens, _ = x.shape
+        gate = getattr(attention, "gate", None)
+        gate = None if gate is None else gate(x).sigmoid()
+        q, k, v = heads(attention.qkv(x), attention.num_heads)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+
+        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+            mask = attn_mask
+            if is_causal:
+                mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+            if mask is None:
+                return None
+            if index is not None and mask.dim() == 4 and len(mask) > 1:
+                mask = mask.index_select(0, index)
+            return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
+
+        y = self.attend(q, k, v, batch, bias).transpose(1, 2).flatten(2)
+        y = attention.norm(y)
+        y = y if gate is None else y * gate
+        return attention.proj_drop(attention.proj(y))
+
+
+@dataclass(eq=False)
+class Insert:
+    """Puts prompts into the sequence, behind those that other adapters have put there before."""
+
+    module: nn.Module
+    num_prefix: int
+    site: Site
+    count: int = 0  # tokens put in by the present forward pass
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, N, d) -> (B, N + T, d)."""
+        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
+        at = self.num_prefix
+        for op in self.site.inputs:
+            if op.fn is self:
+                break
+            at += op.fn.count if isinstance(op.fn, Insert) else 0
+        self.count = prompts.shape[1]
+        return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
+
+    def strip(self, x: Tensor) -> Tensor:
+        """(B, N + T, d) -> (B, N, d). All prompts of all adapters are neighbours, so these may be anybody's."""
+        patches = x[:, self.num_prefix + self.count :]
+        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
+
+
+def record(
+    family: TimmBackbone,
+    session: Session,
+    point: Point,
+    block: nn.Module,
+    verb: str,
+    module: nn.Module,
+    keep: bool = False,
+    pooled: bool = False,
+) -> None:
+    """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
+    attention: Any = block.attn
+    backbone: Any = family.module
+
+    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, per_row: bool) -> None:
+        made = Op(session.owner, where, fn, point.name, verb=verb, modules=(module,), per_row=per_row)
+        session.op(site_module, made, kind)
+
+    # Where the class token alone is read, prompts leaving the last block are read by nobody.
+    pooled = pooled and (backbone.global_pool != "token" or backbone.attn_pool is not None)
+    if verb == "extend":
+        op(attention, ViTAttention, "forward", Given(module), per_row=True)
+    elif keep or (pooled and block is backbone.blocks[-1]):
+        assert isinstance(point, TokensPoint)
+        insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
+        op(block, BlockSite, "input", insert, per_row=False)
+        if not pooled:
+            op(backbone.norm, Site, "input", insert.strip, per_row=False)
+    else:
+        through = (block.norm1, attention.qkv, attention.k_norm)
+        op(attention, ViTAttention, "forward", Prompts(session.owner, module, through), per_row=True)  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+"""VPT: visual prompt tuning.
+
+Idea: T learned tokens stand among the patches, in front of the first block (shallow) or of every block (deep); the backbone is frozen.
+Points: `tokens` (verb `prompt`).
+
+    shallow:  x_0 = [cls | P | patches]             P (T, d); then they are tokens like all others
+    deep:     [x_i | _] = Block_i([x_{i-1} | P_i])  P_i (T, d_i); each block has its own, and what comes out of them is dropped
+
+P ~ U(-v, v), v = sqrt(6 / (3 p^2 + d)) with p the patch size and d the width of the first block (of the prompts, if they are
+projected). `project=e`: P (T, e), and one linear map e -> d for all blocks of width d, Kaiming-normal (fan out). Dropout is
+on the prompts, behind the map, drawn for each image.
+Defaults: T = 10, deep. The authors choose T from {1, 5, 10, 50, 100, 200} (Swin: up to 50) for each data set, and train with SGD (momentum 0.9,
+cosine, 10 of 100 epochs warm-up), learning rate {50, 25, 10, 5, 2.5, 1, .5, .25, .1, .05} * batch / 256; dropout 0 in their code.
+Counts: shallow T d, deep T sum_i d_i. ViT-B/16: shallow-50 38,400, deep-10 92,160, deep-50 460,800; Swin-T deep-50 220,800.
+Source: Jia et al., "Visual Prompt Tuning", ECCV 2022; KMnP/vpt.
+
+In a deep block nobody reads what becomes of the prompts, so they are computed as keys and values only, once for the whole batch
+(`vision.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or mask.
+
+`pool`: where the pooling is an average, the authors' code averages over patches and prompts ("all": always so in their Swin, and
+in their MAE under "original"). Here the default is "patches": what the average describes is the image, deep prompts keep the
+cheap form in the last block too, and merged or dense features keep their shape. To reproduce their Swin numbers, set
+pool="all". A class token is read alone in either case.
+
+Deviations, besides that default:
+- On Swin the authors give windows of one image the prompts of another in the shallow form (prompts are expanded window-major,
+  windows are batch-major). Here an image's output depends on this image alone.
+- On Swin their deep code draws one dropout mask for the whole batch (except in the first block), and has a projection that
+  it never applies; here both are as on ViT.
+- Their mean over the windows stands behind the output projection, ours in front of it, which is the same linear map.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.adapter_base import Adapter
+from zoo.points import Points
+from zoo.registry import register_adapter
+
+
+class Prompt(nn.Module):
+    """The prompts of one block. `project`, if any, belongs to the adapter and is shared by blocks."""
+
+    def __init__(self, num_tokens: int, dim: int, bound: float, dropout: float, project: nn.Linear | None) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(num_tokens, dim).uniform_(-bound, bound))
+        self.drop = nn.Dropout(dropout)
+        self.shared = () if project is None else (project,)  # in a tuple, so that it is registered only once
+
+    def forward(self, batch: int) -> Tensor:
+        """(1, T, d), or (batch, T, d) while dropout draws for each image."""
+        tokens = self.prompt.unsqueeze(0)
+        for project in self.shared:
+            tokens = project(tokens)
+        if self.training and self.drop.p > 0:
+            tokens = self.drop(tokens.expand(batch, -1, -1))
+        return tokens
+
+
+@register_adapter("vpt")
+@dataclass
+class VPT(Adapter):
+    """Visual prompt tuning.
+
+    Args:
+        num_tokens: T, prompts in front of the first block, or of every block.
+        deep: own prompts for every block; otherwise those of the first flow through all.
+        dropout: on the prompts, while training.
+        pool: where the features are an average over tokens: over the "patches", or over "all", prompts included.
+        project: width of the prompts in front of a shared linear map; None: they have the block's width.
+    """
+
+    num_tokens: int = 10
+    deep: bool = True
+    dropout: float = 0.0
+    pool: str = "patches"
+    project: int | None = None
+
+    default_lr = 5e-3
+    paper = "https://arxiv.org/abs/2203.12119"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}; expected 1 or more.")
+        self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        self.check(self.pool in ("patches", "all"), f"pool is '{self.pool}'; expected 'patches' or 'all'.")
+        self.check(self.project is None or self.project >= 1, f"project is {self.project}; expected 1 or more, or None.")
+
+    def attach(self, points: Points) -> None:
+        """Put prompts in front of the first block, or of every block."""
+        tokens = [p for p in points.require("tokens", "vpt") if self.deep or p.first]
+        patch = [p.dim_in for p in points if p.role == "patch"]  # 3 p^2: what one patch holds
+        for point in tokens:
+            width = self.project or tokens[0].dim_in
+            bound = math.sqrt(6 / ((patch[0] if patch else width) + width))
+            module = Prompt(self.num_tokens, self.project or point.dim_in, bound, self.dropout, self._map(point.dim_in))
+            point.prompt(module, keep=not self.deep, pooled=self.pool == "all")
+
+    def _map(self, dim: int) -> nn.Linear | None:
+        """The projection for blocks of one width, made when first asked for."""
+        if self.project is None:
+            return None
+        name = f"project_{dim}"
+        if name not in self._modules:
+            linear = nn.Linear(self.project, dim)
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+            self.add_module(name, linear)
+        return self.get_submodule(name)  # type: ignore[return-value]
