@@ -106,6 +106,11 @@ def heads(projected: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def parts(module: nn.Module) -> tuple[nn.Module, ...]:
+    """An adapter's module, and those that it shares with others."""
+    return (module, *getattr(module, "shared", ()))
+
+
 @dataclass(eq=False)
 class AttentionSite(Site):
     """An attention whose keys and values adapters extend; the `fn` of its ops are `Source`s."""

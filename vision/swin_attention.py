@@ -19,7 +19,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision.attention import AttentionSite, Given, Prompts, heads, prepend
+from vision.attention import AttentionSite, Given, Prompts, heads, parts, prepend
 from zoo.memory import recomputable
 from zoo.points import Point, TokensPoint
 from zoo.sites import BlockSite, Op, Site
@@ -205,7 +205,7 @@ def record(
 
     def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
         excludes = ("replace",) if name == "flow" else ()
-        made = Op(session.owner, where, fn, point.name, name, modules=(module,), per_row=per_row, excludes=excludes)
+        made = Op(session.owner, where, fn, point.name, name, modules=parts(module), per_row=per_row, excludes=excludes)
         session.op(site_module, made, kind)
 
     last = backbone.layers[-1].blocks[-1]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision.attention import AttentionSite, Given, Prompts, heads
+from vision.attention import AttentionSite, Given, Prompts, heads, parts
 from zoo.points import Point, TokensPoint
 from zoo.sites import BlockSite, Op, Site
 
@@ -92,7 +92,7 @@ def record(
     backbone: Any = family.module
 
     def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, per_row: bool) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=verb, modules=(module,), per_row=per_row)
+        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), per_row=per_row)
         session.op(site_module, made, kind)
 
     # Where the class token alone is read, prompts leaving the last block are read by nobody.

@@ -119,6 +119,10 @@ class Adapter(nn.Module):
         """The settings as JSON types."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings and tensors as they are written to disk. A method that trains in another form than it is used in folds here."""
+        return self.config(), self.state_dict()
+
     @classmethod
     def from_config(cls, config: dict[str, Any], strict: bool = False) -> Adapter:
         """A fresh, unattached adapter with these settings; `strict` wants every field to be given.

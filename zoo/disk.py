@@ -85,9 +85,11 @@ def save(
 
     folder = Path(folder)
     names = _select(model, adapters)
+    methods = [cast("Adapter", model.adapters[name]) for name in names]
+    parts = [method.saved() for method in methods]
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors.update({f"{name}/{key}": value for key, value in model.adapters[name].state_dict().items()})
+    for name, (_, state) in zip(names, parts, strict=True):
+        tensors.update({f"{name}/{key}": value for key, value in state.items()})
     # the head that the model uses when exactly these adapters are active
     own_head = next((name for name in reversed(names) if name in model.heads), "default")
     num_classes = int(getattr(model.heads[own_head], "out_features", 0))
@@ -96,7 +98,6 @@ def save(
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     classes = model.classes if model.classes and len(model.classes) == num_classes else None
-    methods = [cast("Adapter", model.adapters[name]) for name in names]
     config: dict[str, Any] = {
         "backbone": {
             "name": model.backbone_name,
@@ -104,8 +105,8 @@ def save(
             "kwargs": model.backbone_kwargs,
         },
         "adapters": [
-            {"name": name, "method": method.method, "config": method.config(), "plan": method.plan}
-            for name, method in zip(names, methods, strict=True)
+            {"name": name, "method": method.method, "config": settings, "plan": method.plan}
+            for name, method, (settings, _) in zip(names, methods, parts, strict=True)
         ],
         "head": {"num_classes": num_classes, "classes": classes} if num_classes else None,
     }

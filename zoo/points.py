@@ -172,7 +172,8 @@ class AttentionPoint(Point):
         """`module(B) -> (keys, values)`, each (1 or B, num_heads, T, head_dim): put before the keys and values of every query.
 
         Windowed attention shares them between windows, with zero relative bias and no mask. In evaluation the result is
-        kept until a parameter of the module changes, so one of size 1 must depend on parameters only.
+        kept until a parameter of the module changes, so one of size 1 must depend on parameters only: its own, and those of the
+        modules in `module.shared` (a tuple), which several points may have in common.
         """
         self._record("extend", module)
 
