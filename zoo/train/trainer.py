@@ -157,7 +157,9 @@ class Trainer:
             self._save()
         if self.chosen is not None:
             restore(self.model, self.chosen)
-        self.service.unfreeze(self.service.parameters)  # what a method froze for the last step is still a parameter to train
+        self.service.unfreeze(
+            self.service.parameters
+        )  # what a method froze for the last step is still a parameter to train
         self.model.eval()
         seed_everything(self.settings.seed, "fit_end")
         self.hooks.fit_end()
@@ -347,11 +349,9 @@ def _data_identity(dataset: ImageDataset) -> list[Any]:
 
 
 def _line(record: dict[str, Any], epochs: int, best: bool) -> str:
-    parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {record['loss']:.4f}"]
-    if "accuracy" in record:
-        parts.append(f"accuracy {100 * record['accuracy']:.1f} %")
-    if "val_loss" in record:
-        parts.append(f"validation loss {record['val_loss']:.4f}")
-    if "val_accuracy" in record:
-        parts.append(f"accuracy {100 * record['val_accuracy']:.1f} %{' *' if best else ''}")
-    return "   ".join([*parts, f"{record['images_per_second']:.0f} images/s"])
+    parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
+    for title, prefix in (("training", ""), ("validation", "val_")):
+        if f"{prefix}loss" in record:
+            accuracy = f", accuracy {100 * record[f'{prefix}accuracy']:.1f} %" if f"{prefix}accuracy" in record else ""
+            parts.append(f"{title}: loss {record[f'{prefix}loss']:.4f}{accuracy}")
+    return "   ".join([*parts, f"{record['images_per_second']:.0f} images/s", *(["best so far"] if best else [])])
