@@ -1,0 +1,249 @@
+"""SPT: sensitivity-aware tuning. A pass over the data decides what is tuned, and how, within a parameter budget.
+
+Idea: weights differ in what they matter for a task. Matrices in which many weights matter get a low-rank module or an adapter
+(structured), in the others only the weights that matter are tuned (unstructured); vectors as a whole, or in single entries.
+Points: all `linear` points inside of blocks (q, k, v, o, up, down; q, k and v each for itself), `norm` points, class token.
+
+    s_w    = sum over batches of (d mean loss / d w)^2                   for every weight w; the task's own head, cross-entropy
+    hits   = the tau highest s_w of all candidates
+    matrix: hits >= C / alpha -> structured, else its hits are tuned     C = r (i + o), for the adapter 2 r o + r + o
+    vector: hits >= len / beta -> tuned whole, else in its hits
+    tau    : of 0.02 M, 0.04 M ... 1.58 M the one whose sum, with the class token, comes closest to the budget
+
+    form="lora":     y = W x + b + B A drop(x)                           A (r, i), B (o, r), no alpha / r
+    form="adapter":  h = W x + b,  y = h + W_up GELU(W_down drop(h) + b_down) + b_up          W_down (r, o), W_up (o, r)
+    unstructured:    y = (W + scatter(delta)) x + b + scatter(delta_b)   delta = 0 at the start
+
+A ~ Kaiming-uniform(a = sqrt 5), W_up, b_up, B = 0: the start is the pretrained function, to the bit. While training, 0.1 of the
+structured module's input is dropped, and its whole output for 0.1 of the images (windows, on Swin).
+Defaults: budget 0.4 M, r = 8, alpha = 10, beta = 5, 16 batches (of 32 in the authors' scripts), lr 1e-3. ViT-B/16 on the authors'
+CIFAR-100 masks: 380,909 at 0.4 M (23,789 single entries, 14 matrices), 999,941 at 1.0 M (13,829 entries, 42 matrices).
+The masks depend on the head's initial values: pass `seed` to zoo.load to get the same ones again.
+Source: He et al. 2023, "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning" (ziplab/SPT). Their code, which we follow,
+divides the cost C by alpha, which the paper does not.
+Deviations: the pass runs in eval mode (theirs with stochastic depth 0.1 in the backbone, which is random); below a budget of
+0.4 M tau goes in steps of a twentieth of it, as 0.02 M is too coarse; single entries of norms count in the sum as theirs do, and
+like theirs are not tuned (theirs: "doesn't affect the performance much"); dropout is also in front of o's module, and its
+adapter stands behind o, where theirs reads o's input; one choice of dropped inputs and images for q, k and v ("lora").
+On Swin patch merging is frozen like the patch embedding, and there is no class token.
+
+In memory: the single entries need the projection's input in backward, the structured modules r numbers for each token and a
+mask of one byte for each number of their input. See `vision.tuned` for how they are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vision.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
+from vision.tuned import Tuned
+from zoo.adapter_base import Adapter
+from zoo.adapters.adapter import Bottleneck
+from zoo.adapters.lora import LowRank
+from zoo.errors import ConfigError, MergeError
+from zoo.merge import Merger
+from zoo.model import Model
+from zoo.points import LinearPoint, Points, TokensPoint
+from zoo.registry import register_adapter
+
+
+@register_adapter("spt")
+@dataclass
+class SPT(Adapter):
+    """Sensitivity-aware tuning; decides by a pass over the data what to tune (zoo.fit runs it, or `calibrate` by hand).
+
+    Args:
+        budget: parameters to tune, in millions, without the head.
+        form: "lora" or "adapter", the structured module.
+        rank: r.
+        alpha: a matrix becomes structured from C / alpha hits. beta: a vector is tuned whole from len / beta hits.
+        dropout: on the input of structured modules. drop_path: on their output, for whole images.
+        num_batches: how many batches the pass reads at most.
+    """
+
+    budget: float = 0.4
+    form: Literal["lora", "adapter"] = "lora"
+    rank: int = 8
+    alpha: float = 10.0
+    beta: float = 5.0
+    dropout: float = 0.1
+    drop_path: float = 0.1
+    num_batches: int = 16
+
+    needs_calibration = True
+    default_lr = 1e-3
+    paper = "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning (He et al., 2023)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.form in ("lora", "adapter"), f"form is {self.form!r}; expected 'lora' or 'adapter'.")
+        for name in ("budget", "rank", "alpha", "beta", "num_batches"):
+            self.check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; expected more than 0.")
+        for name in ("dropout", "drop_path"):
+            self.check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
+        self._indices: dict[str, Tensor] = {}  # found by a calibration and not attached yet
+
+    @property
+    def stateless(self) -> bool:  # type: ignore[override]
+        """Nothing is attached before a calibration."""
+        return self.plan is None
+
+    def fresh(self) -> Adapter:
+        """An unattached adapter with the same settings, plan and index lists."""
+        twin = super().fresh()
+        assert isinstance(twin, SPT)
+        twin._indices = dict(self._indices or {n: b for n, b in self.named_buffers() if n.endswith("_index")})
+        return twin
+
+    # -- deciding ---------------------------------------------------------------------------------------------------
+
+    def calibrate(self, model: Model, batches: Iterable[Any]) -> None:
+        """Decide what to tune and attach it; if that was decided before, anew, on the pretrained weights.
+
+        Args:
+            batches: (inputs, targets), of which `num_batches` are read.
+
+        Raises:
+            ConfigError: the adapter is in no model, or the model has no head.
+            DataError: no batch, wrong labels, NaN or Inf. The model is as it was, then.
+        """
+        name = next((n for n, a in model.adapters.items() if a is self), None)
+        if name is None:
+            raise ConfigError("This 'spt' is attached to no model: calibrate what model.add_adapter('spt') returned.")
+        self.check(
+            model.num_classes > 0, "sensitivity is that of a task, so the model needs a head: pass num_classes=..."
+        )
+        found = candidates(model.points, self.form, self.rank, self.alpha, self.beta)
+        head, active = model.head, model.active
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            if self.plan is not None:
+                model.set_active(*(n for n in active if n != name))
+            scores, count, samples = sensitivity(model, found, batches, self.num_batches, head)
+        finally:
+            if self.plan is not None:
+                model.set_active(*active)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        before = self.plan
+        try:
+            self._decide(found, scores, model)
+            assert self.plan is not None
+            self.plan["report"] |= {"batches": count, "samples": samples}
+            model.reattach(name)
+        except BaseException:
+            self.plan = before
+            raise
+        finally:
+            self._indices = {}
+
+    def _decide(self, found: list[Candidate], scores: list[Tensor], model: Model) -> None:
+        """Set `plan` and the index lists."""
+        tokens = [p for p in model.points if isinstance(p, TokensPoint) and p.parameter]
+        fixed = sum(model.backbone.get_parameter(p.parameter).numel() for p in tokens)
+        budget = round(self.budget * 1e6)
+        taus = grid(budget, sum(c.size for c in found))
+        owner, place = most_sensitive(scores, taus[-1])
+        tau, hits = choose(owner, found, budget, fixed, taus)
+        whole, total = spend(hits, found, fixed)
+        single = [(i, c) for i, c in enumerate(found) if hits[i] and not whole[i]]
+        tuned = [(i, c) for i, c in single if isinstance(c.point, LinearPoint)]
+        self._indices = {f"{c.key}_index": place[:tau][owner[:tau] == i].sort().values.cpu() for i, c in tuned}
+        matrices = [c for w, c in zip(whole, found) if w and c.part == "weight" and isinstance(c.point, LinearPoint)]
+        vectors = [c for w, c in zip(whole, found) if w and c not in matrices]
+        norms = sum(hits[i] for i, c in single) - sum(hits[i] for i, c in tuned)
+        self.plan = {
+            "structured": [c.point.name for c in matrices],
+            "vectors": [c.key for c in vectors],
+            "entries": {c.key: hits[i] for i, c in tuned},
+            "tokens": [p.name for p in tokens],
+            "report": {
+                "tau": tau,
+                "total": total,
+                "structured": sum(c.cost for c in matrices),
+                "vectors": sum(c.size for c in vectors),
+                "entries": sum(hits[i] for i, c in tuned),
+                "tokens": fixed,
+                "norm_entries": norms,  # in the total, as in the authors' code, but not tuned
+                "tuned": total - norms,
+            },
+        }
+
+    # -- attaching --------------------------------------------------------------------------------------------------
+
+    def attach(self, points: Points) -> None:
+        """Attach what the plan says; nothing before there is one."""
+        linears = [p for p in points.require("linear", "spt") if p.block is not None]
+        if self.plan is None:
+            return
+        structured, vectors, entries, tokens = self._read(points)
+        for name in tokens:
+            points[name].train()
+        for point in points.select(kind="norm") if "norm" in points.kinds else []:
+            names = [part for part in ("weight", "bias") if f"{point.name}.{part}" in vectors]
+            if names:
+                point.train(*names)
+        for point in linears:
+            whole = f"{point.name}.bias" in vectors
+            # the bias of a fused projection can be swapped for a trained one only as a whole
+            if all(f"{p.name}.bias" in vectors for p in linears if p.module is point.module):
+                point.train("bias")
+                whole = False
+            counts = {f"{part}_index": entries.get(f"{point.name}.{part}", 0) for part in ("weight", "bias")}
+            indices = {part: self._index(f"{point.name}.{part}", n) for part, n in counts.items() if n}
+            if point.name in structured or indices or whole:
+                module = self._structured(point) if point.name in structured else None
+                point.reparametrize(Tuned(point, module, indices, whole, self.dropout, self.drop_path))
+
+    def _read(self, points: Points) -> tuple[set[str], set[str], dict[str, int], list[str]]:
+        """The plan's parts, checked against the backbone."""
+        plan: Any = self.plan
+        try:
+            parts = set(plan["structured"]), set(plan["vectors"]), dict(plan["entries"]), list(plan["tokens"])
+            names = {*parts[0], *parts[3], *(key.rpartition(".")[0] for key in (*parts[1], *parts[2]))}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"The plan of 'spt' is damaged ({error!r}). Calibrate it again, or load it as saved."
+            ) from error
+        if unknown := sorted(n for n in names if n not in points):
+            raise ConfigError(
+                f"The plan of 'spt' names {len(unknown)} points that {points.backbone} has not, such as '{unknown[0]}': it was "
+                "made for another backbone. Calibrate it on this one."
+            )
+        return parts
+
+    def _index(self, key: str, count: int) -> Tensor:
+        known = self._indices.get(key)
+        if known is not None and len(known) == count:
+            return known.clone()
+        return torch.full((count,), -1, dtype=torch.int32)  # to be filled from a file
+
+    def _structured(self, point: LinearPoint) -> nn.Module:
+        if self.form == "lora":
+            return LowRank(point.dim_in, point.dim_out, self.rank, 1.0)
+        module = Bottleneck(point.dim_out, self.rank, sequential=False, activation="gelu")
+        bound = 1 / math.sqrt(point.dim_out)  # torch's default for biases
+        nn.init.uniform_(module.adapter_down.bias, -bound, bound)
+        return module
+
+    def merge(self, merger: Merger) -> None:
+        """W <- W + scatter(delta) + B A, b <- b + scatter(delta_b)."""
+        if self.plan is not None and self.plan["structured"] and self.form == "adapter":
+            raise MergeError(
+                f"'spt' has adapters with a nonlinearity behind {len(self.plan['structured'])} projections, which are no change "
+                "of their weights. Use form='lora', which merges exactly, or keep the model as it is."
+            )
+        for name, module in self.named_modules():
+            if isinstance(module, Tuned):
+                point = merger.points[name]
+                weight = merger.weight(point)
+                merger.set_weight(point, weight + module.change("weight", tuple(weight.shape)).to(weight.device))
+                if module.bias_delta is not None:
+                    bias = merger.bias(point)
+                    merger.set_bias(point, bias + module.change("bias", tuple(bias.shape)).to(bias.device))
