@@ -28,20 +28,26 @@ _LAZY = {
     "list_adapters": "zoo.registry",
     "list_backbones": "zoo.registry",
     "load": "zoo.loading",
+    "open_dataset": "zoo.data",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
     "saved_bytes": "zoo.memory",
     "to_peft": "zoo.peft_format",
+    "training_hooks": "zoo.train",
 }
 
 if TYPE_CHECKING:
     from zoo.adapter_base import Adapter
     from zoo.backbone import Backbone
+    from zoo.data import open_dataset
     from zoo.loading import load
     from zoo.memory import saved_bytes
     from zoo.model import Model
+    from zoo.peft_format import from_peft, to_peft
     from zoo.points import Points
     from zoo.registry import adapter, list_adapters, list_backbones, register_adapter, register_backbone
+    from zoo.table import compatibility
+    from zoo.train import evaluate, fit, training_hooks
 
 
 def __getattr__(name: str) -> Any:
