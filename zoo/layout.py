@@ -55,11 +55,11 @@ def pack(
     return dump_safetensors(tensors, {STAMP: f"{digest}\n{copy}"}), digest
 
 
-def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Tensors, copy of the other files ("config", "metrics", "card") and checksum of a weights file.
+def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
 
     Raises:
-        WeightsError: truncated, damaged, a pickle, or not written by `pack`.
+        WeightsError: truncated, damaged, or a pickle under another name (which is not opened).
     """
     size = int.from_bytes(data[:8], "little")
     if len(data) < 10 or size > len(data) - 8 or data[8:9] != b"{":
@@ -73,13 +73,24 @@ def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], 
         )
     try:
         header = json.loads(data[8 : 8 + size])
-        digest, _, copy = header.pop("__metadata__", {}).get(STAMP, "").partition("\n")
+        metadata = dict(header.pop("__metadata__", {}))
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + size
         tensors = load_safetensors(data) if end <= len(data) else {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"'{path}' is damaged ({error}). Copy or download it again.") from error
     if end > len(data):
         raise WeightsError(f"'{path}' is truncated: {len(data):,} of {end:,} bytes. Copy or download it again.")
+    return tensors, metadata
+
+
+def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Tensors, copy of the other files ("config", "metrics", "card") and checksum of a weights file.
+
+    Raises:
+        WeightsError: truncated, damaged, a pickle, or not written by `pack`.
+    """
+    tensors, metadata = parse(data, path)
+    digest, _, copy = str(metadata.get(STAMP, "")).partition("\n")
     if not digest or digest != _checksum(copy, tensors):
         what = "does not have the checksum that it states" if digest else "states no checksum, so we did not write it"
         raise WeightsError(

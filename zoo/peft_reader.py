@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.errors import ConfigError, WeightsError
 from zoo.layout import CONFIG, WEIGHTS, parse
 from zoo.peft_format import NOTE, PREFIX
-from zoo.saved import _read_config, _read_weights
+from zoo.saved import read_config_file, read_weights_file
 
 # Settings of peft's LoRA that change the function, and why they have no equal here.
 _REFUSED = {
@@ -92,12 +92,12 @@ def read_peft(folder: Path) -> PeftAdapter:
     """
     if not folder.is_dir():
         raise ConfigError(f"There is no folder '{folder}'. Name one that holds peft's {CONFIG} and {WEIGHTS}.")
-    config = _read_config(folder)
+    config = read_config_file(folder)
     if "format_version" in config and "peft_type" not in config:
         raise ConfigError(f"'{folder}' holds an adapter in our own format: zoo.load(adapter={str(folder)!r}) reads it.")
     _check_settings(config, folder / CONFIG)
     path = folder / WEIGHTS
-    tensors, metadata = parse(_read_weights(folder), path)
+    tensors, metadata = parse(read_weights_file(folder), path)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise WeightsError(

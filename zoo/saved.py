@@ -162,6 +162,20 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return files
 
 
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The JSON object in a folder's config, ours or another tool's; raises ConfigError."""
+    return _as_object(_small(folder, CONFIG), folder / CONFIG)
+
+
+def read_weights_file(folder: Path) -> bytes:
+    """The bytes of a folder's weights file; raises WeightsError, also for pickles, which are not opened."""
+    if not os.path.lexists(folder / WEIGHTS):
+        for other in sorted(folder.iterdir()):
+            refuse_pickle(other)
+        raise WeightsError(f"'{folder}' has no {WEIGHTS}. Copy or download the folder again, or name another.")
+    return _locate(folder, WEIGHTS, WeightsError).read_bytes()
+
+
 def _small(folder: Path, name: str) -> bytes:
     path = _locate(folder, name, ConfigError)
     if path.stat().st_size > _MAX_TEXT:
