@@ -87,12 +87,13 @@ class ViT(TimmBackbone):
             module = VisionTransformer(**{**MICRO, "num_classes": 100, **options})
         except TypeError as error:
             raise ConfigError(f"timm does not take these options for 'vit-micro': {error}") from error
-        module.pretrained_cfg = module.default_cfg = {
+        config: Any = {
             **MICRO_DATA,
             "input_size": (3, 32, 32),
             "num_classes": 100,
             "license": "apache-2.0",
         }
+        module.pretrained_cfg = module.default_cfg = config
         if pretrained:
             weights = {k: v.float() for k, v in load_file(WEIGHTS / "vit-micro.safetensors").items()}
             if options.get("num_classes", 100) != 100:

@@ -86,7 +86,7 @@ class _Entry:
 
     def __init__(self, tensor: Tensor, recipe: Recipe, ref: weakref.ref[Tensor]) -> None:
         self.recipe, self.ref = recipe, ref
-        self.version, self.stride, self.offset = tensor._version, tensor.stride(), tensor.storage_offset()
+        self.version, self.stride, self.offset = tensor._version, tensor.stride(), int(tensor.storage_offset())
 
 
 class Saver:
@@ -131,7 +131,7 @@ class Saver:
         if entry is not None and entry.version == tensor._version:
             source = entry.ref()
             if source is not None and source.dtype == tensor.dtype:
-                packed = _Packed(entry.recipe, tensor, tensor.storage_offset() - entry.offset)
+                packed = _Packed(entry.recipe, tensor, int(tensor.storage_offset()) - entry.offset)
                 if self._counted is not None:
                     for kept in entry.recipe.tensors():
                         self._count(kept)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.errors import AttachError, MergeError, ZooError
+from zoo.errors import AttachError, MergeError, UnknownNameError, ZooError
 
 STEPS = ("attach", "train", "save", "merge")
 
@@ -50,7 +50,10 @@ def tiny_model(family: str) -> tuple[Any, tuple[Tensor, ...]]:
     """A tiny random member of a family with a head of 3 classes, and a batch of two for it."""
     from zoo.loading import load_backbone
 
-    name, options = registry.family(family).tiny
+    member = registry.family(family).tiny
+    if member is None:
+        raise UnknownNameError(f"the family '{family}' names no tiny member (Backbone.tiny).")
+    name, options = member
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = load_backbone(name, pretrained=False, num_classes=3, **options)
