@@ -14,7 +14,7 @@ from zoo.backbone import Backbone
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
 from zoo.points import Points
 from zoo.session import Session, Swap
-from zoo.sites import BlockSite, Op, Site, State
+from zoo.sites import BlockSite, Op, Place, Site, State
 
 
 class AdapterHost(nn.Module):
@@ -228,6 +228,18 @@ class AdapterHost(nn.Module):
         self._plan = "+".join(self._state.active)
         self._watch_memory()
         self.train(self.training)
+
+    def _switch(self, place: Place) -> None:
+        """For recomputation in backward: the adapters of another time run, and nothing else about the model changes."""
+        for name in self._state.active:
+            for swap in self._swaps.get(name, ()):
+                swap.put(False)
+        self._state.put(place)
+        for name in self._state.active:
+            for swap in self._swaps.get(name, ()):
+                swap.put(True)
+        for where in self._sites.values():
+            where.refresh()
 
     @contextmanager
     def disable(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Model(AdapterHost):
         self.heads = nn.ModuleDict()
         self.classes: list[str] | None = None
         self.record: dict[str, Any] = {}
-        self._state = State(Saver())
+        self._state = State(Saver(), switch=self._switch)
         self._sites: dict[int, Site] = {}
         self._ops: dict[str, list[tuple[Site, Op]]] = {}
         self._swaps: dict[str, list[Swap]] = {}

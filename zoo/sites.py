@@ -11,7 +11,8 @@ of ops that they read, so every set of active adapters is compiled once and swit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,8 @@ class Op:
     fn: Callable[..., Any]
     point: str
     verb: str = ""
-    rows: tuple[int, int] | None = None  # of a reparametrized weight; None: `fn(run, x, W, b)` sees the whole projection
+    # of a reparametrized weight; None: `fn(run, x, W, b)` sees the whole projection
+    rows: tuple[int, int] | None = None
     modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs
     # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
     per_row: bool = True
@@ -45,17 +47,44 @@ class Op:
     excludes: tuple[str, ...] = ()  # verbs of other adapters that cannot be active at the same module
 
 
+# active adapters, the route, its batch, the adapter served alone, whether prompts are under way
+Place = tuple[tuple[str, ...], "dict[str, Tensor] | None", int, "str | None", bool]
+
+
 @dataclass(eq=False)
 class State:
     """What all sites of one model share: the memory saver, and which adapter serves which rows of the batch."""
 
     saver: Saver
     active: tuple[str, ...] = ()
-    route: dict[str, Tensor] | None = None  # adapter name -> row indices (n,); None: every active adapter serves all rows
+    # adapter name -> row indices (n,); None: every active adapter serves all rows
+    route: dict[str, Tensor] | None = None
     batch: int = 0
     serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)
     watching: set[str] | None = None  # points whose ops ran, while a probe listens
     aside: bool = False  # prompts pass through a module on their own: ops that only watch the token stream do not run
+    switch: Callable[[Place], None] = field(
+        default=lambda place: None, repr=False
+    )  # the model's: all sites go to a place
+
+    def place(self) -> Place:
+        """Who is active, and for which rows."""
+        return (self.active, self.route, self.batch, self.serving, self.aside)
+
+    def put(self, place: Place) -> None:
+        """Set what `place` gave; the sites stay as they are."""
+        self.active, self.route, self.batch, self.serving, self.aside = place
+
+    def run_at(self, place: Place, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`run` with the adapters of another time: recomputation in backward, after a switch or a routed batch."""
+        here = self.place()
+        if here[1] is place[1] and (here[0], *here[2:]) == (place[0], *place[2:]):
+            return run(*args, **kwargs)
+        self.switch(place)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.switch(here)
 
     def rows(self, name: str, leading: int) -> Tensor | None:
         """Rows of a tensor with `leading` = batch * k rows (k windows per image) that adapter `name` serves."""
@@ -135,7 +164,7 @@ class Site:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         noting = self.recompute and self.state.saver.recording
         if noting and self.recompute == "cheap":
-            self.state.saver.note(output, type(module).forward, (module, args[0]))
+            self.state.saver.note(output, _own_forward, (module, dict(module._parameters), args[0]))
         if not self.outputs and not noting:
             return None
         for op in self.outputs:
@@ -145,8 +174,25 @@ class Site:
             else:
                 output = self._apply(op, args[0], output)
         if noting and self.recompute == "product" and not self.stochastic():
-            self.state.saver.note(output, module, (args[0],))
+            then = (dict(module._parameters), self.forwards, self.outputs, self.state.place())
+            self.state.saver.note(output, self._replay, (then, args[0]))
         return output
+
+    def _replay(self, then: tuple[Any, ...], x: Tensor) -> Tensor:
+        """The output once more, behind the input ops, with the parameters and adapters of the time of the forward pass."""
+        parameters, forwards, outputs, place = then
+        now = self.forwards, self.outputs, self.state.place()
+        self.forwards, self.outputs = forwards, outputs
+        self.state.put(place)
+        try:
+            with _parameters(self.module, parameters):
+                y = self.forward(x)
+            for op in outputs:
+                y = y if op.where == "watch_output" else self._apply(op, x, y)
+            return y
+        finally:
+            self.forwards, self.outputs = now[:2]
+            self.state.put(now[2])
 
     def _seen(self, op: Op) -> None:
         if self.state.watching is not None:
@@ -180,6 +226,22 @@ class Site:
         modules: Iterable[nn.Module] = [self.module, *(m for op in ops for m in op.modules)]
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
 
+
+@contextmanager
+def _parameters(module: nn.Module, parameters: dict[str, Any]) -> Iterator[None]:
+    """A module with the parameters that it had at some time."""
+    held = module._parameters
+    module.__dict__["_parameters"] = parameters
+    try:
+        yield
+    finally:
+        module.__dict__["_parameters"] = held
+
+
+def _own_forward(module: nn.Module, parameters: dict[str, Any], x: Tensor) -> Tensor:
+    """A module's own forward, without hooks, with the parameters that it had at the time of the forward pass."""
+    with _parameters(module, parameters):
+        return type(module).forward(module, x)  # type: ignore[arg-type]
 
 
 def site_at(module: nn.Module) -> Site | None:
@@ -230,5 +292,7 @@ class BlockSite(Site):
                 self._seen(op)
                 run = functools.partial(op.fn, run)
         if self.checkpointed and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                run = functools.partial(self.state.run_at, self.state.place(), run)
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return run(*args, **kwargs)
