@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
     parser.add_argument("--out", type=Path, default=Path("runs/vit-micro"))
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--patch-drop-epochs", type=float, default=0.6, help="share of epochs that drop half the patches")
+    parser.add_argument(
+        "--patch-drop-epochs", type=float, default=0.6, help="share of epochs that drop half the patches"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -137,7 +139,9 @@ def main() -> None:
         began, total_loss = time.time(), 0.0
         bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{args.epochs}", mininterval=10)
         for i in bar:
-            rate = step / max(1, warm) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+            rate = (
+                step / max(1, warm) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+            )
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * max(rate, 1e-3)
             index = order[i * args.batch_size : (i + 1) * args.batch_size]
@@ -166,7 +170,9 @@ def main() -> None:
             state |= {f"optimizer.{i}.{name}": value for name, value in optimizer.state[p].items()}
         save_file({k: v.contiguous() for k, v in state.items()}, state_file.with_suffix(".new"))
         os.replace(state_file.with_suffix(".new"), state_file)
-        (args.out / "log.json").write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "epochs": log}, indent=1))
+        (args.out / "log.json").write_text(
+            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "epochs": log}, indent=1)
+        )
 
     weights = {k: v.half().contiguous() for k, v in average.items()}
     model.load_state_dict({k: v.float() for k, v in weights.items()})
