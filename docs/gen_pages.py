@@ -68,7 +68,6 @@ def _methods() -> dict[str, str]:
 
     pages = {}
     for name in registry.list_adapters():
-        if name in ("adapter","prefix","ssf","ia3","vpt","spt","vqt"): continue #TMP
         cls = registry.adapter_class(name)
         pages[f"methods/{name}.md"] = f"# {name}\n\n::: {cls.__module__}\n"
     return pages

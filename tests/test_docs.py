@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+import zoo
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Fewer epochs, and the three classes of the folder below.
 SMALLER = (("vit-b16", "vit-micro"), (r"epochs=\d+", "epochs=1"), (r"num_classes=17\b", "num_classes=3"))
-SMALLER += (("vit_base_patch16_224", "vit_tiny_patch16_224"),)
+SMALLER += (("vit_base_patch16_224", "vit_tiny_patch16_224"), (r'val="flowers/val"\)', 'val="flowers/val", epochs=1)'))
 
 
 @pytest.fixture
@@ -42,6 +44,22 @@ def test_page_runs(page: Path) -> None:
             code = re.sub(old, new, code)
         above = text[: block.start(1)].count("\n")  # so that a failure points to its line of the page
         exec(compile("\n" * above + code, str(page), "exec"), names)
+
+
+def test_table_of_methods_in_the_readme() -> None:
+    """Names, counts and mergers are those of the code."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| ([\d,]+|chosen) \| (yes|no) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(name for name, _, _ in rows) == zoo.list_adapters()
+    model = zoo.load("vit-b16", num_classes=0, device="meta")
+    merges = {cell.method: cell.merge for cell in zoo.compatibility(["vit"])}
+    for name, trained, merged in rows:
+        adapter = model.add_adapter(name)
+        count = model.num_parameters(trainable=True, head=False)
+        model.remove_adapter(name)
+        assert trained == ("chosen" if adapter.needs_calibration else f"{count:,}"), name
+        assert (merged == "yes") == (merges[name] == "yes"), name
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)

@@ -262,12 +262,13 @@ def _try(model: Model, method: str) -> dict[str, Any]:
     """What a method would train on this backbone, or why it is refused."""
     try:
         adapter = model.add_adapter(method)
-        count_ = model.num_parameters(trainable=True, head=False)
-        needs = adapter.needs_calibration
     except (AttachError, SelectionError) as error:
         return {"name": method, "trainable": None, "reason": str(error)}
+    trainable = model.num_parameters(trainable=True, head=False)
     model.remove_adapter(model.active[-1])
-    return {"name": method, "trainable": count_, "reason": "chosen by a pass over the data" if needs else ""}
+    if adapter.needs_calibration and not trainable:
+        return {"name": method, "trainable": None, "reason": "a pass over the training data chooses, within its budget"}
+    return {"name": method, "trainable": trainable, "reason": ""}
 
 
 def _folder_info(folder: Path) -> dict[str, Any]:
