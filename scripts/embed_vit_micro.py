@@ -23,8 +23,8 @@ datasets: [cifar100]
 
 # vit-micro
 
-A Vision Transformer for 32 x 32 images that comes with adapter-zoo, small enough to adapt in minutes on a CPU: patch 4, width 192,
-{depth} blocks, 3 heads, {parameters:,} parameters, fp16 weights of {size:.1f} MB. It is for trying methods and for tests, not for
+A Vision Transformer for 32 x 32 images that comes with adapter-zoo, small enough to adapt in minutes on a CPU: patch 4,
+width 192, {depth} blocks, 3 heads, {parameters:,} parameters, fp16 weights of {size:.1f} MB. It is for trying methods and for tests, not for
 comparison with published CIFAR-100 results: it was trained for {epochs} epochs only.
 
 ```python
@@ -50,13 +50,14 @@ arguments
 
 AdamW, cosine schedule with warm-up, random crop and flip, erasing, mixup and cutmix (0.8 of the batches in the first part, 0.2 in
 the rest), label smoothing 0.1, half of the patches dropped in the first part, moving average of the weights, bf16.
-The first 22 epochs were run with `--epochs 30 --patch-drop-epochs 0.7`, and the last five with the arguments above, which ends the
-cosine three epochs earlier; the machine was shared, so the seconds say little about speed.
+The first 22 epochs were run with `--epochs 30 --patch-drop-epochs 0.7`, and the last five with the arguments above, which
+ends the cosine three epochs earlier; the machine was shared, so the seconds say little about speed.
 CIFAR-100 as published has 10 images that occur in both splits.
 
 ## Licence
 
-The weights: Apache-2.0. The data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; no licence stated.
+The weights: Apache-2.0. The data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; no licence
+stated.
 """
 
 
