@@ -11,6 +11,7 @@ mkdocs calls `on_config` and `on_files` (see `hooks:` in mkdocs.yml).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pkgutil
 from pathlib import Path
@@ -69,8 +70,26 @@ def _methods() -> dict[str, str]:
     pages = {}
     for name in registry.list_adapters():
         cls = registry.adapter_class(name)
-        pages[f"methods/{name}.md"] = f"# {name}\n\n::: {cls.__module__}\n"
+        pages[f"methods/{name}.md"] = f"""# {name}
+
+```python
+model = zoo.load("vit-b16", adapter="{name}", num_classes=100)
+```
+{_settings(cls)}
+::: {cls.__module__}
+"""
     return pages
+
+
+def _settings(cls: Any) -> str:
+    from zoo.cli.catalog import default
+
+    fields = dataclasses.fields(cls)
+    if not fields:
+        return "\nThere is nothing to set.\n"
+    # A bar inside a table's cell would end it.
+    rows = [f"| `{f.name}` | {str(f.type).replace('|', 'or')} | `{default(f)!r}` |" for f in fields]
+    return "\n".join(["\n| setting | type | default |", "| --- | --- | --- |", *rows, ""])
 
 
 def _reference() -> dict[str, str]:

@@ -24,8 +24,8 @@ datasets: [cifar100]
 # vit-micro
 
 A Vision Transformer for 32 x 32 images that comes with adapter-zoo, small enough to adapt in minutes on a CPU: patch 4,
-width 192, {depth} blocks, 3 heads, {parameters:,} parameters, fp16 weights of {size:.1f} MB. It is for trying methods and for tests, not for
-comparison with published CIFAR-100 results: it was trained for {epochs} epochs only.
+width 192, {depth} blocks, 3 heads, {parameters:,} parameters, fp16 weights of {size:.1f} MB. It is for trying methods and
+for tests, not for comparison with published CIFAR-100 results: it was trained for {epochs} epochs only.
 
 ```python
 import zoo

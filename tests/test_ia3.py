@@ -98,6 +98,17 @@ def test_kept_bytes() -> None:
     assert more == DEPTH * 3 * DIM * 4 - floats * (DIM + 2)
 
 
+def test_scaled_inputs_are_not_scaled_again() -> None:
+    """memory="low" runs the up-projection again in backward, on its input as it was then."""
+    model, x = vit(zoo.adapter("ia3", inputs=("up", "down"))), images()
+    shake(model)
+    found = []
+    for model.memory in ("default", "low"):
+        loss = model.train()(x).square().sum()
+        found.append(torch.autograd.grad(loss, list(model.parameters_to_train().values())))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_settings() -> None:
     assert sorted(vit(zoo.adapter("ia3", inputs=())).adapters["ia3"].state_dict())[:2] == [
         "blocks.0.attn.k.scale",

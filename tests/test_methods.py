@@ -353,6 +353,28 @@ def test_per_sample_adapters(family: str, method: str, train: bool) -> None:
                 torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("setting", ["low", "min"])
+@each
+def test_per_sample_gradients_when_recomputed(method: str, setting: str) -> None:
+    """Recomputation in backward, when the batch is no longer routed, serves each row by its own adapter again."""
+    model = bare("vit")
+    for seed, name in enumerate(("a", "b")):
+        attach(model, method, name, activate=False)
+        shake(model, name, seed)
+    model.set_active("b")
+    model.train()
+    named = {f"{n}/{k}": p for n in "ab" for k, p in model.adapters[n].named_parameters()}
+    found = []
+    for memory in ("default", setting):
+        model.memory = memory
+        for p in named.values():
+            p.requires_grad_(True)
+        loss = model(images(), adapters=["a", None, "b", "a"]).square().sum()
+        found.append(torch.autograd.grad(loss, [*named.values(), *model.head.parameters()]))
+    assert model.active == ("b",)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 @both
 @each
 def test_memory_settings_give_plain_gradients(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ def test_a_package_that_shadows_ours(tmp_path: Path, layout: str) -> None:
         tmp_path,
     )
     name = layout.split("/")[0].split(".")[0]
-    assert result.stdout.startswith(f"ShadowError The package '{name}' found at {tmp_path}"), result.stdout + result.stderr
+    assert result.stdout.startswith(f"ShadowError The package '{name}' found at {tmp_path}"), (
+        result.stdout + result.stderr
+    )
     assert "rename" in result.stdout
 
 

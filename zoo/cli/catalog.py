@@ -225,14 +225,15 @@ def _method_info(name: str) -> dict[str, Any]:
             {
                 "name": f.name,
                 "type": inspect.formatannotation(hints[f.name]).replace("typing.", ""),
-                "default": _default(f),
+                "default": default(f),
             }
             for f in dataclasses.fields(cls)
         ],
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a setting."""
     if field.default is not dataclasses.MISSING:
         return field.default
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else "(required)"
@@ -329,4 +330,4 @@ def _cell(key: str, value: Any) -> str:
     return count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-__all__ = ["collapse", "info", "list_", "points", "summary"]
+__all__ = ["collapse", "default", "info", "list_", "points", "summary"]
