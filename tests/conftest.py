@@ -28,23 +28,6 @@ def data_dir() -> Path:
     return folder
 
 
-@pytest.fixture
-def micro_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Weights for `vit-micro` that are not the trained ones: a test that saves and loads needs the same ones twice."""
-    from safetensors.torch import save_file
-
-    import vision.vit
-    import zoo
-
-    torch.manual_seed(0)
-    module = zoo.load("vit-micro", pretrained=False).merge()
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, folder / "vit-micro.safetensors")
-    monkeypatch.setattr(vision.vit, "WEIGHTS", folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train/` and `test/` with the class folders `blue` and `red`, 12 and 6 images of 32 px each: easily told apart."""

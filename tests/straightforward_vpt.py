@@ -83,8 +83,8 @@ class StraightSwin(nn.Module):
         p_out = out[:, :count].reshape(batch, rows * columns, count, dim).mean(dim=1)
         x_out = out[:, count:].reshape(batch, rows, columns, wh, ww, dim).transpose(2, 3)
         x_out = x_out.reshape(batch, rows * wh, columns * ww, dim)[:, :height, :width].roll((sh, sw), dims=(1, 2))
-        tokens = tokens + torch.cat([p_out, x_out.flatten(1, 2)], dim=1)
-        tokens = tokens + block.mlp(block.norm2(tokens))
+        tokens = tokens + block.drop_path1(torch.cat([p_out, x_out.flatten(1, 2)], dim=1))
+        tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
         return tokens[:, :count], tokens[:, count:].reshape(batch, height, width, dim)
 
     def _attention(self, attention: Any, tokens: Tensor, mask: Tensor | None, count: int) -> Tensor:

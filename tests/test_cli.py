@@ -107,9 +107,7 @@ def test_info_of_a_method() -> None:
 # -- from images to plain weights -----------------------------------------------------------------------------------
 
 
-def test_fit_eval_push_pull_merge(
-    image_folder: Path, micro_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_eval_push_pull_merge(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One adapter through all commands; each number is compared with one computed without the command line."""
     monkeypatch.chdir(tmp_path)
     train = ["--data", image_folder, "--split", "train", "--test-split", "test", "-e", 3, "-b", 8, "-o", "out"]
@@ -145,7 +143,7 @@ def test_fit_eval_push_pull_merge(
     torch.testing.assert_close(plain.eval()(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_fit_goes_on_from_a_saved_adapter(image_folder: Path, micro_weights: Path, tmp_path: Path) -> None:
+def test_fit_goes_on_from_a_saved_adapter(image_folder: Path, tmp_path: Path) -> None:
     train = ["--data", image_folder / "train", "--steps", 1, "-b", 4]
     document("fit", "vit-micro", "bitfit", *train, "-o", tmp_path / "first")
     document("fit", "vit-micro", tmp_path / "first", *train, "-o", tmp_path / "second", "--lr", 1e-30)

@@ -34,7 +34,7 @@ def flowers(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-@pytest.mark.usefixtures("flowers", "micro_weights")
+@pytest.mark.usefixtures("flowers")
 def test_page_runs(page: Path) -> None:
     text = page.read_text()
     names: dict[str, Any] = {"__name__": page.stem}
