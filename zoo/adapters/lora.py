@@ -96,34 +96,36 @@ class _LowRankAdd(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, slices: tuple[tuple[int, int, float], ...], *factors: Tensor) -> Tensor:
         ranks = [len(a) for a in factors[::2]]
         rows, flat = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
-        hidden = _stack(factors[::2], y.dtype) @ rows.T  # (sum of ranks, n)
+        hidden = (_stack(factors[::2], y.dtype) @ rows.T).to(y.dtype)  # (sum of ranks, n)
         for h, (start, stop, scale), b in zip(hidden.split(ranks), slices, factors[1::2]):
             flat[:, start:stop].addmm_(h.T, b.T.to(y.dtype), alpha=scale)
         ctx.mark_dirty(y)
-        ctx.slices, ctx.ranks = slices, ranks
-        ctx.save_for_backward(x, hidden, *factors)
+        ctx.slices, ctx.ranks, ctx.shape, ctx.dtype = slices, ranks, x.shape, x.dtype
+        ctx.trained = any(ctx.needs_input_grad[3:])  # a frozen adapter needs neither x nor A x
+        ctx.save_for_backward(*((x, hidden) if ctx.trained else ()), *factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, hidden, *factors = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        factors = saved[2:] if ctx.trained else saved
         g = grad.reshape(-1, grad.shape[-1])
-        rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
-        through = torch.empty_like(hidden)  # gradient of the hidden values
-        pairs = zip(hidden.split(ctx.ranks), through.split(ctx.ranks), ctx.slices, factors[1::2])
-        up = []
-        for h, t, (start, stop, scale), b in pairs:
-            part = g[:, start:stop]
-            torch.mm((b.to(g.dtype) * scale).T, part.T, out=t)
-            up.append((h @ part).mul_(scale).T.to(b.dtype))
-        down = (through @ rows).split(ctx.ranks)
-        grads: list[Any] = []
-        for a, da, db in zip(factors[::2], down, up):
-            grads += [da.to(a.dtype), db]
+        through = g.new_empty(sum(ctx.ranks), len(g))  # gradient of the hidden values
+        for t, (start, stop, scale), b in zip(through.split(ctx.ranks), ctx.slices, factors[1::2]):
+            torch.mm((b.to(g.dtype) * scale).T, g[:, start:stop].T, out=t)
+        grads: list[Any] = [None] * len(factors)
+        if ctx.trained:
+            x, hidden = saved[:2]
+            down = (through @ x.reshape(-1, x.shape[-1]).to(g.dtype)).split(ctx.ranks)
+            grads[::2] = [d.to(a.dtype) for d, a in zip(down, factors[::2])]
+            grads[1::2] = [
+                (h @ g[:, start:stop]).mul_(scale).T.to(b.dtype)
+                for h, (start, stop, scale), b in zip(hidden.split(ctx.ranks), ctx.slices, factors[1::2])
+            ]
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = (through.T @ _stack(factors[::2], g.dtype)).view(x.shape).to(x.dtype)
+            dx = (through.T @ _stack(factors[::2], g.dtype)).view(ctx.shape).to(ctx.dtype)
         return (grad, dx, None, *grads)
 
 
