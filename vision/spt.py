@@ -24,8 +24,8 @@ divides the cost C by alpha, which the paper does not.
 Deviations: the pass runs in eval mode (theirs with stochastic depth 0.1 in the backbone, which is random); below a budget of
 0.4 M tau goes in steps of a twentieth of it, as 0.02 M is too coarse; single entries of norms count in the sum as theirs do, and
 like theirs are not tuned (theirs: "doesn't affect the performance much"); dropout is also in front of o's module, and its
-adapter stands behind o, where theirs reads o's input; one choice of dropped inputs and images for q, k and v ("lora").
-On Swin patch merging is frozen like the patch embedding, and there is no class token.
+adapter stands behind o, where theirs reads o's input; q, k and v drop the same images ("lora"). The class token counts with
+its own width (theirs: 768). On Swin patch merging is frozen like the patch embedding, and there is no class token.
 
 In memory: the single entries need the projection's input in backward, the structured modules r numbers for each token and a
 mask of one byte for each number of their input. See `vision.tuned` for how they are computed.
@@ -236,8 +236,8 @@ class SPT(Adapter):
         """W <- W + scatter(delta) + B A, b <- b + scatter(delta_b)."""
         if self.plan is not None and self.plan["structured"] and self.form == "adapter":
             raise MergeError(
-                f"'spt' has adapters with a nonlinearity behind {len(self.plan['structured'])} projections, which are no change "
-                "of their weights. Use form='lora', which merges exactly, or keep the model as it is."
+                f"'spt' with form='adapter' cannot be merged: behind {len(self.plan['structured'])} projections stands an "
+                "adapter with a nonlinearity, which is no change of weights. Keep the model as it is, or use form='lora'."
             )
         for name, module in self.named_modules():
             if isinstance(module, Tuned):

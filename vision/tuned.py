@@ -68,7 +68,7 @@ class Tuned(nn.Module):
             y = run(x, weight, bias)
         else:
             index, delta = torch.cat([i for i, _ in found]), torch.cat([d for _, d in found])
-            if run is F.linear and not weight.requires_grad and not torch.compiler.is_compiling():
+            if run is F.linear and not weight.requires_grad:
                 y = _SparselyTuned.apply(x, weight, bias, index, delta)
             else:
                 y = run(x, _moved(weight, index, delta), bias)
@@ -89,9 +89,9 @@ class Tuned(nn.Module):
     def entries(self, name: str, start: int) -> tuple[Tensor, Tensor]:
         """Flat positions (n,) in the whole projection, of which this slice begins at `start`, and their changes (n,)."""
         index, delta = getattr(self, f"{name}_index"), getattr(self, f"{name}_delta")
-        return torch.arange(
-            len(delta), device=delta.device, dtype=torch.int32
-        ) + start if index is None else index + start, delta
+        if index is None:  # a bias that is tuned whole
+            index = torch.arange(len(delta), device=delta.device, dtype=torch.int32)
+        return index + start, delta
 
     def thinned(self, x: Tensor) -> Tensor:
         """x with some values and some whole images dropped; kept for backward as a mask of one byte each."""

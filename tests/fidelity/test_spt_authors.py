@@ -26,7 +26,7 @@ from vision.tuned import Tuned
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "spt.json").read_text())
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 3}
-TAUS = [20_000 * k for k in range(1, 21)]  # theirs go on to 1.58 M, farther and farther from these budgets
+TAUS = [20_000 * k for k in range(1, 41)]  # theirs go on to 1.58 M, farther and farther from these budgets
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 CLS_IN_THEIR_SUM = 768  # a constant there, whatever the width
 
