@@ -73,7 +73,8 @@ class TimmBackbone(Backbone):
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
         """Images (B, 3, H, W) -> pooled features (B, d) in front of the classifier."""
         tokens = self.module.forward_features(*inputs, **kwargs)  # type: ignore[operator]
-        return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        pooled = self.module.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        return pooled.contiguous()  # a class token is a view, for which backward would keep the tokens of the last norm
 
     @property
     def feature_dim(self) -> int:
