@@ -133,7 +133,8 @@ class Backbone:
     def elementwise_modules(self) -> list[nn.Module]:
         """Modules whose outputs are recomputed rather than kept, besides the norms."""
         found = [find(block, path) for block in self.blocks() for path in self.elementwise]
-        return [m for m in found if m is not None]
+        # Backward of these keeps the output itself; recomputing it from the input would keep both.
+        return [m for m in found if m is not None and not isinstance(m, (nn.ReLU, nn.Sigmoid, nn.Tanh))]
 
     def data_config(self) -> dict[str, Any]:
         """`input_size` (3, H, W), `mean`, `std`, `interpolation`, `crop_pct` of the backbone's own preprocessing."""
