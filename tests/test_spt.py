@@ -17,6 +17,8 @@ from vision.sensitivity import Candidate, candidates, choose, grid, most_sensiti
 from vision.tuned import Tuned
 from zoo.disk import attach, read
 from zoo.errors import AttachError, CombinationError, ConfigError, DataError, MergeError, MismatchError
+from zoo.train.checkpoint import restore, restore_plans
+from zoo.train.checkpoint import snapshot as snapshot_of
 
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
@@ -381,6 +383,20 @@ def test_saving(form: str, tmp_path: Path) -> None:
     third.add_adapter(loaded)  # a copy starts at nothing, at the same places
     assert all(torch.equal(b, loaded.get_buffer(n)) for n, b in third.adapters["spt"].named_buffers())
     assert third.probe(IMAGES) == []
+
+
+def test_resuming_attaches_what_was_chosen() -> None:
+    model = build()
+    shake(calibrated(model))
+    saved = snapshot_of(model)
+    for calibrate in (False, True):
+        again = build(seed=9)
+        again.add_adapter(zoo.adapter("spt", **SETTINGS))
+        if calibrate:  # on something else
+            again.adapters["spt"].calibrate(again, batches(1))
+        restore_plans(again, saved.adapters)
+        restore(again, saved)
+        assert torch.equal(again(IMAGES), model(IMAGES))
 
 
 def test_a_saved_index_outside_of_the_matrix() -> None:
