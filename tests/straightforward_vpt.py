@@ -88,7 +88,7 @@ class StraightSwin(nn.Module):
         return tokens[:, :count], tokens[:, count:].reshape(batch, height, width, dim)
 
     def _attention(self, attention: Any, tokens: Tensor, mask: Tensor | None, count: int) -> Tensor:
-        many, length, dim = tokens.shape
+        many, length, _ = tokens.shape
         qkv = attention.qkv(tokens).reshape(many, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         own = attention._get_rel_pos_bias()
         if mask is not None:

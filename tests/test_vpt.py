@@ -1,4 +1,4 @@
-"""VPT: against the straightforward form, alone and with other methods, and what its shortcuts must not change."""
+"""VPT: against the straightforward form, alone and with other methods."""
 
 from __future__ import annotations
 
@@ -10,78 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from straightforward_vpt import StraightSwin, StraightViT
+from straightforward_vpt import StraightViT
 from torch import Tensor, nn
+from vpt_models import BOTH, DEEP, EVERY, VIT, images, loss, make, same_gradients, straightforward
 
 import zoo
 from vision import vpt
 from zoo.adapter_base import Adapter
 from zoo.errors import AttachError, CombinationError, ConfigError, MergeError
 from zoo.points import Points
-
-SWIN_NAME = "timm:swin_tiny_patch4_window7_224"
-VIT: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3}
-SWIN: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
-BACKBONES: dict[str, dict[str, Any]] = {
-    "vit": VIT,
-    "vit average": {**VIT, "global_pool": "avg"},
-    "vit registers": {**VIT, "reg_tokens": 3, "qk_norm": True, "init_values": 0.3, "scale_attn_norm": True},
-    "swin": SWIN,
-    # 14 x 14 tokens in windows of 4: padded; merged to 7 x 7: padded too
-    "swin padded": {**SWIN, "img_size": 56},
-    "swin fused": SWIN,
-}
-EVERY = pytest.mark.parametrize("kind", list(BACKBONES))
-BOTH = pytest.mark.parametrize("kind", ["vit", "swin"])
-DEEP = pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
-
-
-def make(kind: str, *adapters: Any, **options: Any) -> zoo.Model:
-    """A small model in float64 in which tokens differ and prompts matter."""
-    torch.manual_seed(0)
-    name = SWIN_NAME if kind.startswith("swin") else "vit-micro"
-    model = zoo.load(name, list(adapters), pretrained=False, num_classes=5, **{**BACKBONES[kind], **options})
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, p in [*model.backbone.named_parameters(), *model.adapters.named_parameters()]:
-            scale = 1.0 if key.endswith("prompt") else 0.1
-            p.add_(scale * torch.randn(p.shape, generator=generator))
-    if kind == "swin fused":
-        for block in model.family.blocks():
-            block.attn.fused_attn = True  # type: ignore[union-attr]
-    return model.double()
-
-
-def images(kind: str, count: int = 3) -> Tensor:
-    size = BACKBONES[kind].get("img_size", 32)
-    return torch.randn(count, 3, size, size, dtype=torch.double, generator=torch.Generator().manual_seed(2))
-
-
-def straightforward(model: zoo.Model, names: tuple[str, ...] = ("vpt",)) -> nn.Module:
-    """The paper's form on the same weights; other adapters stay on the backbone, and see prompts as tokens."""
-    adapters = [model.adapters[n] for n in names]
-    blocks = list(zip(*([p for k, p in a.named_parameters() if k.endswith("prompt")] for a in adapters)))
-    prompts = [torch.cat(block) for block in blocks]
-    others = copy.deepcopy(model)
-    others.set_active(*(n for n in model.active if n not in names))
-    form = StraightSwin if "Swin" in type(model.backbone).__name__ else StraightViT
-    return form(others.backbone, prompts, adapters[0].deep, adapters[0].pool)  # type: ignore[arg-type]
-
-
-def loss(features: Tensor) -> Tensor:
-    weights = torch.linspace(-1, 1, features[0].numel(), dtype=features.dtype)
-    return (features.flatten(1) @ weights).square().sum()
-
-
-def same_gradients(model: zoo.Model, reference: nn.Module, x: Tensor) -> None:
-    features, expected = model.features(x), reference(x)
-    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-10)
-    prompts = [p for k, p in model.adapters["vpt"].named_parameters() if k.endswith("prompt")]
-    found = torch.autograd.grad(loss(features), prompts)
-    wanted = torch.autograd.grad(loss(expected), list(reference.prompts))  # type: ignore[arg-type]
-    for a, b in zip(found, wanted):
-        assert b.abs().max() > 1e-4  # prompts matter
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("pool", ["patches", "all"])
@@ -225,52 +162,6 @@ def test_projected_prompts(kind: str) -> None:
     assert model.probe(x) == []
 
 
-# -- attention of ours ------------------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_the_attention_equals_timms(kind: str) -> None:
-    """The replacement without extra keys is the library's forward; switched off, the library's forward itself runs."""
-    model = make(kind, zoo.adapter("vpt", num_tokens=4))
-    for block in model.family.blocks():
-        attention: Any = block.attn
-        site = attention.forward.__self__
-        keys = list(attention.state_dict())
-        model.set_active()
-        if kind.startswith("swin"):
-            shifted = block.attn_mask
-            windows = 4 if shifted is None else len(shifted)
-            x = torch.randn(2 * windows, attention.window_area, block.dim, dtype=torch.double)
-            settings: list[dict[str, Any]] = [{"mask": shifted}]
-            site.images = 2
-        else:
-            x = torch.randn(2, 7, 48, dtype=torch.double)
-            mask = torch.randn(7, 7, dtype=torch.double)
-            settings = [{}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"is_causal": True}]
-        for fused in (True, False):
-            attention.fused_attn = fused
-            for setting in settings:
-                setting["attn_mask"] = setting["attn_mask"].fill_diagonal_(1) if "attn_mask" in setting else None
-                setting = {k: v for k, v in setting.items() if v is not None}
-                expected = type(attention).forward(attention, x, **setting)
-                assert torch.equal(attention(x, **setting), expected)
-                torch.testing.assert_close(site.extended(x, **setting), expected, rtol=1e-10, atol=1e-10)
-        model.set_active("vpt")
-        assert list(attention.state_dict()) == keys
-
-
-def test_masks_leave_prompts_visible() -> None:
-    model = make("vit", zoo.adapter("vpt", num_tokens=4)).eval()
-    block: Any = model.family.blocks()[0]
-    x = torch.randn(2, 6, 48, dtype=torch.double)
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()
-    expected = block.attn(x, attn_mask=causal)
-    torch.testing.assert_close(block.attn(x, is_causal=True), expected)
-    torch.testing.assert_close(block.attn(x, attn_mask=torch.zeros(6, 6).double().masked_fill(~causal, -1e30)), expected)
-    # alone, the first token sees itself and the prompts
-    torch.testing.assert_close(block.attn(x[:, :1]), expected[:, :1])
-
-
 @DEEP
 @BOTH
 def test_removal_leaves_the_backbone_as_it_was(kind: str, deep: bool) -> None:
@@ -289,198 +180,7 @@ def test_removal_leaves_the_backbone_as_it_was(kind: str, deep: bool) -> None:
         assert "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
 
-# -- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def counted(model: zoo.Model, name: str = "vpt") -> Callable[[], int]:
-    """How often the prompts of any block were asked for since the last call."""
-    calls = [0]
-    for module in model.adapters[name].modules():
-        if isinstance(module, vpt.Prompt):
-            module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-
-    def since() -> int:
-        number, calls[0] = calls[0], 0
-        return number
-
-    return since
-
-
-@BOTH
-def test_in_evaluation_keys_and_values_are_computed_once(kind: str) -> None:
-    other = zoo.adapter("lora", rank=2, targets=("k", "v"))
-    model = make(kind, other, zoo.adapter("vpt", num_tokens=4)).eval()
-    x, blocks, since = images(kind), len(model.family.blocks()), counted(model)
-
-    def computed(expected: int, fresh: bool = True) -> None:
-        """The number of blocks whose prompts were computed; the result is that of a model that keeps nothing."""
-        with torch.no_grad():
-            found = model(x)
-        assert since() == expected
-        if fresh:
-            torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)  # with gradients on: not from what was kept
-            since()
-
-    def first(*names: str) -> Tensor:
-        return next(p for k, p in model.named_parameters() if all(n in k for n in names))
-
-    computed(blocks)
-    with torch.no_grad():
-        model(x)
-        model(x[:1])
-    assert since() == 0
-    with torch.inference_mode():
-        model(x)
-    assert since() == 0
-    model(x)
-    assert since() == blocks  # gradients are on
-    computed(blocks, fresh=False)
-    with torch.no_grad():
-        first("vpt", "prompt").mul_(1.5)
-    computed(1)
-    computed(blocks)
-    for name in (("lora", "lora_b"), ("backbone", "norm1.weight"), ("backbone", "qkv.bias")):
-        with torch.no_grad():
-            model(x)
-            since()
-            first(*name).add_(0.3)
-        computed(1)
-    with torch.no_grad():
-        model(x)
-        since()
-    changed = {k: v + 0.1 for k, v in model.adapters["vpt"].state_dict().items()}
-    model.adapters["vpt"].load_state_dict(changed)
-    computed(blocks)
-    with torch.no_grad():
-        model(x)
-        since()
-    model.adapters["vpt"].load_state_dict({k: v + 0.1 for k, v in changed.items()}, assign=True)
-    computed(blocks)
-    with torch.no_grad():
-        model(x)
-        since()
-    model.set_active("vpt")
-    computed(blocks)
-    model.set_active("lora", "vpt")
-    computed(blocks)
-    with torch.no_grad():
-        model(x)
-        since()
-        first("vpt", "prompt").data.mul_(0.5)  # unseen by autograd
-    model.train()
-    with torch.no_grad():
-        model(x)
-    assert since() == blocks
-    model.eval()
-    computed(blocks)
-
-
-def test_what_is_kept_knows_the_precision() -> None:
-    model = make("vit", zoo.adapter("vpt", num_tokens=4)).float().eval()
-    x = images("vit").float()
-    with torch.no_grad():
-        plain = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            low = model(x)
-        again = model(x)
-    assert torch.equal(plain, again) and not torch.equal(plain, low)
-    torch.testing.assert_close(low.float(), plain, rtol=0.1, atol=0.1)
-
-
-def test_a_copied_model_keeps_to_itself() -> None:
-    model = make("vit", zoo.adapter("lora", targets=("k", "v")), zoo.adapter("vpt", num_tokens=4)).eval()
-    twin = copy.deepcopy(model)
-    x = images("vit")
-    with torch.no_grad():
-        before = model(x)
-        assert torch.equal(twin(x), before)
-        for adapter in twin.adapters.values():
-            for p in adapter.parameters():
-                p.add_(0.2)
-        moved = twin(x)
-        assert torch.equal(model(x), before)
-    torch.testing.assert_close(twin(x), moved)
-    assert not torch.equal(moved, before)
-
-
-# -- per-sample adapters ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@BOTH
-def test_deep_prompts_per_sample_in_one_pass(kind: str, dropout: float) -> None:
-    model = make(
-        kind,
-        zoo.adapter("vpt", num_tokens=3, dropout=dropout),
-        zoo.adapter("vpt", num_tokens=2),
-        zoo.adapter("lora", rank=2, targets="all-linear"),
-        zoo.adapter("prefix", num_tokens=3),
-    )
-    model.train(dropout > 0)
-    x, names = images(kind, 7), ["vpt", None, "lora", "vpt-2", "vpt", "prefix", None]
-    passes = [0]
-    model.backbone.patch_embed.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))  # type: ignore[union-attr]
-    torch.manual_seed(4)
-    together = model(x, adapters=names)
-    assert passes == [1]
-    parameters = [p for n in ("vpt", "vpt-2", "prefix") for p in model.adapters[n].parameters()]
-    gradients = torch.autograd.grad(together.square().sum(), parameters)
-    if dropout:
-        assert all(g.isfinite().all() for g in gradients)
-        return
-    single = []
-    for i, name in enumerate(names):
-        model.set_active(*([name] if name else []))
-        single.append(model(x[i : i + 1]))
-    torch.testing.assert_close(together, torch.cat(single), rtol=1e-10, atol=1e-10)
-    for p in parameters:
-        p.requires_grad_(True)
-    expected = torch.autograd.grad(torch.cat(single).square().sum(), parameters)
-    for a, b in zip(gradients, expected):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-@BOTH
-def test_flowing_prompts_per_sample(kind: str) -> None:
-    model = make(kind, zoo.adapter("vpt", num_tokens=3, deep=False), zoo.adapter("vpt", num_tokens=2, deep=False)).eval()
-    x, names = images(kind, 4), ["vpt", "vpt-2", None, "vpt"]
-    together = model(x, adapters=names)
-    for i, name in enumerate(names):
-        model.set_active(*([name] if name else []))
-        torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]), rtol=1e-10, atol=1e-10)
-
-
-# -- memory, compiler, files, errors ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("backbone", "options"), [("vit-b16", {"depth": 2}), ("swin-t", {"depths": (2, 2)})])
-def test_keeps_no_more_than_bitfit(backbone: str, options: dict[str, Any]) -> None:
-    """At real shapes; the keys and values of 50 prompts and of the whole sequence behind them are not kept twice."""
-    model = zoo.load(backbone, "bitfit", pretrained=False, num_classes=0, **options)
-    x = torch.zeros(2, 3, 224, 224)
-    bitfit = model.saved_bytes(x)
-    model.remove_adapter("bitfit")
-    model.add_adapter(zoo.adapter("vpt", num_tokens=50))
-    assert 0.8 * bitfit < model.saved_bytes(x) <= 1.03 * bitfit
-
-
-@pytest.mark.parametrize("settings", [{}, {"deep": False}, {"pool": "all", "dropout": 0.2}], ids=["deep", "shallow", "all"])
-@BOTH
-def test_compiles_in_one_piece(kind: str, settings: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    model = make(kind, zoo.adapter("vpt", num_tokens=4, **settings), **({"depth": 2} if kind == "vit" else {})).train()
-    x = images(kind)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = []
-    for run in (model, compiled):
-        torch.manual_seed(6)
-        found.append(torch.autograd.grad(run(x).square().sum(), list(model.adapters["vpt"].parameters())))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-10)
-    torch._dynamo.reset()
+# -- files and errors ------------------------------------------------------------------------------------------------
 
 
 @DEEP
@@ -553,3 +253,15 @@ def test_refuses_an_attention_that_is_not_described() -> None:
 def test_cannot_be_merged() -> None:
     with pytest.raises(MergeError, match="vpt"):
         make("vit", "vpt").merge()
+
+
+def test_one_at_a_time_can_be_attached_together() -> None:
+    model = make("swin", zoo.adapter("vpt", deep=False))
+    model.add_adapter(Replace(), activate=False)
+    x = images("swin")
+    before = model(x)
+    with pytest.raises(CombinationError, match="at a time"):
+        model.set_active("replace", "vpt")
+    assert model.active == ("vpt",) and torch.equal(model(x), before)
+    model.set_active("replace")
+    assert model.probe(x) == []

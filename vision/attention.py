@@ -177,7 +177,8 @@ class AttentionSite(Site):
 
     def _places(self) -> Iterator[tuple[dict[str, Any], str]]:
         modules = [m for op in self.sources for m in op.modules]
-        for passed in dict.fromkeys(m for op in self.sources for m in op.fn.through):
+        sources: list[Source] = [op.fn for op in self.sources]  # type: ignore[misc]
+        for passed in dict.fromkeys(m for source in sources for m in source.through):
             modules.append(passed)
             site = site_at(passed)
             if site is not None:

@@ -1,15 +1,16 @@
 """Prefixes and prompts on timm's `SwinTransformer`. See `vision.attention` for the idea.
 
-Tokens see each other within a window. Extra keys and values are the same for all windows of an image, with relative position bias and
-shift mask zero. Windows are batch-major: those of image i are rows i * W to (i + 1) * W.
+Tokens see each other within a window. Extra keys and values are the same for all windows of an image, and their relative
+position bias and shift mask are zero. Windows are batch-major: those of image i are rows i * W to (i + 1) * W.
 
-Prompts that flow (VPT-shallow) stand beside the map (B, H, W, d), as (B, T, d). In each block they are in every window, ask there
-too, and what they read is averaged over the windows of their image; residual sums and MLP run on them as on any token. Patch merging
-takes each prompt four times for four neighbours.
+Prompts that flow (VPT-shallow) stand beside the map (B, H, W, d), as (B, T, d). In each block they are in every window and
+ask there too, and what they read is averaged over the windows of their image; residual sums and MLP run on them as on any
+token. Patch merging takes each prompt four times for four neighbours.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 
 def window_bias(
-    attention: Any, mask: Tensor | None, dtype: torch.dtype, extra: int, asking: int, images: int
+    table: Tensor, offsets: Tensor, mask: Tensor | None, dtype: torch.dtype, extra: int, asking: int, images: int
 ) -> Tensor:
-    """What is added to the scores: (1 or images * W, h, asking + N, extra + N), zero for all but the window's own N tokens.
+    """What is added to the scores: zero for all but the window's own N tokens.
 
-    mask: (W, N, N) of shifted windows, or None.
+    table (offsets in a window, h); offsets (N, N), an index into it; mask (W, N, N) of shifted windows, or None
+    -> (1 or images * W, h, asking + N, extra + N).
     """
-    bias = attention._get_rel_pos_bias()  # (1, h, N, N)
+    bias = table[offsets.flatten()].unflatten(0, offsets.shape).permute(2, 0, 1).unsqueeze(0)
     if mask is not None:
         bias = bias + mask.unsqueeze(1)
     bias = F.pad(bias.to(dtype), (extra, 0, asking, 0))
@@ -51,6 +53,11 @@ class WindowSite(AttentionSite):
     prompts: Tensor | None = None  # flowing prompts, normed (B, T, d)
     asking: bool = False  # whether they ask too, or only give keys and values
     answers: Tensor | None = None  # what they read (B, T, d)
+
+    def reset(self) -> None:
+        """Also forget what a forward pass that broke off has left."""
+        super().reset()
+        self.prompts = self.answers = None
 
     @property
     def fused(self) -> bool:
@@ -78,7 +85,8 @@ class WindowSite(AttentionSite):
                 q, asking = recomputable(prepend, q, q_p), flowing
 
         def bias(extra: int, images: int, index: Tensor | None) -> Tensor:
-            return recomputable(window_bias, attention, mask, q.dtype, extra + flowing, asking, images, constant=True)
+            place = (attention.relative_position_bias_table, attention.relative_position_index, mask)
+            return recomputable(window_bias, *place, q.dtype, extra + flowing, asking, images, constant=True)
 
         y = self.attend(q, k, v, images, bias).transpose(1, 2)  # (B * W, asking + N, h, c)
         if asking:
@@ -135,19 +143,19 @@ class WindowBlock(BlockSite):
     """timm's `SwinTransformerBlock`: tells its attention the number of images, and takes prompts through."""
 
     @property
-    def attention(self) -> WindowSite:
-        """The site that stands for the block's attention."""
+    def attention(self) -> Any:
+        """The site that stands for the block's attention; the attention itself if none does."""
         return self.module.attn.forward.__self__  # type: ignore[union-attr]
 
     def original(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """The block's own forward."""
-        if isinstance(getattr(self.module.attn.forward, "__self__", None), WindowSite):
+        if isinstance(self.attention, WindowSite):
             self.attention.images = len(x)
         return super().original(x)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, H, W, d) -> (B, H, W, d)."""
-        passes: list[Pass] = [op.fn for op in self.forwards if op.verb == "flow"]
+        passes: list[Any] = [op.fn for op in self.forwards if op.verb == "flow"]  # `Pass`es
         if not passes:
             return super().forward(x)
         for op in self.forwards:
@@ -159,7 +167,10 @@ class WindowBlock(BlockSite):
         prompts = torch.cat(held, dim=1)
         read = any(each.read for each in passes)
         if self.checkpointed and torch.is_grad_enabled():
-            x, prompts = checkpoint(self.prompted, x, prompts, read, use_reentrant=False)
+            run: Any = self.prompted
+            if not torch.compiler.is_compiling():
+                run = functools.partial(self.state.run_at, self.state.place(), run)
+            x, prompts = checkpoint(run, x, prompts, read, use_reentrant=False)
         else:
             x, prompts = self.prompted(x, prompts, read)
         for each, part in zip(passes, prompts.split([h.shape[1] for h in held], dim=1)):
@@ -203,10 +214,10 @@ def record(
     backbone: Any = family.module
     attention: Any = block.attn
 
-    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
+    def op(at: nn.Module, kind: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
         excludes = ("replace",) if name == "flow" else ()
         made = Op(session.owner, where, fn, point.name, name, modules=parts(module), per_row=per_row, excludes=excludes)
-        session.op(site_module, made, kind)
+        session.op(at, made, kind)
 
     last = backbone.layers[-1].blocks[-1]
     if not keep and not (pooled and block is last):

@@ -1,7 +1,7 @@
 """Prefixes and prompts on timm's `VisionTransformer`. See `vision.attention` for the idea.
 
-Prompts that flow (VPT-shallow) are tokens of the sequence: put in behind the prefix tokens [cls, registers | prompts | patches] in
-front of the first block, and taken out in front of the final norm, unless they are to take part in the pooling.
+Prompts that flow (VPT-shallow) are tokens of the sequence: put in behind the prefix tokens [cls, registers | prompts |
+patches] in front of the first block, and taken out in front of the final norm, unless they take part in the pooling.
 """
 
 from __future__ import annotations

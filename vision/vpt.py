@@ -1,32 +1,36 @@
 """VPT: visual prompt tuning.
 
-Idea: T learned tokens stand among the patches, in front of the first block (shallow) or of every block (deep); the backbone is frozen.
+Idea: T learned tokens stand among the patches, in front of the first block (shallow) or of every block (deep); the
+backbone is frozen.
 Points: `tokens` (verb `prompt`).
 
-    shallow:  x_0 = [cls | P | patches]             P (T, d); then they are tokens like all others
-    deep:     [x_i | _] = Block_i([x_{i-1} | P_i])  P_i (T, d_i); each block has its own, and what comes out of them is dropped
+    shallow:  x_0 = [cls | P | patches]             P (T, d); from there on they are tokens like all others
+    deep:     [x_i | _] = Block_i([x_{i-1} | P_i])  P_i (T, d_i); what comes out of the prompts is dropped
 
-P ~ U(-v, v), v = sqrt(6 / (3 p^2 + d)) with p the patch size and d the width of the first block (of the prompts, if they are
-projected). `project=e`: P (T, e), and one linear map e -> d for all blocks of width d, Kaiming-normal (fan out). Dropout is
-on the prompts, behind the map, drawn for each image.
-Defaults: T = 10, deep. The authors choose T from {1, 5, 10, 50, 100, 200} (Swin: up to 50) for each data set, and train with SGD (momentum 0.9,
-cosine, 10 of 100 epochs warm-up), learning rate {50, 25, 10, 5, 2.5, 1, .5, .25, .1, .05} * batch / 256; dropout 0 in their code.
-Counts: shallow T d, deep T sum_i d_i. ViT-B/16: shallow-50 38,400, deep-10 92,160, deep-50 460,800; Swin-T deep-50 220,800.
+P ~ U(-v, v), v = sqrt(6 / (3 p^2 + d)) with p the patch size and d the width of the first block (of the prompts, if they
+are projected). `project=e`: P (T, e), and one linear map e -> d for all blocks of width d, Kaiming-normal (fan out).
+Dropout is on the prompts, behind the map, drawn for each image.
+Defaults: T = 10, deep, no dropout. The authors choose T for each data set from {1, 5, 10, 50, 100, 200} (Swin: up to 50) and
+train by SGD (momentum 0.9, 100 epochs, 10 of warm-up, cosine) at a learning rate of {50, 25, 10, 5, 2.5, 1, .5, .25, .1,
+.05} * batch / 256; dropout is 0 in their code. 5e-3 is for AdamW.
+Counts: shallow T d, deep T sum_i d_i. ViT-B/16: shallow-50 38,400, deep-10 92,160, deep-50 460,800; Swin-T deep-50 220,800,
+Swin-B deep-50 601,600.
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022; KMnP/vpt.
 
-In a deep block nobody reads what becomes of the prompts, so they are computed as keys and values only, once for the whole batch
-(`vision.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or mask.
+In a deep block nobody reads what becomes of the prompts, so they are computed as keys and values only, once for the whole
+batch (`vision.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or
+mask.
 
-`pool`: where the pooling is an average, the authors' code averages over patches and prompts ("all": always so in their Swin, and
-in their MAE under "original"). Here the default is "patches": what the average describes is the image, deep prompts keep the
-cheap form in the last block too, and merged or dense features keep their shape. To reproduce their Swin numbers, set
-pool="all". A class token is read alone in either case.
+`pool`: where the pooling is an average, the authors' code averages over patches and prompts ("all": always in their Swin, and
+in their MAE under "original"). Here the default is "patches": the average then describes the image alone, deep prompts keep
+the cheap form in the last block too, and the map of features keeps its shape. Their Swin numbers need pool="all". A
+class token is read alone in either case.
 
 Deviations, besides that default:
-- On Swin the authors give windows of one image the prompts of another in the shallow form (prompts are expanded window-major,
-  windows are batch-major). Here an image's output depends on this image alone.
-- On Swin their deep code draws one dropout mask for the whole batch (except in the first block), and has a projection that
-  it never applies; here both are as on ViT.
+- In the authors' shallow form on Swin, windows of one image get the prompts of another (prompts are expanded window-major,
+  windows are batch-major). Here an image's output depends on this image alone; for one image the two agree.
+- Their deep form on Swin draws one dropout mask for the whole batch (except in the first block), and has a projection that
+  it never applies. Here both are as on ViT.
 - Their mean over the windows stands behind the output projection, ours in front of it, which is the same linear map.
 """
 
@@ -89,7 +93,9 @@ class VPT(Adapter):
         self.check(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}; expected 1 or more.")
         self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
         self.check(self.pool in ("patches", "all"), f"pool is '{self.pool}'; expected 'patches' or 'all'.")
-        self.check(self.project is None or self.project >= 1, f"project is {self.project}; expected 1 or more, or None.")
+        self.check(
+            self.project is None or self.project >= 1, f"project is {self.project}; expected 1 or more, or None."
+        )
 
     def attach(self, points: Points) -> None:
         """Put prompts in front of the first block, or of every block."""

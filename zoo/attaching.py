@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +43,13 @@ class AdapterHost(nn.Module):
     def dtype(self) -> torch.dtype:
         """Precision of the backbone."""
         return next(self.backbone.parameters()).dtype
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name in self._state.active:  # parameters of the backbone that trained ones stand in for now
+            for swap in self._swaps[name]:
+                swap.frozen.data = fn(swap.frozen.data)
+        return self
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
@@ -166,26 +174,30 @@ class AdapterHost(nn.Module):
         if not activate:
             return
         for other in self._state.active:
-            if other == name:  # which is attached anew
-                continue
-            mine = {(id(s.module), s.name): s for s in session.swaps}
-            for swap in self._swaps[other]:
-                if (id(swap.module), swap.name) in mine:
+            if other != name:  # or it is attached anew
+                self._check_pair(name, session.ops, session.swaps, other)
+
+    def _check_pair(self, name: str, ops: list[tuple[Site, Op]], swaps: list[Swap], other: str) -> None:
+        """Raise CombinationError if an adapter with these ops and swaps cannot be active together with another."""
+        advice = "Use one of them at a time (model.set_active(...)); attach the second with activate=False."
+        trained = {(id(s.module), s.name) for s in swaps}
+        for swap in self._swaps[other]:
+            if (id(swap.module), swap.name) in trained:
+                raise CombinationError(
+                    f"'{name}' and '{other}' would both train the same '{swap.name}' of the backbone. {advice}"
+                )
+        theirs: dict[int, list[Op]] = {}
+        for where, op in self._ops[other]:
+            theirs.setdefault(id(where.module), []).append(op)
+        for where, op in ops:
+            for rival in theirs.get(id(where.module), ()):
+                if op.verb == rival.verb == "replace":
+                    raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'. {advice}")
+                if op.verb in rival.excludes or rival.verb in op.excludes:
                     raise CombinationError(
-                        f"'{name}' and '{other}' would both train the same '{swap.name}' of the backbone. "
-                        f"Switch '{other}' off first (model.set_active()), or attach with activate=False."
+                        f"'{name}' ({op.verb} at '{op.point}') and '{other}' ({rival.verb} at '{rival.point}') need the "
+                        f"same module for themselves. {advice}"
                     )
-            replaced = {id(s.module) for s, op in session.ops if op.verb == "replace"}
-            for where, op in self._ops[other]:
-                if op.verb == "replace" and id(where.module) in replaced:
-                    raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'.")
-                for mine_at, new in session.ops:
-                    if mine_at.module is where.module and (op.verb in new.excludes or new.verb in op.excludes):
-                        raise CombinationError(
-                            f"'{name}' ({new.verb} at '{new.point}') and '{other}' ({op.verb} at '{op.point}') need the same "
-                            f"module for themselves. Switch '{other}' off first (model.set_active()), or attach with "
-                            "activate=False."
-                        )
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away; without any adapter the backbone is as it came, to the bit."""
@@ -209,9 +221,14 @@ class AdapterHost(nn.Module):
         Args:
             names: none at all switches every adapter off.
             train: which of them are trained; by default all.
+
+        Raises:
+            CombinationError: two of them cannot work together; nothing is changed.
         """
         for name in names:
             self._known(name)
+        for name, other in itertools.combinations(dict.fromkeys(names), 2):
+            self._check_pair(other, self._ops[other], self._swaps[other], name)
         for other in (n for n in self._state.active if n not in names):
             for swap in self._swaps[other]:
                 swap.put(False)

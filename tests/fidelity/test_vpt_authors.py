@@ -1,9 +1,9 @@
 """VPT against the paper's counts and against numbers recorded from the authors' code.
 
-`vpt.json` holds what KMnP/vpt (commit 4410440) gives in float64 with the weights, prompts and images of `chirp` below: of each image's
-features and of each prompt's gradient (of the loss in `check`) the first and last three values and the norm. Its networks are a ViT of
-3 blocks (width 48, 3 heads, 32 px in patches of 8) and a Swin of 4 stages of 2 blocks (width 12, windows of 2, 64 px). The authors'
-shallow Swin mixes the images of a batch, so there it is one image.
+`vpt.json` holds what KMnP/vpt (commit 4410440) gives in float64 with the weights, prompts and images of `chirp` below: the
+first and last three values and the norm of each image's features, and of the gradient of each prompt (of the loss in `check`).
+Its networks are a ViT of 3 blocks (width 48, 3 heads, 32 px in patches of 8) and a Swin of 4 stages of 2 blocks (width 12,
+windows of 2, 64 px). The authors' shallow form on Swin mixes the images of a batch, so there it is one image.
 """
 
 from __future__ import annotations

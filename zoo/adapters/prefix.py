@@ -5,23 +5,24 @@ Points: `attention` (verb `extend`), all of them by default.
 
     A = softmax(q [P_k; K]^T / sqrt(c)) [P_v; V]        per head; P_k, P_v (T, h c), the same for every image
 
-which is `(1 - a) A_own + a softmax(q P_k^T / sqrt(c)) P_v`, with a(q) the share of attention that goes to the prefix: a gated branch in
-parallel to the attention, the view of the unified framework (He et al. 2022). Behind the projections there is no position: prefixes
-have no position bias and are seen by every query, and in every window of a windowed attention.
+which is `(1 - a) A_own + a softmax(q P_k^T / sqrt(c)) P_v`, a(q) being the share of attention that goes to the prefix: a gated
+branch in parallel to the attention, as the unified view has it (He et al. 2022). Behind the projections there is no
+position: prefixes have no position bias, and are seen by every query, on Swin in every window.
 
-P ~ U(-b, b), b = sqrt(6 / ((T + 1) d)): Xavier as NOAH applies it to a (1, T, d) tensor. With `mlp=m` all prefixes are made, while training,
-from one embedding by one hidden layer, which the first paper found steadier than training P directly:
+P ~ U(-b, b), b = sqrt(6 / ((T + 1) d)): Xavier as NOAH applies it to a (1, T, d) tensor. With `mlp=m` all prefixes are
+made, while training, from one embedding by one hidden layer, which the first paper found steadier than training P directly:
 
     [P_k | P_v] = W_i tanh(W_0 E + b_0) + b_i           E (T, d_1), W_0 (m, d_1), W_i (2 d_i, m) for attention i
 
-It costs `m` times more to train; what is saved is P alone, so a loaded adapter is a plain prefix.
+It multiplies what is trained; what is saved is P alone, so a loaded adapter is a plain prefix.
 
-Defaults: T = 10 (LAE, NOAH's middle), no MLP; vision papers leave it out (m: 512 in the first paper, 800 in the unified view).
+Defaults: T = 10 (LAE, the middle of NOAH's range), no MLP: papers on vision leave it out (m: 512 in the first paper, 800 in the
+unified view).
 Counts: 2 T sum_i d_i. ViT-B/16: T = 10 184,320, T = 20 368,640 (the 0.36 M of V-PETL Bench). With the MLP, while training:
 T d_1 + m (d_1 + 1) + sum_i 2 d_i (m + 1).
-Source: Li and Liang, "Prefix-Tuning", ACL 2021; for ViT NOAH (ZhangYuanhan-AI/NOAH), LAE (gqk/LAE); He et al., "Towards a Unified View of
-Parameter-Efficient Transfer Learning", ICLR 2022 (jxhe/unify-parameter-efficient-tuning).
-Deviations: NOAH puts the prefix behind the own keys, which is the same; its dropout on prefixes (0 in its recipes) is left out.
+Source: Li and Liang, "Prefix-Tuning", ACL 2021; on ViT NOAH (ZhangYuanhan-AI/NOAH) and LAE (gqk/LAE); He et al., "Towards a
+Unified View of Parameter-Efficient Transfer Learning", ICLR 2022 (jxhe/unify-parameter-efficient-tuning).
+Deviations: NOAH puts the prefix behind the own keys, which is the same; dropout on prefixes is left out.
 """
 
 from __future__ import annotations
