@@ -23,10 +23,10 @@ from zoo.data import few_shot, open_dataset
 
 METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # method, settings, learning rate of the adapter
     "linear probe": ("linear", {}, 1e-2),
-    "VPT-deep": ("vpt", {"num_tokens": 10}, 1e-2),
-    "LoRA": ("lora", {"rank": 8, "targets": ("q", "v", "up", "down")}, 4e-3),
-    "AdaptFormer": ("adapter", {"form": "adaptformer", "rank": 32}, 4e-3),
-    "SPT": ("spt", {"budget": 0.1}, 4e-3),
+    "VPT-deep": ("vpt", {"num_tokens": 50}, 2e-2),
+    "LoRA": ("lora", {"rank": 8, "targets": ("q", "v", "up", "down")}, 5e-3),
+    "AdaptFormer": ("adapter", {"form": "adaptformer", "rank": 32}, 5e-3),
+    "SPT": ("spt", {"budget": 0.1}, 5e-3),
 }
 HEAD_RATE = 1e-2
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +41,7 @@ def train_one(
     train = open_dataset(data, split="train", shots=shots, seed=seed)
     model.classes = train.classes
     rates = {"default": lr or rate, "head": HEAD_RATE}
-    report = zoo.fit(model, train, epochs=epochs, batch_size=32, lr=rates, seed=seed, progress=False)
+    report = zoo.fit(model, train, epochs=epochs, batch_size=32, lr=rates, precision="bf16", seed=seed, progress=False)
     if test is None:
         test = open_dataset(data, split="test")
     accuracy = zoo.evaluate(model, test, batch_size=250, progress=False)["accuracy"]
@@ -152,9 +152,13 @@ def main() -> None:
     default = Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")) / "cifar10"
     parser.add_argument("--data", default=str(default), help="folder with train*.parquet and test*.parquet")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--keep", type=Path, help="save the adapters of the first seed below this folder")
+    parser.add_argument("--rows", type=Path, nargs="*", help="only join these files of finished rows")
+    parser.add_argument(
+        "--partial", type=Path, default=RESULTS / "learning.json", help="where rows are written as they come"
+    )
     parser.add_argument(
         "--tune", action="store_true", help="try learning rates on 2,000 other training images, and stop"
     )
@@ -162,9 +166,11 @@ def main() -> None:
     if args.tune:
         tune(args.data, args.epochs, args.methods)
         return
+    if args.rows:
+        finish([row for file in args.rows for row in json.loads(file.read_text())["rows"]], args.epochs)
+        return
     test = open_dataset(args.data, split="test")
     rows: list[dict[str, Any]] = []
-    partial = RESULTS / "learning.json"
     for seed in range(args.seeds):
         for label in args.methods:
             model, row = train_one(label, args.data, seed, args.epochs, test=test)
@@ -172,10 +178,17 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             if args.keep is not None and seed == 0:
                 model.save_adapter(args.keep / f"vit-micro-{METHODS[label][0]}-cifar10")
-            partial.write_text(
-                json.dumps({"epochs": args.epochs, "rows": rows, "summary": summary(rows)}, indent=1) + "\n"
-            )
+            args.partial.write_text(json.dumps({"epochs": args.epochs, "rows": rows}, indent=1) + "\n")
+    finish(rows, args.epochs)
+
+
+def finish(rows: list[dict[str, Any]], epochs: int) -> None:
+    """Write the table, the picture and all rows."""
+    rows.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
     lines = summary(rows)
+    (RESULTS / "learning.json").write_text(
+        json.dumps({"epochs": epochs, "rows": rows, "summary": lines}, indent=1) + "\n"
+    )
     (RESULTS / "learning.md").write_text(markdown(lines))
     draw(lines, RESULTS / "learning.png")
     print(markdown(lines))

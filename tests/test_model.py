@@ -192,6 +192,7 @@ def test_part_of_a_fused_bias(images: Tensor) -> None:
             block.mlp.fc1.bias.copy_(adapter.get_parameter(f"blocks.{i}.mlp.up.bias"))
     expected = model.head(plain.forward_head(plain.forward_features(images), pre_logits=True))
     assert torch.allclose(model(images), expected, atol=1e-6)
+    assert torch.allclose(model.merge()(images), expected, atol=1e-6)
 
 
 def test_heads() -> None:

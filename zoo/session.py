@@ -291,6 +291,6 @@ class BiasDelta(nn.Module):
         self.bias = nn.Parameter(frozen.detach().clone())
         self.register_buffer("frozen", frozen.detach(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(dim_out,), broadcast over the tokens."""
+    def forward(self, x: Tensor | None) -> Tensor:
+        """(dim_out,), broadcast over the tokens; x is not looked at."""
         return self.bias - self.frozen  # type: ignore[operator]
