@@ -15,7 +15,9 @@ from zoo.loading import embedded_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ZOO_TEST_DATA", ROOT.parent / "shared" / "data"))
-NEEDS_DATA = pytest.mark.skipif(not DATA.is_dir(), reason="the data packs are not here; name their folder in ZOO_TEST_DATA")
+NEEDS_DATA = pytest.mark.skipif(
+    not DATA.is_dir(), reason="the data packs are not here; name their folder in ZOO_TEST_DATA"
+)
 
 
 def test_sizes() -> None:

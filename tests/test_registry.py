@@ -27,7 +27,8 @@ def test_a_package_that_shadows_ours(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout).parent.mkdir(exist_ok=True)
     (tmp_path / layout).write_text("x = 1\n")
     result = run(
-        "import zoo\ntry:\n    zoo.load('vit-micro', pretrained=False)\nexcept zoo.ZooError as e:\n    print(type(e).__name__, e)",
+        "import zoo\ntry:\n    zoo.load('vit-micro', pretrained=False)\n"
+        "except zoo.ZooError as e:\n    print(type(e).__name__, e)",
         tmp_path,
     )
     name = layout.split("/")[0].split(".")[0]

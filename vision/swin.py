@@ -71,7 +71,10 @@ class Swin(TimmBackbone):
                     attention.num_heads,
                     block=i,
                     stage=s,
-                    attention={"head_dim": attention.qkv.out_features // 3 // attention.num_heads, "window": attention.window_area},
+                    attention={
+                        "head_dim": attention.qkv.out_features // 3 // attention.num_heads,
+                        "window": attention.window_area,
+                    },
                     tokens={"first": first},
                 )
                 first = False

@@ -91,7 +91,9 @@ class TimmBackbone(Backbone):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
-            raise MismatchError("the head does not sit on the backbone's own features, so timm's classifier cannot hold it.")
+            raise MismatchError(
+                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it."
+            )
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own = module.get_classifier()  # type: ignore[operator]
         # Distilled models average two classifiers of two tokens: twice the same one is one on the mean of the tokens.

@@ -21,7 +21,12 @@ from zoo.registry import register_backbone
 
 WEIGHTS = Path(__file__).parent / "weights"
 MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
-MICRO_DATA = {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762), "crop_pct": 1.0, "interpolation": "bicubic"}
+MICRO_DATA = {
+    "mean": (0.5071, 0.4866, 0.4409),
+    "std": (0.2673, 0.2564, 0.2762),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}
 
 
 @register_backbone
@@ -76,7 +81,9 @@ class ViT(TimmBackbone):
             module = cls._micro(pretrained, kwargs)
         odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, Block)), None)  # type: ignore[union-attr]
         if odd is not None:
-            raise MismatchError(f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__}).")
+            raise MismatchError(
+                f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__})."
+            )
         return module
 
     @classmethod

@@ -12,7 +12,7 @@ are projected). `project=e`: P (T, e), and one linear map e -> d for all blocks 
 Dropout is on the prompts, behind the map, drawn for each image.
 Defaults: T = 10, deep, no dropout. The authors choose T for each data set from {1, 5, 10, 50, 100, 200} (Swin: up to 50) and
 train by SGD (momentum 0.9, 100 epochs, 10 of warm-up, cosine) at a learning rate of {50, 25, 10, 5, 2.5, 1, .5, .25, .1,
-.05} * batch / 256; dropout is 0 in their code. 5e-3 is for AdamW.
+.05} * batch / 256; dropout is 0 in their code. Our default rate is for AdamW.
 Counts: shallow T d, deep T sum_i d_i. ViT-B/16: shallow-50 38,400, deep-10 92,160, deep-50 460,800; Swin-T deep-50 220,800,
 Swin-B deep-50 601,600.
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022; KMnP/vpt.
@@ -85,7 +85,7 @@ class VPT(Adapter):
     pool: str = "patches"
     project: int | None = None
 
-    default_lr = 5e-3
+    default_lr = 1e-2
     paper = "https://arxiv.org/abs/2203.12119"
 
     def __post_init__(self) -> None:

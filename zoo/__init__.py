@@ -1,9 +1,9 @@
 """A model zoo with adapter heads: parameter-efficient methods for vision, audio and multimodal backbones.
 
-    import zoo
-    model = zoo.load("vit-b16", adapter="spt", num_classes=100)
-    report = zoo.fit(model, train, val)
-    model.save_adapter("out/")
+import zoo
+model = zoo.load("vit-b16", adapter="spt", num_classes=100)
+report = zoo.fit(model, train, val)
+model.save_adapter("out/")
 """
 
 from __future__ import annotations

@@ -192,7 +192,9 @@ class AdapterHost(nn.Module):
         for where, op in ops:
             for rival in theirs.get(id(where.module), ()):
                 if op.verb == rival.verb == "replace":
-                    raise CombinationError(f"'{name}' and '{other}' would both replace the block at '{op.point}'. {advice}")
+                    raise CombinationError(
+                        f"'{name}' and '{other}' would both replace the block at '{op.point}'. {advice}"
+                    )
                 if op.verb in rival.excludes or rival.verb in op.excludes:
                     raise CombinationError(
                         f"'{name}' ({op.verb} at '{op.point}') and '{other}' ({rival.verb} at '{rival.point}') need the "

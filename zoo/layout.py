@@ -146,7 +146,9 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
         where = f"adapters[{i}]"
         if not isinstance(entry, dict):
             _wrong(path, where, _kind(entry), "an object")
-        _check_fields(entry, {"name": _TEXT, "method": _TEXT, "config": _DICT, "plan": _DICT + _NONE}, f"{where}.", path)
+        _check_fields(
+            entry, {"name": _TEXT, "method": _TEXT, "config": _DICT, "plan": _DICT + _NONE}, f"{where}.", path
+        )
         name = entry["name"]
         if not _NAME.fullmatch(name) or name in (HEAD, "default") or name in names:
             _wrong(

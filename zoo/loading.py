@@ -57,7 +57,9 @@ def load(
         packs = {}
     if backbone is None:
         if not packs:
-            raise ConfigError("Name a backbone, for example zoo.load('vit-micro'), or a saved adapter that knows its own.")
+            raise ConfigError(
+                "Name a backbone, for example zoo.load('vit-micro'), or a saved adapter that knows its own."
+            )
         first = next(iter(packs.values()))
         backbone, backbone_kwargs = first.backbone_name, {**first.backbone_kwargs, **backbone_kwargs}
     model = load_backbone(

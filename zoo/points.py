@@ -178,7 +178,9 @@ class AttentionPoint(Point):
         self._record("extend", module)
 
     def query(self, module: nn.Module) -> None:
-        """`module(batch) -> (1 or batch, T, d)` tokens that only query; `module.receive(z)` gets what becomes of them (batch, T, d).
+        """`module(batch) -> (1 or batch, T, d)` tokens that only query; `module.receive(z)` gets what becomes of them.
+
+        z is (batch, T, d).
 
         The backbone's own tokens never see them. The stream that they run through is described in the family's file. It keeps
         what it needs between two modules in `module.caught`; `Adapter.release` has to set that to None.

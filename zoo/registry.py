@@ -54,7 +54,9 @@ def register_adapter(name: str) -> Any:
 
     def decorate(cls: A) -> A:
         if "__dataclass_fields__" not in cls.__dict__:
-            raise ConfigError(f"@register_adapter('{name}') stands above @dataclass; {cls.__name__} is not a dataclass.")
+            raise ConfigError(
+                f"@register_adapter('{name}') stands above @dataclass; {cls.__name__} is not a dataclass."
+            )
         known, entry = _adapters.get(name), _entry_points("zoo.adapters").get(name)
         taken = known.__module__ if known is not None else getattr(entry, "value", entry)
         # The same module again (a reload, a notebook cell run twice) replaces its own method.
@@ -83,7 +85,10 @@ def _entry_points(group: str) -> dict[str, Any]:
     own = {
         "zoo.backbones": {"vit": "vision.vit", "swin": "vision.swin"},
         "zoo.adapters": {
-            **{n: f"zoo.adapters.{n}" for n in ("linear", "full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3")},
+            **{
+                n: f"zoo.adapters.{n}"
+                for n in ("linear", "full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3")
+            },
             **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
         },
     }[group]
@@ -165,5 +170,6 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
             reasons.append(answer)
     hint = " ".join(dict.fromkeys(reasons)) or nearest(name, list_backbones())
     raise UnknownNameError(
-        f"There is no backbone '{name}'. {hint} A model of a supported family also works by its library's name, for example 'timm:vit_small_patch16_224'."
+        f"There is no backbone '{name}'. {hint} A model of a supported family also works by "
+        "its library's name, for example 'timm:vit_small_patch16_224'."
     )

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from zoo.model import Model
 
 
-def forward_routed(model: Model, inputs: tuple[Any, ...], names: Sequence[str | None], kwargs: dict[str, Any]) -> Tensor:
+def forward_routed(
+    model: Model, inputs: tuple[Any, ...], names: Sequence[str | None], kwargs: dict[str, Any]
+) -> Tensor:
     """Logits (B, num_classes); row i is what the model gives with only `names[i]` active (None: no adapter).
 
     Where every op of the named adapters works row by row, the batch goes through the backbone once. Methods that change the
@@ -26,7 +28,9 @@ def forward_routed(model: Model, inputs: tuple[Any, ...], names: Sequence[str | 
     """
     batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
     if len(names) != batch:
-        raise ConfigError(f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample.")
+        raise ConfigError(
+            f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample."
+        )
     order = list(dict.fromkeys(names))
     for name in order:
         if name is not None:
@@ -37,7 +41,11 @@ def forward_routed(model: Model, inputs: tuple[Any, ...], names: Sequence[str | 
     try:
         single_pass = all(
             n is None
-            or (all(op.per_row for _, op in model._ops[n]) and not model._swaps[n] and not model.adapters[n].trains_backbone)
+            or (
+                all(op.per_row for _, op in model._ops[n])
+                and not model._swaps[n]
+                and not model.adapters[n].trains_backbone
+            )
             for n in order
         )
         if single_pass:
@@ -63,7 +71,9 @@ def forward_routed(model: Model, inputs: tuple[Any, ...], names: Sequence[str | 
     widths = {tuple(o.shape[1:]) for o in outputs}
     if len(widths) > 1:
         shapes = ", ".join(f"{n}: {tuple(o.shape[1:])}" for n, o in zip(order, outputs))
-        raise ConfigError(f"the heads of the named adapters have different widths ({shapes}); call the model once for each.")
+        raise ConfigError(
+            f"the heads of the named adapters have different widths ({shapes}); call the model once for each."
+        )
     joined = torch.cat(outputs)
     back = torch.empty(batch, dtype=torch.long, device=device)
     back[torch.cat([rows[n] for n in order])] = torch.arange(batch, device=device)

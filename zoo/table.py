@@ -108,7 +108,11 @@ def _save(model: Any, batch: tuple[Tensor, ...]) -> str:
         except ZooError as error:
             return f"defect: {error}"
     with torch.no_grad():
-        return "yes" if torch.equal(twin.eval()(*batch), model(*batch)) else "defect: the loaded adapter gives other logits"
+        return (
+            "yes"
+            if torch.equal(twin.eval()(*batch), model(*batch))
+            else "defect: the loaded adapter gives other logits"
+        )
 
 
 def as_markdown(cells: list[Cell]) -> str:

@@ -20,7 +20,6 @@ from zoo.merge import Merger
 from zoo.points import LinearPoint, NormPoint, Points
 from zoo.registry import register_adapter
 from zoo.session import BiasDelta
-from zoo.session import BiasDelta
 
 
 @register_adapter("bitfit")
