@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Settings and tensors as they are written to disk. A method that trains in another form than its final one folds here."""
+        """Settings and tensors as they are written to disk. A method that trains in another form folds here."""
         return self.config(), self.state_dict()
 
     @classmethod

@@ -74,8 +74,8 @@ def save(
     """Write the active (or the named) adapters and the head that goes with them, the card and the record.
 
     `source` is what the card tells readers to load: a repository id, by default the folder's name. `dtype` is the
-    precision of the stored numbers, by default the model's own. A kill or a full disk at any moment leaves what the folder held before,
-    or the complete new state.
+    precision of the stored numbers, by default the model's own. A kill or a full disk at any moment leaves what the
+    folder held before, or the complete new state.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
