@@ -2,7 +2,7 @@
 
     python scripts/train_embedded_adapters.py --methods lora vpt spt
 
-The data, split and settings are those of the demo (`zoo/demo.py`). Weights are rounded to fp16 first, and the accuracy in the card is
+The data, split and settings are those of the demo (`zoo/demo.py`). Weights are rounded to fp16 first; the accuracy in the card is
 that of the rounded weights on the test images.
 """
 
