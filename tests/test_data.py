@@ -324,3 +324,12 @@ def test_real_pack(data_dir: Path) -> None:
     assert train.labels is not None and set(np.bincount(train.labels)) == {5_000}
     assert train[49_999][0].size == (32, 32)
     assert len(open_dataset(data_dir / "cifar10", split="train", shots=16)) == 160
+
+
+def test_class_names_of_several_labellings(tmp_path: Path) -> None:
+    table = pa.table({"image": [encoded(i) for i in range(3)], "label": [0, 1, 2], "coarse_label": [0, 0, 1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "classes.json").write_text(json.dumps({"fine": ["ant", "bee", "cow"], "coarse": ["insect", "mammal"]}))
+    assert open_dataset(str(tmp_path), transform=to_tensor).classes == ["ant", "bee", "cow"]
+    coarse = open_dataset(str(tmp_path), transform=to_tensor, label_column="coarse_label")
+    assert coarse.classes == ["insect", "mammal"]

@@ -79,7 +79,7 @@ def open_dataset(
                 found,
                 image_column=image_column,
                 label_column=label_column,
-                class_names=names if names is not None else _classes_json(found[0].parent),
+                class_names=names if names is not None else _classes_json(found[0].parent, label_column),
                 name=_short_name(found),
             )
             dataset = ImageDataset(parquet, parquet.class_names, transform=transform, on_error=on_error)
@@ -187,15 +187,21 @@ def _class_names(classes: Any) -> list[str] | None:
     return names
 
 
-def _classes_json(folder: Path) -> list[str] | None:
-    """`classes.json` in the folder, or above it if the folder is that of a split."""
+def _classes_json(folder: Path, column: str | None = None) -> list[str] | None:
+    """`classes.json` in the folder, or above it if the folder is that of a split.
+
+    A list of names, or an object of lists for several labellings: that whose key is in the label column's name (`coarse` for
+    `coarse_label`), else the first.
+    """
     for place in (folder, folder.parent) if folder.name.lower() in (*SPLITS, "data") else (folder,):
         if (file := place / "classes.json").is_file():
             try:
                 names = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: not readable as JSON ({error}).") from error
+            if isinstance(names, dict) and names:
+                names = next((v for k, v in names.items() if k in (column or "")), next(iter(names.values())))
             if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-                raise DataError(f"{file}: expected a JSON list of class names, index = label.")
+                raise DataError(f"{file}: expected a JSON list of class names, index = label (or an object of such lists).")
             return _class_names(names)
     return None
