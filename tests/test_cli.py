@@ -70,6 +70,8 @@ def test_list() -> None:
     assert {b["name"] for b in document("list", "backbones", "swin*")["backbones"]} == set(zoo.list_backbones("swin*"))
     assert "backbones" not in document("list", "adapters")
     assert "vit-b16" in run("list", "vit*").output
+    assert {t["name"]: t["classes"] for t in found["trained"]}["vit-micro-lora-digits"] == 10
+    assert document("info", "vit-micro-lora-digits")["backbone"] == "vit-micro"
 
 
 def test_points_prints_selectors_that_select_what_they_stand_for() -> None:

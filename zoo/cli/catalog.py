@@ -29,7 +29,7 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="Only names that match, with * and ?.")] = "*",
     as_json: Json = False,
 ) -> None:
-    """List backbones and adapter methods.
+    """List backbones, methods, and the trained adapters that come along.
 
     \b
       zoo list
@@ -46,6 +46,8 @@ def list_(
         found["backbones"] = _backbones(pattern)
     if what in ("all", "adapters"):
         found["adapters"] = _adapters(pattern)
+    if what in ("all", "adapters"):
+        found["trained"] = _trained(pattern)
     if not any(found.values()):
         import zoo
 
@@ -62,6 +64,11 @@ def list_(
         if found.get("backbones"):
             out.print()
         out.print(table(["adapter", "what it is"], [(a["name"], a["summary"]) for a in found["adapters"]]))
+    if found.get("trained"):
+        if found.get("backbones") or found.get("adapters"):
+            out.print()
+        trained = [(t["name"], t["backbone"], t["methods"], t["classes"] or "") for t in found["trained"]]
+        out.print(table(["trained, comes along", "backbone", "methods", "classes"], trained, right=["classes"]))
 
 
 def _backbones(pattern: str) -> list[dict[str, Any]]:
@@ -81,6 +88,22 @@ def _adapters(pattern: str) -> list[dict[str, Any]]:
 
     classes = {name: registry.adapter_class(name) for name in registry.list_adapters(pattern)}
     return [{"name": name, "summary": summary(cls), "paper": cls.paper} for name, cls in classes.items()]
+
+
+def _trained(pattern: str) -> list[dict[str, Any]]:
+    """Trained adapters that come with the packages."""
+    from zoo.loading import embedded_adapters
+    from zoo.saved import read
+
+    rows = []
+    for name, folder in embedded_adapters().items():
+        if fnmatch.fnmatch(name, pattern):
+            saved = read(folder)
+            methods = ", ".join(a.method for a in saved.adapters)
+            rows.append(
+                {"name": name, "backbone": saved.backbone_name, "methods": methods, "classes": saved.num_classes}
+            )
+    return rows
 
 
 def summary(cls: type[Adapter]) -> str:
@@ -190,9 +213,12 @@ def info(
       zoo info you/vit-b16-lora-photos
     """
     from zoo import registry
+    from zoo.loading import embedded_adapters
 
     if is_folder(target):
         _show(_folder_info(Path(target).expanduser()), as_json)
+    elif target in embedded_adapters():
+        _show({**_folder_info(embedded_adapters()[target]), "folder": f"{target}, comes with the package"}, as_json)
     elif target in registry.list_adapters():
         _show(_method_info(target), as_json)
     else:

@@ -202,6 +202,8 @@ def _classes_json(folder: Path, column: str | None = None) -> list[str] | None:
             if isinstance(names, dict) and names:
                 names = next((v for k, v in names.items() if k in (column or "")), next(iter(names.values())))
             if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-                raise DataError(f"{file}: expected a JSON list of class names, index = label (or an object of such lists).")
+                raise DataError(
+                    f"{file}: expected a JSON list of class names, index = label (or an object of such lists)."
+                )
             return _class_names(names)
     return None
