@@ -457,7 +457,9 @@ def test_a_kill_at_any_time_leaves_a_whole_adapter(tmp_path: Path, no_sync: None
         child = fork(lambda: [disk.write(folder, *parts(float(v))) for v in range(2000 * i, 2000 * i + 2000)])  # noqa: B023
         try:
             deadline = time.monotonic() + 0.01 + float(rng.random()) * 0.03
-            while time.monotonic() < deadline:
+            known = len(seen)
+            # On a busy machine the writer may not have begun: wait for its first new state before the kill.
+            while time.monotonic() < deadline or (len(seen) == known and time.monotonic() < deadline + 30):
                 seen.add(whole(disk.read(folder)))  # a reader beside the writer finds whole adapters too
         finally:
             os.kill(child, signal.SIGKILL)
