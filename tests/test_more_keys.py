@@ -1,4 +1,4 @@
-"""More keys and values (`vision.attention`): the replaced attention is timm's, and no shortcut changes a result."""
+"""More keys and values (`zoo.attention`): the replaced attention is timm's, and no shortcut changes a result."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vision.attention import heads
+from zoo.attention import heads
 from zoo.errors import AttachError, CombinationError
 from zoo.points import Point
 from zoo.sites import BlockSite, LinearSite, Op, Site, State

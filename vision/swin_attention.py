@@ -1,4 +1,4 @@
-"""Prefixes and prompts on timm's `SwinTransformer`. See `vision.attention` for the idea.
+"""Prefixes and prompts on timm's `SwinTransformer`. See `zoo.attention` for the idea.
 
 Tokens see each other within a window. Extra keys and values are the same for all windows of an image, and their relative
 position bias and shift mask are zero. Windows are batch-major: those of image i are rows i * W to (i + 1) * W.
@@ -20,7 +20,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision.attention import AttentionSite, Given, Prompts, heads, parts, prepend
+from zoo.attention import AttentionSite, FusedKeys, Given, Prompts, heads, parts, prepend
 from zoo.memory import recomputable
 from zoo.points import Point, TokensPoint
 from zoo.sites import BlockSite, Op, Site
@@ -223,7 +223,9 @@ def record(
     if not keep and not (pooled and block is last):
         source: Any = Given(module)
         if verb == "prompt":
-            source = Prompts(session.owner, module, (block.norm1, attention.qkv, nn.Identity()))  # type: ignore[arg-type]
+            through = (block.norm1, attention.qkv, nn.Identity())
+            project = FusedKeys(*through, attention.num_heads)  # type: ignore[arg-type]
+            source = Prompts(session.owner, module, through, project)  # type: ignore[arg-type]
         op(attention, WindowSite, "forward", source, per_row=True)
         op(block, WindowBlock, "forward", None, "windows", per_row=True)
         return

@@ -63,7 +63,7 @@ class TimmBackbone(Backbone):
         return module
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Verbs of attention and tokens points: more keys and prompts (`vision.attention`), queries (`vision.queries`)."""
+        """Verbs of attention and tokens points: more keys and prompts (`zoo.attention`), queries (`vision.queries`)."""
         if verb == "query":
             from vision.queries import record
         else:

@@ -1,4 +1,4 @@
-"""Prefixes and prompts on timm's `VisionTransformer`. See `vision.attention` for the idea.
+"""Prefixes and prompts on timm's `VisionTransformer`. See `zoo.attention` for the idea.
 
 Prompts that flow (VPT-shallow) are tokens of the sequence: put in behind the prefix tokens [cls, registers | prompts |
 patches] in front of the first block, and taken out in front of the final norm, unless they take part in the pooling.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision.attention import AttentionSite, Given, Prompts, heads, parts
+from zoo.attention import AttentionSite, FusedKeys, Given, Insert, Prompts, heads, parts
 from zoo.points import Point, TokensPoint
 from zoo.sites import BlockSite, Op, Site
 
@@ -51,32 +51,6 @@ class ViTAttention(AttentionSite):
         return attention.proj_drop(attention.proj(y))
 
 
-@dataclass(eq=False)
-class Insert:
-    """Puts prompts into the sequence, behind those that other adapters have put there before."""
-
-    module: nn.Module
-    num_prefix: int
-    site: Site
-    count: int = 0  # tokens put in by the present forward pass
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, N, d) -> (B, N + T, d)."""
-        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
-        at = self.num_prefix
-        for op in self.site.inputs:
-            if op.fn is self:
-                break
-            at += op.fn.count if isinstance(op.fn, Insert) else 0
-        self.count = prompts.shape[1]
-        return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
-
-    def strip(self, x: Tensor) -> Tensor:
-        """(B, N + T, d) -> (B, N, d). All prompts of all adapters are neighbours, so these may be anybody's."""
-        patches = x[:, self.num_prefix + self.count :]
-        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
-
-
 def record(
     family: TimmBackbone,
     session: Session,
@@ -107,4 +81,5 @@ def record(
             op(backbone.norm, Site, "input", insert.strip, per_row=False)
     else:
         through = (block.norm1, attention.qkv, attention.k_norm)
-        op(attention, ViTAttention, "forward", Prompts(session.owner, module, through), per_row=True)  # type: ignore[arg-type]
+        project = FusedKeys(*through, attention.num_heads)
+        op(attention, ViTAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)

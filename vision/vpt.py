@@ -18,7 +18,7 @@ Swin-B deep-50 601,600.
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022; KMnP/vpt.
 
 In a deep block nobody reads what becomes of the prompts, so they are computed as keys and values only, once for the whole
-batch (`vision.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or
+batch (`zoo.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or
 mask.
 
 `pool`: where the pooling is an average, the authors' code averages over patches and prompts ("all": always in their Swin, and

@@ -316,6 +316,11 @@ class AdapterHost(nn.Module):
             raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
         if num_classes == 0:
             return nn.Identity()
+        if not self.family.pools:
+            raise ConfigError(
+                f"'{self.family.name}' has no pooled features that a classifier could stand on: its own output comes out. Leave "
+                "num_classes out."
+            )
         head = nn.Linear(dim, num_classes, device=self.device, dtype=self.dtype)
         if self.device.type != "meta":
             nn.init.trunc_normal_(head.weight, std=0.02)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import AttachError
+from zoo.errors import AttachError, MergeError
 from zoo.points import (
     AttentionPoint,
     BlockPoint,
@@ -36,7 +36,8 @@ class Row:
 
     `name` is the point's name inside the block ("" for the block itself) and `path` the library's module path inside it.
     `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
-    modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum.
+    modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
+    library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`).
     """
 
     kind: str
@@ -79,8 +80,13 @@ class Backbone:
     # Linear points whose output is recomputed at memory="low"
     cheap_products: ClassVar[Sequence[str]] = ("up",)
     weights_folder: ClassVar[Path | None] = None  # embedded weights and adapters
+    # Whether `features` are pooled (B, d), which a classifier can stand on; false where the network's own output comes out
+    # (an image of noise, scores of words), and `num_classes` is refused
+    pools: ClassVar[bool] = True
+    task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
     # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
     tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
+    tiny_classes: ClassVar[int | None] = 3  # width of its head; None: no head
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
@@ -120,7 +126,10 @@ class Backbone:
 
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Put a classifier into a (merged) module of this family."""
-        raise TypeError(f"{type(self).__name__} has no classifier of its own.")
+        raise MergeError(
+            f"The library's module of the family '{self.family}' has no place for a classifier. Merge without it (zoo.load(..., "
+            "num_classes=0), or model.reset_head(0)) and keep `model.head` beside the merged module."
+        )
 
     def head_path(self) -> str | None:
         """Module path at which `put_head` puts a classifier; None if that is not one module."""
@@ -151,6 +160,20 @@ class Backbone:
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random inputs for the tiny member, a batch of two."""
         return (torch.randn(2, *self.data_config()["input_size"]),)
+
+    def run(self, module: nn.Module, *inputs: Any) -> Tensor:
+        """What a plain (merged) module of this family answers to the inputs of `features`."""
+        return module(*inputs)  # type: ignore[no-any-return]
+
+    def restore(self, module: nn.Module) -> nn.Module:
+        """A merged copy of the module with the library's own parts back in place of ours; by default there are none."""
+        return module
+
+    def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
+        """What makes an input of the backbone out of an item of a data set; by default out of a PIL image."""
+        from zoo.preprocess import image_transform
+
+        return image_transform(self.data_config(), train, **options)
 
     # -- verbs that depend on the family's attention ----------------------------------------------------------------
 
@@ -202,8 +225,14 @@ class Backbone:
         if row.kind == "linear":
             return make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
         if row.kind == "sublayer":
-            entry, leave = block.get_submodule(row.entry), block.get_submodule(row.exit)
-            return SublayerPoint(**common, entry=entry, exit=leave)
+            (entry, first), (leave, last) = _side(row.entry, "output"), _side(row.exit, "input")
+            return SublayerPoint(
+                **common,
+                entry=block.get_submodule(entry),
+                exit=block.get_submodule(leave),
+                entry_side=first,
+                exit_side=last,
+            )
         if row.kind == "norm":
             return NormPoint(**{**common, "dim_out": _norm_dim(module)})
         if row.kind == "attention":
@@ -235,6 +264,12 @@ def make_linear(
         fused=fused if part is not None else "",
         num_heads=num_heads,
     )
+
+
+def _side(path: str, default: str) -> tuple[str, str]:
+    """ "attn:input" -> ("attn", "input")."""
+    module, _, side = path.partition(":")
+    return module, side or default
 
 
 def _norm_dim(module: nn.Module) -> int:

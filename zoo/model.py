@@ -69,7 +69,7 @@ class Model(AdapterHost):
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Tensor:
-        """Logits (B, num_classes), or features (B, d) without a head.
+        """Logits (B, num_classes), or features (B, d) without a head (the network's own output if it does not pool).
 
         Args:
             inputs: what the backbone takes; images (B, 3, H, W) for vision.
@@ -192,7 +192,7 @@ class Model(AdapterHost):
         Merger(plain, self.points).run(active)
         if not isinstance(head, nn.Identity):
             self.family.put_head(plain, copy.deepcopy(head))
-        return plain.requires_grad_(True).eval()
+        return self.family.restore(plain).requires_grad_(True).eval()
 
     def save_adapter(
         self, folder: str | Path, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None
@@ -218,9 +218,7 @@ class Model(AdapterHost):
 
         In training it crops at random and flips; `augment="crop"` does not flip (digits, letters), "none" does neither.
         """
-        from zoo.preprocess import image_transform
-
-        return image_transform(self.family.data_config(), train, augment=augment)
+        return self.family.preprocess(train, augment=augment)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -138,8 +138,10 @@ class SublayerPoint(Point):
     kind: ClassVar[str] = "sublayer"
     verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel")
 
-    entry: nn.Module = field(repr=False)  # its output is the input of F
+    entry: nn.Module = field(repr=False)  # its output is the input of F ("input": its own input is)
     exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
+    entry_side: str = "output"
+    exit_side: str = "input"
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` on the input of F (behind its norm)."""

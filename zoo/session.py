@@ -194,15 +194,20 @@ class Session:
             self.op(point.module, self._make(point, verb, "output", lambda x, y: module(y), module))
 
     def _sublayer(self, point: Any, verb: str, module: nn.Module, source: str = "input") -> None:
+        def change(side: str, at: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+            call = fn if side == "input" else lambda x, y: fn(y)
+            self.op(at, self._make(point, verb, side, call, module))
+
         if verb == "before":
-            self.op(point.entry, self._make(point, verb, "output", lambda x, y: module(y), module))
+            change(point.entry_side, point.entry, module)
         elif verb == "after":
-            self.op(point.exit, self._make(point, verb, "input", module, module))
+            change(point.exit_side, point.exit, module)
         else:
             stash = Stash(module)
-            where = "watch_output" if source == "input" else "watch_input"
-            self.op(point.entry, self._make(point, verb, where, stash.watch))
-            self.op(point.exit, self._make(point, verb, "input", stash.join, module))
+            # without a norm in front of F (post-norm blocks) its input is the residual stream itself
+            side = "input" if source == "residual" else point.entry_side
+            self.op(point.entry, self._make(point, verb, f"watch_{side}", stash.watch))
+            change(point.exit_side, point.exit, stash.join)
 
     def _block(self, point: Point, verb: str, module: nn.Module) -> None:
         if verb == "before":

@@ -27,7 +27,8 @@ from zoo.memory import Saver
 class Op:
     """One change at one module.
 
-    `where` says how `fn` is called: "input": `x -> x`; "output": `(x, y) -> y`, with x the module's first input;
+    `where` says how `fn` is called: "input": `x -> x`; "output": `(x, y) -> y`, with x the module's first input (the first
+    keyword's value if there are only keywords) and y its output (the first of a tuple);
     "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "forward": not called by the site
     itself but read by the site's replacement of `forward` (attention, blocks), as are other words of a family's own.
     """
@@ -119,8 +120,8 @@ class Site:
         self.forwards = tuple(op for op in live if op.where == "forward")
         wanted = bool(self.ops) or bool(self.recompute)
         if wanted and not self._handles:
-            self._handles = [self.module.register_forward_hook(self._after)]
-            self._handles.append(self.module.register_forward_pre_hook(self._before))
+            self._handles = [self.module.register_forward_hook(self._after, with_kwargs=True)]
+            self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
         elif not wanted and self._handles:
             for handle in self._handles:
                 handle.remove()
@@ -149,34 +150,38 @@ class Site:
 
     # -- what torch calls -------------------------------------------------------------------------------------------
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.inputs:
             return None
-        x = args[0]
+        x = args[0] if args else kwargs[next(iter(kwargs))]
         for op in self.inputs:
             self._seen(op)
             if op.where == "watch_input":
                 self._watch(op, x)
             else:
                 x = self._apply(op, x)
-        return (x, *args[1:])
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        noting = self.recompute and self.state.saver.recording
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        noting = self.recompute and self.state.saver.recording and len(args) == 1 and not kwargs
         if noting and self.recompute == "cheap":
             self.state.saver.note(output, _own_forward, (module, dict(module._parameters), args[0]))
         if not self.outputs and not noting:
             return None
+        x = args[0] if args else kwargs[next(iter(kwargs))]
+        y = output[0] if isinstance(output, tuple) else output
         for op in self.outputs:
             self._seen(op)
             if op.where == "watch_output":
-                self._watch(op, output)
+                self._watch(op, y)
             else:
-                output = self._apply(op, args[0], output)
+                y = self._apply(op, x, y)
         if noting and self.recompute == "product" and not self.stochastic():
             then = (dict(module._parameters), self.forwards, self.outputs, self.state.place())
-            self.state.saver.note(output, self._replay, (then, args[0]))
-        return output
+            self.state.saver.note(y, self._replay, (then, x))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _replay(self, then: tuple[Any, ...], x: Tensor) -> Tensor:
         """The output once more, behind the input ops, with the parameters and adapters of the time of the forward pass."""

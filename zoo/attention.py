@@ -1,0 +1,307 @@
+"""More keys and values for an attention: prefixes (`AttentionPoint.extend`) and prompts (`TokensPoint.prompt`).
+
+A prompt that exists in one block only (VPT-deep) is a token p whose output nobody reads. Its query, its part of the output
+projection and its MLP are therefore not needed, and since attention mixes tokens through keys and values alone, all that the
+other tokens see of it is
+
+    k_p = k_norm(W_k norm1(p) + b_k)        v_p = W_v norm1(p) + b_v            (1, h, T, c), the same for the whole batch
+
+in front of the keys and values of each image. Outputs and gradients are those of the straightforward form, which runs T more
+tokens for each image through the whole block. Prompts go through the block's own norm and projections, so whatever other
+adapters do there (LoRA, SSF, a trained norm) is done to prompts too.
+
+In memory: what backward needs of the joined keys and values is put together again from the output of the fused projection (kept
+for the queries anyway) and the 2 T d numbers of the prompts. In evaluation these are computed once, and kept until a tensor that
+they depend on is changed or replaced, or the model's mode or set of adapters changes. (A change through `parameter.data` that
+autograd cannot see, in evaluation mode, is noticed only at the next `model.train()` or `model.eval()`.)
+
+What is around this differs between families: each has an `AttentionSite` of its own whose `extended` is the library's forward
+with `attend` for the product (`vision.vit_attention`, `vision.swin_attention`, and so on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.memory import recomputable
+from zoo.sites import Op, Site, site_at
+
+Pair = tuple[Tensor, Tensor]  # keys and values, each (1 or B, h, T, c)
+Bias = Callable[[int, int, "Tensor | None"], "Tensor | None"]  # (extra keys, images, which of them) -> what is added
+
+
+class Source(Protocol):
+    """What an op at an attention runs: keys and values for a number of images."""
+
+    through: tuple[nn.Module, ...]  # modules of the backbone that they pass
+
+    def __call__(self, site: AttentionSite, images: int) -> Pair:
+        """(1 or images, h, T, c), twice."""
+
+
+@dataclass(eq=False)
+class Given:
+    """Keys and values that the adapter's module gives as they are (prefix tuning)."""
+
+    module: nn.Module
+    through: tuple[nn.Module, ...] = ()
+
+    def __call__(self, site: AttentionSite, images: int) -> Pair:
+        """`module(images)`."""
+        return self.module(images)
+
+
+@dataclass(eq=False)
+class Prompts:
+    """Keys and values of tokens that exist in this block only.
+
+    `project` takes tokens (1 or images, T, d) through the block's own norm and projections to keys and values, each
+    (1 or images, h, T, c); `through` are the modules that it calls (as modules, so that their hooks run).
+    """
+
+    owner: str
+    module: nn.Module
+    through: tuple[nn.Module, ...]
+    project: Callable[[Tensor], Pair]
+
+    def __call__(self, site: AttentionSite, images: int) -> Pair:
+        """`module(images)` (1 or images, T, d), normed and projected."""
+        state = site.state
+        before = state.aside, state.serving
+        # The block's own tokens are under way: adapters that watch these must not take the prompts for them.
+        state.aside = True
+        if state.route is not None:
+            state.serving = self.owner
+        try:
+            return self.project(self.module(images))
+        finally:
+            state.aside, state.serving = before
+
+
+@dataclass(eq=False)
+class FusedKeys:
+    """norm -> fused q, k, v projection -> keys and values (`Prompts.project`)."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    k_norm: nn.Module
+    num_heads: int
+
+    def __call__(self, tokens: Tensor) -> Pair:
+        """(n, T, d) -> two of (n, h, T, c)."""
+        projected = self.qkv(self.norm(tokens))
+        # a copy without the queries, so that the storage which backward keeps holds no more than keys and values
+        pair = projected.unflatten(-1, (3, self.num_heads, -1))[:, :, 1:].permute(2, 0, 3, 1, 4).contiguous()
+        return self.k_norm(pair[0]), pair[1]
+
+
+@dataclass(eq=False)
+class Insert:
+    """Puts prompts into the sequence behind its prefix tokens, and behind the prompts of other adapters put there before."""
+
+    module: nn.Module
+    num_prefix: int
+    site: Site
+    count: int = 0  # tokens put in by the present forward pass
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, N, d) -> (B, N + T, d)."""
+        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
+        at = self.num_prefix
+        for op in self.site.inputs:
+            if op.fn is self:
+                break
+            at += op.fn.count if isinstance(op.fn, Insert) else 0
+        self.count = prompts.shape[1]
+        return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
+
+    def strip(self, x: Tensor) -> Tensor:
+        """(B, N + T, d) -> (B, N, d). All prompts of all adapters are neighbours, so these may be anybody's."""
+        patches = x[:, self.num_prefix + self.count :]
+        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
+
+
+def prepend(own: Tensor, *extra: Tensor) -> Tensor:
+    """Extra keys (or values) in front of the own ones.
+
+    own (R, h, N, c), R = B * windows, an image's windows together; each extra (1 or B, h, T, c) -> (R, h, sum T + N, c).
+    """
+    rows = len(own)
+    wide = [e.expand(rows, -1, -1, -1) if len(e) == 1 else e.repeat_interleave(rows // len(e), dim=0) for e in extra]
+    return torch.cat([*(e.to(own.dtype) for e in wide), own], dim=2)
+
+
+def heads(projected: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of a fused projection (R, N, 3 h c) -> q, k, v (R, h, N, c), views."""
+    q, k, v = projected.unflatten(-1, (3, count, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def parts(module: nn.Module) -> tuple[nn.Module, ...]:
+    """An adapter's module, and those that it shares with others."""
+    return (module, *getattr(module, "shared", ()))
+
+
+@dataclass(eq=False)
+class AttentionSite(Site):
+    """An attention whose keys and values adapters extend; the `fn` of its ops are `Source`s."""
+
+    # evaluation: the state of all tensors that the pairs depend on, those tensors, and the pairs
+    _kept: tuple[Any, list[Tensor], list[Pair]] | None = None
+    _slots: list[tuple[dict[str, Any], str]] | None = None  # where these tensors stand
+    watchers: tuple[Op, ...] = ()  # "watch_keys": `fn(k, v)` sees the keys and values that all tokens are going to use
+
+    def refresh(self) -> None:
+        """Take up the set of active adapters."""
+        super().refresh()
+        self.watchers = tuple(op for op in self.ops if op.where == "watch_keys" and op.owner in self.state.active)
+
+    def reset(self) -> None:
+        """Forget what was computed for evaluation."""
+        self._kept = self._slots = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The library's forward, unless an active adapter extends it."""
+        return self.extended(*args, **kwargs) if self.forwards else self.original(*args, **kwargs)
+
+    def extended(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The attention with extra keys and values; each family has its own."""
+        raise NotImplementedError
+
+    @property
+    def fused(self) -> bool:
+        """Whether the product is torch's fused one, if the attention says so."""
+        return bool(getattr(self.module, "fused_attn", True))
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.module.scale)  # type: ignore[arg-type]
+
+    @property
+    def dropout(self) -> float:
+        """Of the attention weights, 0 in evaluation."""
+        drop = getattr(self.module, "attn_drop", None)
+        return float(drop.p) if drop is not None and self.module.training else 0.0
+
+    @property
+    def sources(self) -> tuple[Op, ...]:
+        """Active ops that give keys and values."""
+        return self.forwards
+
+    # -- extra keys and values --------------------------------------------------------------------------------------
+
+    def pairs(self, images: int, dtype: torch.dtype) -> list[Pair]:
+        """Keys and values of all active ops, for `images` images; dtype is that of the attention's input."""
+        ops = self.sources
+        if not ops or torch.compiler.is_compiling():
+            return [op.fn(self, images) for op in ops]
+        tensors: list[Tensor] = []
+        key = None
+        if not (torch.is_grad_enabled() or any(m.training for op in ops for m in op.modules)):
+            tensors = self._tensors()
+            key = _state_of(tensors, dtype)
+        if key is None:
+            self._kept = None
+        elif self._kept is not None and self._kept[0] == key:
+            return self._kept[2]
+        pairs = [op.fn(self, images) for op in ops]
+        if key is not None and all(len(t) == 1 for pair in pairs for t in pair):
+            # Aliases are held with the tensors: nothing else can come to stand at their addresses.
+            self._kept = (key, [*tensors, *(t.detach() for t in tensors)], pairs)
+        return pairs
+
+    def _tensors(self) -> list[Tensor]:
+        """Every parameter and buffer that the pairs depend on."""
+        if self._slots is None:
+            self._slots = list(self._places())
+        return [place[name] for place, name in self._slots]
+
+    def _places(self) -> Iterator[tuple[dict[str, Any], str]]:
+        modules = [m for op in self.sources for m in op.modules]
+        sources: list[Source] = [op.fn for op in self.sources]  # type: ignore[misc]
+        for passed in dict.fromkeys(m for source in sources for m in source.through):
+            modules.append(passed)
+            site = site_at(passed)
+            if site is not None:
+                modules += [m for op in (*site.inputs, *site.forwards, *site.outputs) for m in op.modules]
+        for module in modules:
+            for part in module.modules():
+                for place in (part._parameters, part._buffers):
+                    yield from ((place, name) for name, tensor in place.items() if tensor is not None)
+
+    # -- the product ------------------------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, images: int, bias: Bias) -> Tensor:
+        """softmax(q [k_extra, k]^T + bias) [v_extra, v]. q (R, h, M, c); k, v (R, h, N, c); R = images * windows.
+
+        In a routed batch each image gets the keys and values of its own adapter.
+        """
+        for op in self.sources:
+            self._seen(op)
+        if self.state.route is None:
+            pairs = self.pairs(images, q.dtype)
+            keys, values = self._join(k, [p[0] for p in pairs]), self._join(v, [p[1] for p in pairs])
+            for op in self.watchers:
+                op.fn(keys, values)
+            return self._product(q, keys, values, k, images, bias)
+        outputs, order = [], []
+        for index, pairs in self._groups(images, q.device):
+            windows = len(q) // images
+            rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
+            mine = recomputable(torch.Tensor.index_select, q, 0, rows)
+            keys = recomputable(_select, k, rows, *(p[0] for p in pairs))
+            values = recomputable(_select, v, rows, *(p[1] for p in pairs))
+            outputs.append(self._product(mine, keys, values, k, len(index), bias, index))
+            order.append(rows)
+        return torch.cat(outputs).index_select(0, torch.cat(order).argsort())
+
+    def _groups(self, images: int, device: torch.device) -> Iterator[tuple[Tensor, list[Pair]]]:
+        """Images that are served alike, and their extra keys and values."""
+        assert self.state.route is not None
+        free = torch.ones(images, dtype=torch.bool, device=device)
+        for owner in dict.fromkeys(op.owner for op in self.sources):
+            index = self.state.route[owner]
+            if len(index):
+                free = free.index_fill(0, index, False)
+                yield index, [op.fn(self, len(index)) for op in self.sources if op.owner == owner]
+        rest = free.nonzero().flatten()
+        if len(rest):
+            yield rest, []
+
+    @staticmethod
+    def _join(own: Tensor, extra: list[Tensor]) -> Tensor:
+        return recomputable(prepend, own, *extra) if extra else own
+
+    def _product(
+        self, q: Tensor, k: Tensor, v: Tensor, own: Tensor, images: int, bias: Bias, index: Tensor | None = None
+    ) -> Tensor:
+        added = bias(k.shape[2] - own.shape[2], images, index)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=self.dropout, scale=self.scale)
+        scores = q * self.scale @ k.transpose(-2, -1)
+        if added is not None and added.dtype == torch.bool:
+            scores = scores.masked_fill(~added, float("-inf"))
+        elif added is not None:
+            scores = scores + added
+        return F.dropout(scores.softmax(dim=-1), self.dropout, self.dropout > 0) @ v
+
+
+def _select(own: Tensor, rows: Tensor, *extra: Tensor) -> Tensor:
+    return prepend(own.index_select(0, rows), *extra)
+
+
+def _state_of(tensors: list[Tensor], dtype: torch.dtype) -> Any:
+    """Identity, address and version of tensors, and the precision; None where these cannot be told."""
+    try:
+        device = tensors[0].device.type
+        precision = (dtype, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        return (precision, [(id(t), t.data_ptr(), t._version) for t in tensors])
+    except RuntimeError:  # made in inference mode, or wrapped by a functional transform
+        return None
