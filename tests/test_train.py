@@ -22,6 +22,7 @@ from train_parts import CLASSES, difference, easy_data, tiny_model, weights
 import zoo
 from zoo.data import open_dataset
 from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.tasks import Classify
 from zoo.train import Report, TrainingError, evaluation, training_hooks
 from zoo.train.batches import BatchPlan, make_loader
 from zoo.train.schedule import factor, layer_scales
@@ -607,7 +608,7 @@ def test_learning_rates_of_groups() -> None:
 
 def test_batches_are_the_same_for_any_number_of_processes_and_workers(image_folder: Path) -> None:
     model = tiny_model(num_classes=2)
-    data = evaluation.prepare(model, image_folder / "train", train=True)  # random crops and flips
+    data = Classify().open(model, image_folder / "train", train=True)  # random crops and flips
     cpu = torch.device("cpu")
 
     def epoch(world: int, parts: int, workers: int) -> dict[int, Tensor]:

@@ -80,6 +80,6 @@ def record(
         if not pooled:
             op(backbone.norm, Site, "input", insert.strip, per_row=False)
     else:
-        through = (block.norm1, attention.qkv, attention.k_norm)
-        project = FusedKeys(*through, attention.num_heads)
+        through: tuple[Any, ...] = (block.norm1, attention.qkv, attention.k_norm)
+        project = FusedKeys(block.norm1, attention.qkv, attention.k_norm, attention.num_heads)  # type: ignore[arg-type]
         op(attention, ViTAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)

@@ -27,6 +27,7 @@ from zoo.points import (
 )
 
 if TYPE_CHECKING:
+    from zoo.data import ImageDataset
     from zoo.session import Session
 
 
@@ -168,6 +169,12 @@ class Backbone:
     def restore(self, module: nn.Module) -> nn.Module:
         """A merged copy of the module with the library's own parts back in place of ours; by default there are none."""
         return module
+
+    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
+        """Data of this backbone's kind; by default images with labels (`zoo.open_dataset`)."""
+        from zoo.data import open_dataset
+
+        return open_dataset(data, split=split)
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
         """What makes an input of the backbone out of an item of a data set; by default out of a PIL image."""

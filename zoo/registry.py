@@ -15,6 +15,7 @@ from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
 if TYPE_CHECKING:
     from zoo.adapter_base import Adapter
     from zoo.backbone import Backbone
+    from zoo.tasks import Task
 
 A = TypeVar("A", bound="type[Adapter]")
 B = TypeVar("B", bound="type[Backbone]")
@@ -91,6 +92,7 @@ def _entry_points(group: str) -> dict[str, Any]:
             },
             **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
         },
+        "zoo.tasks": {"classify": "zoo.tasks:Classify"},
     }[group]
     return own | found
 
@@ -133,6 +135,21 @@ def family(name: str) -> type[Backbone]:
     if name not in _families:
         raise UnknownNameError(f"There is no backbone family '{name}'. {nearest(name, families())}")
     return _families[name]
+
+
+def task(name: str) -> Task:
+    """A task with its default settings, by name.
+
+    Raises:
+        UnknownNameError: with the nearest names. MissingPackageError: it needs an extra that is not installed.
+    """
+    entries = _entry_points("zoo.tasks")
+    if name not in entries:
+        raise UnknownNameError(f"There is no task '{name}'. {nearest(name, entries)}")
+    check_shadows()
+    entry = entries[name]
+    module, _, cls = (entry if isinstance(entry, str) else entry.value).partition(":")
+    return getattr(importlib.import_module(module), cls)()  # type: ignore[no-any-return]
 
 
 def families() -> list[str]:

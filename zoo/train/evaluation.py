@@ -8,23 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
-from zoo.data.open import SPLITS, open_dataset
-from zoo.data.sources import TorchRows
-from zoo.errors import ConfigError, DataError, MismatchError
-from zoo.train.batches import BatchPlan, class_range, make_loader
+from zoo.data.open import SPLITS
+from zoo.errors import ConfigError, DataError
+from zoo.tasks import Classify, Task, resolve
+from zoo.train.batches import BatchPlan, make_loader
 from zoo.train.hooks import Hooks
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
-from zoo.train.seeds import kept_generators
 
 if TYPE_CHECKING:
     from zoo.model import Model
 
-__all__ = ["PRECISIONS", "autocast", "check_classes", "evaluate", "prepare", "split_of"]
+__all__ = ["PRECISIONS", "autocast", "evaluate", "split_of"]
 
 Loss = Callable[[Any, Any], Tensor]
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +37,7 @@ def evaluate(
     record: str | None = None,
     per_class: bool = False,
     metrics: Mapping[str, Any] | None = None,
+    task: str | Task | None = None,
     loss: Loss | None = None,
     precision: str = "fp32",
     workers: int | None = None,
@@ -53,20 +52,22 @@ def evaluate(
             the data if it is a test or validation split ("cifar10/test"); "" keeps nothing.
         per_class: also the accuracy of each class.
         metrics: further ones by name, objects of torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
-        loss: (outputs, targets) -> mean loss; default cross-entropy.
+        task: what the model is measured at (`zoo.tasks`); by default what `zoo.fit` would train it for.
+        loss: (outputs, targets) -> mean loss, instead of a task.
         precision: "fp32", "bf16" or "fp16".
 
     Returns:
-        "accuracy" (0..1), "top5" (with more than five classes), "loss", "images", "seconds", "images_per_second", each of
-        `metrics`, "per_class" if asked for (None for a class without images), "skipped" if images could not be read.
+        "accuracy" (0..1) and "top5" (with more than five classes) of a classification, "loss", "images" (items of any kind),
+        "seconds", "images_per_second", what the task measures, each of `metrics`, "per_class" if asked for (None for a class
+        without images), "skipped" if items could not be read.
 
     Raises:
         DataError, MismatchError: labels outside the model's classes, or other classes than the model's.
     """
     processes = Processes(device, model)
-    dataset = prepare(model, data, train=False, split=split)
-    if loss is None:
-        check_classes(model, dataset)
+    what = resolve(model, task, loss)
+    dataset = what.open(model, data, train=False, split=split)
+    what.check(model, dataset)
     model.to(processes.device)
     with Progress(progress and processes.main) as bar:
         result = run(
@@ -75,7 +76,7 @@ def evaluate(
             processes,
             Hooks(model),
             batch_size=batch_size,
-            loss=loss,
+            task=what,
             precision=precision,
             workers=workers,
             per_class=per_class,
@@ -102,52 +103,6 @@ def split_of(name: str) -> str:
     return last if "/" in name and last.lower() in SPLITS else ""
 
 
-def prepare(
-    model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
-) -> ImageDataset:
-    """Open `data`; where it has no transform of its own, with the backbone's preprocessing."""
-    dataset = open_dataset(data, split=split)
-    if dataset.transform is None and not (isinstance(dataset.rows, TorchRows) and _yields_tensors(dataset)):
-        options = {"augment": augment} if train and augment is not None else {}
-        dataset = dataset.with_transform(model.preprocess(train=train, **options))
-    return dataset
-
-
-def _yields_tensors(dataset: ImageDataset) -> bool:
-    with kept_generators(cuda=False):
-        item = dataset[0]
-    return isinstance(item, tuple) and not hasattr(item[0], "convert")
-
-
-def check_classes(model: Model, dataset: ImageDataset, what: str = "data set") -> None:
-    """Raise unless the head and the data set have the same classes."""
-    if not model.num_classes:
-        raise ConfigError(
-            "The model has no classification head (num_classes=0). Load it with num_classes="
-            f"{len(dataset.classes) if dataset.classes else '<number of classes>'}, or pass a loss of your own."
-        )
-    labels = dataset.labels
-    if dataset.classes is not None and len(dataset.classes) != model.num_classes:
-        raise MismatchError(
-            f"The {what} '{dataset.name}' has {len(dataset.classes)} classes, the model's head {model.num_classes}. "
-            f"Load the model with num_classes={len(dataset.classes)}, or open the data with classes=[...] (all "
-            f"{model.num_classes} names, in the order of the labels)."
-        )
-    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < model.num_classes:
-        wrong = int(((labels < 0) | (labels >= model.num_classes)).argmax())
-        raise DataError(
-            f"{dataset.where(wrong)}: label {labels[wrong]} is outside the model's {model.num_classes} classes "
-            f"(0..{model.num_classes - 1})."
-        )
-    named = [c for c in (model.classes, dataset.classes) if c and not all(str(n).isdigit() for n in c)]
-    if len(named) == 2 and named[0] != named[1]:
-        first = next(i for i, (a, b) in enumerate(zip(*named, strict=True)) if a != b)
-        raise MismatchError(
-            f"Class {first} is '{named[0][first]}' for the model, '{named[1][first]}' in the {what} '{dataset.name}'. Open the "
-            "data with classes=model.classes, so that equal labels mean equal classes."
-        )
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is '{precision}'; expected one of {', '.join(PRECISIONS)}.")
@@ -155,24 +110,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def check_batch(targets: Tensor, num_classes: int, dataset: ImageDataset) -> None:
-    """Raise DataError for labels of a batch that the head has no output for."""
-    if num_classes and (found := class_range(targets)) is not None and not 0 <= found[0] <= found[1] < num_classes:
-        wrong = found[0] if found[0] < 0 else found[1]
-        raise DataError(
-            f"{dataset.name}: a label {wrong} is outside the model's {num_classes} classes (0..{num_classes - 1}). Mend the "
-            f"labels, or load the model with num_classes={max(found[1] + 1, num_classes)}."
-        )
-
-
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """Move nested tensors; floating ones also to `dtype`."""
     from accelerate.utils import send_to_device
+    from torch.utils._pytree import tree_map
 
     moved = send_to_device(value, device, non_blocking=device.type == "cuda")
-    if dtype is not None and isinstance(moved, Tensor) and moved.is_floating_point():
-        moved = moved.to(dtype)
-    return moved
+    if dtype is None:
+        return moved
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, moved)
 
 
 def input_dtype(model: Model, precision: str) -> torch.dtype | None:
@@ -189,7 +135,7 @@ def run(
     hooks: Hooks,
     *,
     batch_size: int,
-    loss: Loss | None,
+    task: Task,
     precision: str,
     workers: int | None,
     bar: Progress,
@@ -198,13 +144,15 @@ def run(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The evaluation itself, on one process of many; the result is the same on all."""
-    device, classes = processes.device, model.num_classes if loss is None else 0
+    device, classes = processes.device, model.num_classes if isinstance(task, Classify) else 0
     plan = BatchPlan(
         len(dataset), batch_size * processes.world, rank=processes.rank, world=processes.world, shuffle=False, seed=seed
     )
     loader = make_loader(dataset, plan, workers=workers, device=device, seed=seed)
     counter = _Counter(classes, device)
-    further = {name: m.to(device) if hasattr(m, "to") else m for name, m in (metrics or {}).items()}
+    further = {
+        name: m.to(device) if hasattr(m, "to") else m for name, m in {**task.metrics(model), **(metrics or {})}.items()
+    }
     for metric in further.values():
         metric.reset()
     dtype = input_dtype(model, precision)
@@ -217,12 +165,10 @@ def run(
                 skipped += batch.skipped
                 if not batch.count:
                     continue
-                check_batch(batch.targets, classes, dataset)
+                task.check_batch(model, dataset, batch.targets)
                 inputs, targets = to_device(batch.inputs, device, dtype), to_device(batch.targets, device)
                 with autocast(device, precision):
-                    outputs = model(inputs)
-                outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
-                value = loss(outputs, targets) if loss is not None else F.cross_entropy(outputs, targets)
+                    value, outputs = task.loss(model, inputs, targets)
                 counter.add(outputs, targets, value, batch.count)
                 for metric in further.values():
                     metric.update(outputs, targets)
@@ -235,7 +181,9 @@ def run(
         raise DataError(
             f"{dataset.name}: not one image could be read; first: {skipped[0][1] if skipped else 'none there'}"
         )
-    result.update({name: _value(m.compute()) for name, m in further.items()})
+    for name, metric in further.items():
+        found = metric.compute()
+        result.update({k: _value(v) for k, v in found.items()} if isinstance(found, dict) else {name: _value(found)})
     seconds = time.perf_counter() - began
     result |= {"seconds": seconds, "images_per_second": result["images"] / seconds}
     count = int(processes.add(torch.tensor([len(skipped)], device=device)))

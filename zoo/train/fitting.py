@@ -12,7 +12,8 @@ from torch import Tensor
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
 from zoo.errors import ConfigError
-from zoo.train.evaluation import autocast, check_classes, input_dtype, prepare, split_of, to_device
+from zoo.tasks import Classify, Task, call, resolve
+from zoo.train.evaluation import autocast, input_dtype, split_of, to_device
 from zoo.train.optimizer import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -45,6 +46,7 @@ def fit(
     clip: float | None = 1.0,
     accumulate: int = 1,
     precision: str = "fp32",
+    task: str | Task | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
@@ -52,7 +54,7 @@ def fit(
     augment: str | None = None,
     seed: int = 0,
     patience: int | None = None,
-    monitor: str = "accuracy",
+    monitor: str | None = None,
     keep: str | None = None,
     val_fraction: float = 0.1,
     drop_last: bool = False,
@@ -87,11 +89,13 @@ def fit(
         clip: largest norm of the whole gradient; None does not clip.
         accumulate: compute a batch in so many parts, for less memory.
         precision: "fp32", "bf16" or "fp16" (autocast; trained weights stay in their own precision).
-        loss: (outputs, targets) -> mean loss; by default cross-entropy with `label_smoothing`.
+        task: what to train for (`zoo.tasks`): by default to classify if the model has a head, else what its family is for.
+        loss: (outputs, targets) -> mean loss, instead of a task.
+        label_smoothing: of the classification's cross-entropy.
         mixup, cutmix: alpha of their beta distributions; 0 is off.
         augment: of the default preprocessing in training: "crop-flip", "crop" or "none".
         patience: stop after so many epochs without a better `monitor`.
-        monitor: "accuracy", "loss" or another number of `zoo.evaluate`.
+        monitor: "accuracy", "loss" or another number of `zoo.evaluate`; by default the task's.
         keep: "best" or "last" weights; by default best if there is `val` or `patience`.
         val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
         drop_last: leave out a last batch that is not full.
@@ -110,6 +114,7 @@ def fit(
         DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
         TrainingError: the loss became NaN or infinite.
     """
+    what = resolve(model, task, loss)
     keep = keep or ("best" if val is not None or patience is not None else "last")
     settings = Settings(
         epochs=epochs,
@@ -131,7 +136,7 @@ def fit(
         augment=augment,
         seed=seed,
         patience=patience,
-        monitor=monitor,
+        monitor=monitor or what.monitor,
         keep=keep,
         val_fraction=val_fraction,
         drop_last=drop_last,
@@ -141,17 +146,17 @@ def fit(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
             "train with precision='fp16' or 'bf16'."
         )
-    train_set = prepare(model, train, train=True, augment=augment)
-    val_set = prepare(model, val, train=False) if val is not None else None
+    train_set = what.open(model, train, train=True, augment=augment)
+    val_set = what.open(model, val, train=False) if val is not None else None
     if val_set is None and (patience is not None or keep == "best"):
         own = getattr(train, "transform", None) is not None
         train_set, val_set = split_train_val(train_set, val_fraction, seed)
         if not own and train_set.transform is not None:
-            val_set = val_set.with_transform(model.preprocess(train=False))
-    if loss is None:
-        check_classes(model, train_set, "training data")
-        if val_set is not None:
-            check_classes(model, val_set, "validation data")
+            val_set = val_set.with_transform(what.open(model, train, train=False).transform)
+    what.check(model, train_set, "training data")
+    if val_set is not None:
+        what.check(model, val_set, "validation data")
+        if isinstance(what, Classify):
             _same_classes(train_set, val_set)
     processes = Processes(device, model)
     with kept_generators(), Progress(progress and processes.main) as bar:
@@ -161,7 +166,7 @@ def fit(
             val_set,
             settings,
             processes,
-            loss=loss,
+            task=what,
             workers=workers,
             folder=Path(checkpoint) if checkpoint is not None else None,
             every=checkpoint_every,
@@ -170,7 +175,7 @@ def fit(
         )
         trainer.prepare(resume)
         trainer.fit()
-        if train_set.classes is not None and loss is None:
+        if train_set.classes is not None and isinstance(what, Classify):
             model.classes = list(train_set.classes)
         report = trainer.report()
     _record(model, report, trainer)
@@ -191,8 +196,8 @@ def _same_classes(train: ImageDataset, val: ImageDataset) -> None:
 def _record(model: Model, report: Report, trainer: Trainer) -> None:
     """Fill `model.record`, from which cards are made (`zoo.cards` lists its keys)."""
     record, processes = model.record, trainer.processes
-    if trainer.loss is None:
-        record["task"] = "image-classification"
+    if trainer.task.hub is not None or isinstance(trainer.task, Classify):
+        record["task"] = trainer.task.hub or f"{model.family.modality}-classification"
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}
@@ -213,4 +218,4 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
         for batch in trainer.first_batch():
             inputs = to_device(batch.inputs, processes.device, input_dtype(model, trainer.settings.precision))
             with autocast(processes.device, trainer.settings.precision):
-                record["saved_bytes"] = {getattr(model, "memory", "default"): model.saved_bytes(inputs)}
+                record["saved_bytes"] = {getattr(model, "memory", "default"): call(model.saved_bytes, inputs)}

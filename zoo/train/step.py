@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
-from zoo.errors import ZooError
+from zoo.errors import ConfigError, ZooError
+from zoo.tasks import Classify, Task
 from zoo.train.batches import Batch
-from zoo.train.evaluation import autocast, check_batch, input_dtype, to_device
+from zoo.train.evaluation import autocast, input_dtype, to_device
 from zoo.train.hooks import Hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LossScale", "Stepper", "TrainingError"]
 
-Loss = Callable[[Any, Any], Tensor]
 SUMS = ("images", "loss", "extra", "hits", "labelled")
 
 
@@ -68,10 +67,10 @@ class Stepper:
         hooks: Hooks,
         processes: Processes,
         settings: Settings,
-        loss: Loss | None,
+        task: Task,
     ) -> None:
         self.model, self.dataset, self.service, self.hooks = model, dataset, service, hooks
-        self.processes, self.settings, self.loss = processes, settings, loss
+        self.processes, self.settings, self.task = processes, settings, task
         self.scale = LossScale(settings.precision == "fp16")
         self.device = processes.device
         self.dtype = input_dtype(model, settings.precision)
@@ -134,21 +133,18 @@ class Stepper:
 
     def _to_device(self, batch: Batch) -> tuple[Any, Tensor]:
         """(inputs, targets) of a part."""
-        if self.loss is None:
-            check_batch(batch.targets, self.model.num_classes, self.dataset)
+        self.task.check_batch(self.model, self.dataset, batch.targets)
         return to_device(batch.inputs, self.device, self.dtype), to_device(batch.targets, self.device)
 
     def _backward(self, inputs: Any, targets: Tensor, count: int, planned: int, totals: Tensor) -> None:
         """Forward and backward of one part; the gradient is that of the mean over the whole batch."""
         labels = targets
         if self._mix is not None:
+            if not isinstance(inputs, Tensor):
+                raise ConfigError("mixup and cutmix mix inputs that are one tensor; this task's are several.")
             inputs, targets = self._mix(inputs, targets)
         with autocast(self.device, self.settings.precision):
-            outputs = self.model(inputs)
-            if self.loss is not None:
-                loss = self.loss(outputs, targets).mean()
-            else:
-                loss = F.cross_entropy(outputs.float(), targets, label_smoothing=self.settings.label_smoothing)
+            loss, outputs = self.task.loss(self.model, inputs, targets, self.settings.label_smoothing)
             extra = self.hooks.extra_loss(outputs, targets)
         (((loss + extra) * (count / planned)) * self.scale.scale).backward()
         with torch.no_grad():
@@ -156,7 +152,12 @@ class Stepper:
             totals[1] += loss.detach().to(totals.dtype) * count
             if isinstance(extra, Tensor):
                 totals[2] += extra.detach().to(totals.dtype) * count
-            if self.loss is None and self._mix is None and labels.ndim == 1 and not labels.is_floating_point():
+            if (
+                isinstance(self.task, Classify)
+                and self._mix is None
+                and labels.ndim == 1
+                and not labels.is_floating_point()
+            ):
                 totals[3] += (outputs.argmax(1) == labels).sum()
                 totals[4] += count
 

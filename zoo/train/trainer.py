@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError
+from zoo.tasks import Task
 from zoo.train import evaluation
 from zoo.train.batches import Batch, BatchPlan, make_loader
 from zoo.train.checkpoint import Run, Saved, Snapshot, Store, parameters_of, restore, restore_plans, snapshot
@@ -27,7 +28,7 @@ from zoo.train.report import Report
 from zoo.train.schedule import add_parameters, default_lr, warmup_steps
 from zoo.train.seeds import seed_everything
 from zoo.train.settings import Settings
-from zoo.train.step import Loss, Stepper
+from zoo.train.step import Stepper
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -46,7 +47,7 @@ class Trainer:
         settings: Settings,
         processes: Processes,
         *,
-        loss: Loss | None,
+        task: Task,
         workers: int | None,
         folder: Path | None,
         every: int | None,
@@ -54,7 +55,7 @@ class Trainer:
         bar: Progress,
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
-        self.processes, self.loss, self.workers, self.bar = processes, loss, workers, bar
+        self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
         self.store, self.every = Store(folder, processes.main), every
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
         self.listeners = [c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)]
@@ -114,7 +115,7 @@ class Trainer:
         given = {"default": settings.lr} if isinstance(settings.lr, (int, float)) else settings.lr
         add_parameters(service, model, parameters, given, settings.layer_decay, settings.weight_decay)
         self.service = service
-        self.stepper = Stepper(model, self.train, service, self.hooks, processes, settings, self.loss)
+        self.stepper = Stepper(model, self.train, service, self.hooks, processes, settings, self.task)
         seed_everything(settings.seed, "fit_start")
         self.hooks.fit_start(service, self.total)
         if saved is not None:
@@ -227,7 +228,7 @@ class Trainer:
             self.processes,
             self.hooks,
             batch_size=max(1, self.settings.batch_size // self.settings.accumulate),
-            loss=self.loss,
+            task=self.task,
             precision=self.settings.precision,
             workers=self.workers,
             bar=self.bar,
@@ -327,8 +328,7 @@ class _Calibration:
         )
         for batch in make_loader(trainer.train, plan, workers=0, device=device, seed=settings.seed):
             if batch.count:
-                if trainer.loss is None:
-                    evaluation.check_batch(batch.targets, trainer.model.num_classes, trainer.train)
+                trainer.task.check_batch(trainer.model, trainer.train, batch.targets)
                 yield (
                     to_device(batch.inputs, device, evaluation.input_dtype(trainer.model, settings.precision)),
                     to_device(batch.targets, device),
