@@ -48,10 +48,9 @@ arguments
 
 {arguments}
 
-AdamW, cosine schedule with warm-up, random crop and flip, erasing, mixup and cutmix (0.8 of the batches in the first part, 0.2 in
-the rest), label smoothing 0.1, half of the patches dropped in the first part, moving average of the weights, bf16.
-The first 22 epochs were run with `--epochs 30 --patch-drop-epochs 0.7`, and the last five with the arguments above, which
-ends the cosine three epochs earlier; the machine was shared, so the seconds say little about speed.
+Muon for the matrices of the blocks and AdamW for the rest, cosine schedule with warm-up, random crop and flip, erasing, mixup
+and cutmix, label smoothing 0.1, half of the patches dropped in the first part, moving average of the weights, bf16. The machine
+was shared, so the seconds say little about speed.
 CIFAR-100 as published has 10 images that occur in both splits.
 
 ## Licence

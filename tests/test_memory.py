@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -157,3 +159,14 @@ def test_saved_bytes_of_plain_code() -> None:
     layer = nn.Linear(8, 4)
     x = torch.randn(3, 8, requires_grad=True)
     assert zoo.saved_bytes(lambda: layer(x).relu(), [*layer.parameters(), x]) == 3 * 4 * 4
+
+
+@pytest.mark.parametrize("method", ["linear", "vqt", zoo.adapter("lora", targets="blocks.2.attn.q")])
+def test_blocks_without_a_gradient_are_not_checkpointed(method: Any) -> None:
+    """A block that no gradient enters or leaves has nothing to keep: "min" never keeps more than "default"."""
+    found = {}
+    for setting in ("default", "min"):
+        model = build(memory=setting)
+        model.add_adapter(method)
+        found[setting] = model.saved_bytes(images())
+    assert found["min"] <= found["default"], found

@@ -351,9 +351,25 @@ class AdapterHost(nn.Module):
             _, where.recompute, checkpointed = wanted.get(key, (None, "", False))
             if isinstance(where, BlockSite):
                 where.checkpointed = checkpointed
+                where.learns = checkpointed and self._learns(where.module)
             where.refresh()
             if not where.ops and not where.recompute and not where.replaces():
                 del self._sites[key]
+
+    def _learns(self, block: nn.Module) -> bool:
+        """Whether an active adapter has a parameter inside a block: an op at one of its modules, or a trained copy."""
+        inside = set(block.modules())
+        # what only watches gives nothing back, and hooks at the block itself run outside of its forward
+        ops = (
+            op
+            for n in self._state.active
+            for where, op in self._ops[n]
+            if where.module in inside
+            and not op.where.startswith("watch")
+            and (where.module is not block or op.where == "forward")
+        )
+        trained = any(p.requires_grad for op in ops for m in op.modules for p in m.parameters())
+        return trained or any(s.module in inside for n in self._state.active for s in self._swaps[n])
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

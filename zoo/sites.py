@@ -232,6 +232,11 @@ class Site:
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
 
 
+def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient flows into any of the tensors. A block without one keeps nothing, and is not run again."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+
+
 @contextmanager
 def _parameters(module: nn.Module, parameters: dict[str, Any]) -> Iterator[None]:
     """A module with the parameters that it had at some time."""
@@ -284,6 +289,7 @@ class BlockSite(Site):
     """A residual block that can be replaced, or checkpointed (`model.memory = "min"`)."""
 
     checkpointed: bool = False
+    learns: bool = True  # whether an active adapter has anything to train inside the block
 
     def replaces(self) -> bool:
         """Also while the block is checkpointed."""
@@ -296,7 +302,8 @@ class BlockSite(Site):
             if op.verb == "replace":
                 self._seen(op)
                 run = functools.partial(op.fn, run)
-        if self.checkpointed and torch.is_grad_enabled():
+        learns = self.learns or self.state.route is not None or _differentiable(args, kwargs)
+        if self.checkpointed and learns and torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 run = functools.partial(self.state.run_at, self.state.place(), run)
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
