@@ -180,7 +180,9 @@ class _Card:
         own = sum(p.numel() for adapter in self.adapters for p in adapter.parameters())
         head = sum(p.numel() for p in self.model.head.parameters())
         trained = {id(p) for adapter in self.adapters for p in adapter.parameters()}
-        frozen = sum(p.numel() for p in self.model.backbone.parameters() if id(p) not in trained)
+        # not `.parameters()`, which also puts names together and takes several times as long
+        held = {id(p): p for m in self.model.backbone.modules() for p in m._parameters.values() if p is not None}
+        frozen = sum(p.numel() for i, p in held.items() if i not in trained)
         rows = [["adapter", f"{own:,}", f"{100 * own / (own + frozen):.2f} %"]]
         if head:
             total = own + head + frozen
