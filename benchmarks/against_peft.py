@@ -1,4 +1,4 @@
-"""Side by side with peft, in one process: step time, saved bytes, evaluation, disk, imports, compiled graphs. Ratios.
+"""Side by side with peft, in one run: step time, saved bytes, evaluation, disk, imports, compiled graphs. Ratios.
 
     python benchmarks/against_peft.py                 ViT-B/16, batch 8, 224 px; some minutes of processor time
     python benchmarks/against_peft.py --quick         ViT-Ti/16, batch 2; about a minute, no targets, writes nothing
@@ -10,9 +10,13 @@ Writes `results/against_peft.json` and `.png` (on a GPU `against_peft_cuda`). RE
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,6 +45,24 @@ def measure(setting: Setting, names: list[str], progress: bool = True) -> list[R
     return sorted(rows, key=lambda row: order[row.group])
 
 
+def alone(name: str, setting: Setting) -> list[Row]:
+    """The rows of one group, measured in a process of its own: what its models have held is given back at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [
+            sys.executable,
+            __file__,
+            "--only",
+            name,
+            "--rounds",
+            str(setting.rounds),
+            "--device",
+            setting.device,
+        ]
+        subprocess.run([*command, "--rows", str(file)], check=True)
+        return [Row(**row) for row in json.loads(file.read_text())]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, show, write. Returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder of the JSON and the PNG; by default results/ beside this file")
     parser.add_argument("--no-progress", action="store_true")
+    parser.add_argument("--rows", type=Path, help="only write the rows into this file")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in (options.only or ",".join(GROUPS)).split(",")]
     for name in names:
@@ -61,7 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--rounds is at least 1")
         setting.rounds = options.rounds
     start = time.perf_counter()
-    rows = measure(setting, names, progress=not options.no_progress)
+    if len(names) == 1 or options.quick:
+        rows = measure(setting, names, progress=not options.no_progress)
+    else:
+        rows = [row for name in names for row in alone(name, setting)]
+    if options.rows is not None:
+        options.rows.write_text(json.dumps([asdict(row) for row in rows]))
+        return 0
     about = {
         "backbone": setting.vit,
         "batch": setting.batch,

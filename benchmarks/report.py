@@ -69,11 +69,21 @@ def draw(rows: Sequence[Row], path: Path, about: dict[str, Any]) -> None:
     saved = {r.what.removesuffix(ends): r.value for r in rows if r.group == "saved bytes" and r.what.endswith(ends)}
     left.plot([1], [1], "s", color="black")
     left.annotate("full", (1, 1), (6, 5), textcoords="offset points")
-    for name in steps.keys() & saved.keys():
+    highest = max([1.0, *steps.values()]) * 1.1
+    last = highest
+    for name in sorted(steps.keys() & saved.keys(), key=lambda n: -steps[n]):
         colour = "#d62728" if "peft" in name else "#1f77b4" if "zoo" in name else "grey"
         left.plot([saved[name]], [steps[name]], "o", color=colour)
-        left.annotate(name, (saved[name], steps[name]), (6, 5), textcoords="offset points", fontsize=8, color=colour)
-    left.set(xlabel="saved for backward / full", ylabel="step time / full", xlim=(0, 1.15), ylim=(0, None))
+        last = min(steps[name] + 0.01, last - 0.035 * highest)  # labels stand below each other
+        left.annotate(
+            name,
+            (saved[name], steps[name]),
+            (saved[name] + 0.02, last),
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
+        )
+    left.set(xlabel="saved for backward / full", ylabel="step time / full", xlim=(0, 1.3), ylim=(0, highest))
     left.set_title(f"{about['backbone']}, batch {about['batch']}: red peft, blue zoo", fontsize=10)
     left.grid(alpha=0.3)
 

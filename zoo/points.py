@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import AttachError, SelectionError, nearest
+from zoo.selectors import expand, matcher
 
 if TYPE_CHECKING:
     from zoo.session import Session
@@ -142,6 +143,7 @@ class SublayerPoint(Point):
     exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
     entry_side: str = "output"
     exit_side: str = "input"
+    stream: nn.Module | None = field(default=None, repr=False)  # its input is the residual stream; None: the entry's is
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` on the input of F (behind its norm)."""
@@ -276,27 +278,6 @@ class ConditionPoint(Point):
         self._record("after", module)
 
 
-def expand(pattern: str) -> list[str]:
-    """`a.{q,v}.{0..2}` -> the six patterns it stands for."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices: list[list[str]] = []
-    for i, part in enumerate(parts):
-        if i % 2 == 0:
-            choices.append([part])
-        elif m := re.fullmatch(r"(\d+)\.\.(\d+)", part):
-            choices.append([str(n) for n in range(int(m[1]), int(m[2]) + 1)])
-        else:
-            choices.append([c.strip() for c in part.split(",")])
-    return ["".join(c) for c in itertools.product(*choices)]
-
-
-def _matcher(pattern: str) -> Callable[[str], Any]:
-    # '*' stays within one component of a name, '**' crosses the dots.
-    words = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-    regex = "".join(words.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern))
-    return re.compile(regex).fullmatch
-
-
 class Points(Sequence[Point]):
     """All points of a model, in forward order. Prints as a table; `select` is the one way to choose."""
 
@@ -376,7 +357,7 @@ class Points(Sequence[Point]):
             # split at commas outside of braces
             for pattern in filter(None, (s.strip() for s in re.split(r",(?![^{}]*\})", text))):
                 for single in expand(pattern):
-                    match = _matcher(single)
+                    match = matcher(single)
                     roles = "." not in single and any(p.role == single for p in pool)
                     hits = [p for p in pool if (p.role == single if roles else match(p.name))]
                     if not hits:
