@@ -127,6 +127,7 @@ class AdapterHost(nn.Module):
         live = [swap for other in self._state.active for swap in self._swaps[other]]
 
         def site(module: nn.Module, kind: type[Site]) -> Site:
+            kind = self.family.site_kind(module, kind)
             known = self._sites.get(id(module))
             if known is None:
                 made.append(id(module))
@@ -346,7 +347,7 @@ class AdapterHost(nn.Module):
                 wanted[id(module)] = (module, "cheap", False)
         for key, (module, _, block) in wanted.items():
             if key not in self._sites:
-                self._sites[key] = (BlockSite if block else Site)(module, self._state)
+                self._sites[key] = self.family.site_kind(module, BlockSite if block else Site)(module, self._state)
         for key, where in list(self._sites.items()):
             _, where.recompute, checkpointed = wanted.get(key, (None, "", False))
             if isinstance(where, BlockSite):

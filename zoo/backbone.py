@@ -6,7 +6,7 @@ not a table is how the family's attention takes more keys or queries (`record`),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from zoo.points import (
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
     from zoo.session import Session
+    from zoo.sites import Site
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Row:
     `name` is the point's name inside the block ("" for the block itself) and `path` the library's module path inside it.
     `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
     modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
-    library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`).
+    library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
+    the module whose input is the residual stream in front of the branch, where that is not the entry.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Row:
     part: tuple[int, int] | None = None
     entry: str = ""
     exit: str = ""
+    stream: str = ""
 
 
 def find(module: nn.Module, path: str) -> nn.Module | None:
@@ -85,6 +88,8 @@ class Backbone:
     # (an image of noise, scores of words), and `num_classes` is refused
     pools: ClassVar[bool] = True
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
+    # Options of `zoo.load` that say which points there are: a saved adapter brings those that it was attached with
+    point_options: ClassVar[tuple[str, ...]] = ()
     # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
     tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
     tiny_classes: ClassVar[int | None] = 3  # width of its head; None: no head
@@ -105,6 +110,14 @@ class Backbone:
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         """The library's own module, with its own classifier if it has one."""
         raise TypeError(f"{cls.__name__} does not implement build.")
+
+    @classmethod
+    def options(cls, num_classes: int | None, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of `zoo.load` with those that follow from the width of the head; they are recorded as if given."""
+        return given
+
+    def configure(self, **options: Any) -> None:
+        """Take up options that concern this description rather than the library's module."""
 
     # -- what the model asks ----------------------------------------------------------------------------------------
 
@@ -135,6 +148,13 @@ class Backbone:
     def head_path(self) -> str | None:
         """Module path at which `put_head` puts a classifier; None if that is not one module."""
         return None
+
+    def modules_to_train(self) -> Iterable[tuple[str, nn.Module]]:
+        """(path, module) of everything whose own parameters full fine-tuning trains."""
+        return self.module.named_modules()
+
+    def check_routed(self, *inputs: Any) -> None:
+        """Raise ConfigError if the rows of what comes out do not belong to one sample each (per-sample adapters)."""
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in forward order."""
@@ -170,6 +190,10 @@ class Backbone:
         """A merged copy of the module with the library's own parts back in place of ours; by default there are none."""
         return module
 
+    def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
+        """The class of the site at a module, where ops must see another tensor of its call than the first one."""
+        return kind
+
     def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
         """Data of this backbone's kind; by default images with labels (`zoo.open_dataset`)."""
         from zoo.data import open_dataset
@@ -193,7 +217,7 @@ class Backbone:
     def points_of_block(
         self, module: nn.Module, prefix: str, path: str, dim: int, num_heads: int, **place: Any
     ) -> list[Point]:
-        """Points of one block by the family's table.
+        """Points of one block by the family's table (or another one, `table=`, where blocks are of several kinds).
 
         `prefix` is the block's point name, `path` its module path, `place` the block index, stage and tower, and options
         for the attention and tokens points as a dict `attention=` and `tokens=`.
@@ -201,7 +225,7 @@ class Backbone:
         root = module
         special = {"attention": place.pop("attention", {}), "tokens": place.pop("tokens", {})}
         found: list[Point] = []
-        for row in self.block_table:
+        for row in place.pop("table", self.block_table):
             part = find(root, row.path)
             if part is None:
                 continue
@@ -239,6 +263,7 @@ class Backbone:
                 exit=block.get_submodule(leave),
                 entry_side=first,
                 exit_side=last,
+                stream=block.get_submodule(row.stream) if row.stream else None,
             )
         if row.kind == "norm":
             return NormPoint(**{**common, "dim_out": _norm_dim(module)})

@@ -205,8 +205,10 @@ class Session:
         else:
             stash = Stash(module)
             # without a norm in front of F (post-norm blocks) its input is the residual stream itself
-            side = "input" if source == "residual" else point.entry_side
-            self.op(point.entry, self._make(point, verb, f"watch_{side}", stash.watch))
+            at, side = point.entry, point.entry_side
+            if source == "residual":
+                at, side = point.entry if point.stream is None else point.stream, "input"
+            self.op(at, self._make(point, verb, f"watch_{side}", stash.watch))
             change(point.exit_side, point.exit, stash.join)
 
     def _block(self, point: Point, verb: str, module: nn.Module) -> None:
@@ -222,7 +224,7 @@ class Session:
     def train_everything(self) -> None:
         """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""
         copies: dict[int, nn.Parameter] = {}
-        for path, module in self.family.module.named_modules():
+        for path, module in self.family.modules_to_train():
             for name, frozen in module._parameters.items():
                 if frozen is None:
                     continue

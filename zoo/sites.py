@@ -155,14 +155,14 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.inputs:
             return None
-        x = args[0] if args else kwargs[next(iter(kwargs))]
+        x = self.read_input(args, kwargs)
         for op in self.inputs:
             self._seen(op)
             if op.where == "watch_input":
                 self._watch(op, x)
             else:
                 x = self._apply(op, x)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+        return self.write_input(args, kwargs, x)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         noting = self.recompute and self.state.saver.recording and len(args) == 1 and not kwargs
@@ -170,8 +170,8 @@ class Site:
             self.state.saver.note(output, _own_forward, (module, dict(module._parameters), args[0]))
         if not self.outputs and not noting:
             return None
-        x = args[0] if args else kwargs[next(iter(kwargs))]
-        y = output[0] if isinstance(output, tuple) else output
+        x = self.read_input(args, kwargs)
+        y = self.read_output(output)
         for op in self.outputs:
             self._seen(op)
             if op.where == "watch_output":
@@ -181,6 +181,26 @@ class Site:
         if noting and self.recompute == "product" and not self.stochastic():
             then = (dict(module._parameters), self.forwards, self.outputs, self.state.place())
             self.state.saver.note(y, self._replay, (then, x))
+        return self.write_output(output, y)
+
+    # -- which tensor of a call the ops see; a family's own sites may show another one (`Backbone.site_kind`) ---------
+
+    def read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The first argument, or the first keyword's value."""
+        return args[0] if args else kwargs[next(iter(kwargs))]
+
+    def write_input(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with what the ops made of `read_input`."""
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+
+    def read_output(self, output: Any) -> Tensor:
+        """The output, or the first of a tuple."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def write_output(self, output: Any, y: Tensor) -> Any:
+        """The output with what the ops made of `read_output`."""
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _replay(self, then: tuple[Any, ...], x: Tensor) -> Tensor:
