@@ -53,11 +53,32 @@ and cutmix, label smoothing 0.1, half of the patches dropped in the first part, 
 was shared, so the seconds say little about speed.
 CIFAR-100 as published has 10 images that occur in both splits.
 
-## Licence
+{learning}## Licence
 
 The weights: Apache-2.0. The data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; no licence
 stated.
 """
+
+
+LEARNING = """## Adapted to another task
+
+2,000 images of CIFAR-10 (200 of each class) for training, all 10,000 test images; mean and deviation over {seeds} seeds, the last
+of {epochs} epochs (`benchmarks/learning.py`):
+
+{table}
+"""
+
+
+def learning() -> str:
+    """The section with the table of `benchmarks/learning.py`, if that was run on these weights."""
+    results = ROOT / "benchmarks" / "results"
+    if not (results / "learning.md").exists():
+        return ""
+    record = json.loads((results / "learning.json").read_text())
+    if record["backbone"] != zoo.load("vit-micro").fingerprint:
+        return ""
+    seeds = record["summary"][0]["seeds"]
+    return LEARNING.format(seeds=seeds, epochs=record["epochs"], table=(results / "learning.md").read_text())
 
 
 def main() -> None:
@@ -82,6 +103,7 @@ def main() -> None:
         seconds=sum(e["seconds"] for e in log["epochs"]),
         device=options.pop("device"),
         fingerprint=model.fingerprint,
+        learning=learning(),
         arguments="\n".join(f"- `--{k.replace('_', '-')} {v}`" for k, v in options.items()),
     )
     (ROOT / "model_cards" / "vit-micro.md").write_text(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import zoo
@@ -23,3 +25,16 @@ def test_markdown_names_reasons_once() -> None:
     text = as_markdown(cells)
     assert text.count("\n| `") == 2
     assert "attach, train, save, merge" in text
+
+
+def test_command_line_shows_the_table() -> None:
+    from typer.testing import CliRunner
+
+    from zoo.cli import app
+
+    result = CliRunner().invoke(app, ["list", "linear", "--table", "--json"])
+    cells = json.loads(result.output)
+    assert {c["family"] for c in cells} >= {"vit", "swin"} and {c["method"] for c in cells} == {"linear"}
+    assert all(c[step] for c in cells for step in STEPS)
+    wrong = CliRunner().invoke(app, ["list", "lineer", "--table"])
+    assert wrong.exit_code == 1 and "linear" in wrong.output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.errors import AttachError, MergeError, UnknownNameError, ZooError
+from zoo.errors import AttachError, MergeError, MissingPackageError, UnknownNameError, ZooError
 
 STEPS = ("attach", "train", "save", "merge")
 
@@ -61,9 +61,12 @@ def tiny_model(family: str) -> tuple[Any, tuple[Tensor, ...]]:
 
 
 def _cell(family: str, method: str) -> Cell:
-    model, batch = tiny_model(family)
-    targets = torch.arange(len(batch[0]))
     done = dict.fromkeys(STEPS, "not reached")
+    try:
+        model, batch = tiny_model(family)
+    except MissingPackageError as error:
+        return Cell(family, method, **{**done, "attach": str(error)}, parameters=0)
+    targets = torch.arange(len(batch[0]))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
@@ -89,6 +92,8 @@ def _cell(family: str, method: str) -> Cell:
 
 
 def _train(model: Any, batch: tuple[Tensor, ...], targets: Tensor) -> str:
+    if not model.parameters_to_train():
+        return "nothing to train: this method trains the head alone, and the model has none"
     dead = model.probe(*batch)
     if dead:
         return f"defect: without a gradient: {', '.join(dead)}"

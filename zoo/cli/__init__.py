@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, run, share
+from zoo.cli import bench, catalog, listing, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main"]
@@ -60,7 +60,7 @@ def main(
 
 
 for _command, _name in (
-    (catalog.list_, "list"),
+    (listing.list_, "list"),
     (catalog.points, "points"),
     (catalog.info, "info"),
     (run.fit, "fit"),

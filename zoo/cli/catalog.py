@@ -1,11 +1,9 @@
-"""`zoo list`, `zoo points`, `zoo info`: what there is, where it can go, and what a folder holds."""
+"""`zoo points`, `zoo info`: where something can be added, and what a name or a folder stands for."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import inspect
-import sys
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,108 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoo.cli.common import JSON_HELP, console, count, is_folder, print_json, size, table
+from zoo.cli.listing import summary
 from zoo.errors import AttachError, SelectionError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
-    from zoo.adapter import Adapter
     from zoo.model import Model
     from zoo.points import Point
 
 Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
-
-
-def list_(
-    what: Annotated[str, typer.Argument(help="backbones, adapters, or a pattern such as 'vit*'.")] = "all",
-    pattern: Annotated[str, typer.Argument(help="Only names that match, with * and ?.")] = "*",
-    as_json: Json = False,
-) -> None:
-    """List backbones, methods, and the trained adapters that come along.
-
-    \b
-      zoo list
-      zoo list adapters
-      zoo list backbones 'swin*'
-      zoo list 'vit*' --json
-
-    Any other timm model of a listed family works too, by its own name: timm:vit_small_patch14_dinov2.lvd142m
-    """
-    if what not in ("all", "backbones", "adapters"):
-        what, pattern = "all", what
-    found: dict[str, list[dict[str, Any]]] = {}
-    if what in ("all", "backbones"):
-        found["backbones"] = _backbones(pattern)
-    if what in ("all", "adapters"):
-        found["adapters"] = _adapters(pattern)
-    if what in ("all", "adapters"):
-        found["trained"] = _trained(pattern)
-    if not any(found.values()):
-        import zoo
-
-        known = [*zoo.list_backbones(), *zoo.list_adapters()]
-        raise UnknownNameError(f"No name matches '{pattern}'. {nearest(pattern, known)}")
-    if as_json:
-        print_json(found)
-        return
-    out = console()
-    if found.get("backbones"):
-        rows = [(b["name"], b["family"], b["source"]) for b in found["backbones"]]
-        out.print(table(["backbone", "family", "library's name"], rows))
-    if found.get("adapters"):
-        if found.get("backbones"):
-            out.print()
-        out.print(table(["adapter", "what it is"], [(a["name"], a["summary"]) for a in found["adapters"]]))
-    if found.get("trained"):
-        if found.get("backbones") or found.get("adapters"):
-            out.print()
-        trained = [(t["name"], t["backbone"], t["methods"], t["classes"] or "") for t in found["trained"]]
-        out.print(table(["trained, comes along", "backbone", "methods", "classes"], trained, right=["classes"]))
-
-
-def _backbones(pattern: str) -> list[dict[str, Any]]:
-    from zoo import registry
-
-    rows = []
-    for key in registry.families():
-        cls = registry.family(key)
-        for alias, source in cls.aliases.items():
-            if fnmatch.fnmatch(alias, pattern):
-                rows.append({"name": alias, "family": key, "modality": cls.modality, "source": source})
-    return rows
-
-
-def _adapters(pattern: str) -> list[dict[str, Any]]:
-    from zoo import registry
-
-    classes = {name: registry.adapter_class(name) for name in registry.list_adapters(pattern)}
-    return [{"name": name, "summary": summary(cls), "paper": cls.paper} for name, cls in classes.items()]
-
-
-def _trained(pattern: str) -> list[dict[str, Any]]:
-    """Trained adapters that come with the packages."""
-    from zoo.loading import embedded_adapters
-    from zoo.saved import read
-
-    rows = []
-    for name, folder in embedded_adapters().items():
-        if fnmatch.fnmatch(name, pattern):
-            saved = read(folder)
-            methods = ", ".join(a.method for a in saved.adapters)
-            rows.append(
-                {"name": name, "backbone": saved.backbone_name, "methods": methods, "classes": saved.num_classes}
-            )
-    return rows
-
-
-def summary(cls: type[Adapter]) -> str:
-    """The first sentence of a method's file, or of its class."""
-    module = sys.modules.get(cls.__module__)
-    for text in (inspect.getdoc(module) if module else "", cls.__doc__):
-        first = " ".join((text or "").strip().split("\n\n")[0].split())
-        if first and not first.startswith(
-            f"{cls.__name__}("
-        ):  # a dataclass without a docstring documents its signature
-            return first.split(". ")[0].rstrip(".") + "."
-    return ""
 
 
 def points(
@@ -356,4 +260,4 @@ def _cell(key: str, value: Any) -> str:
     return count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-__all__ = ["collapse", "default", "info", "list_", "points", "summary"]
+__all__ = ["collapse", "default", "info", "points"]
