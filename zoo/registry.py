@@ -84,7 +84,14 @@ def _entry_points(group: str) -> dict[str, Any]:
     found = {e.name: e for e in importlib.metadata.entry_points(group=group)}
     # In a checkout that is not installed, or in an older installation, our own are still known.
     own = {
-        "zoo.backbones": {"vit": "vision.vit", "swin": "vision.swin"},
+        "zoo.backbones": {
+            "vit": "vision.vit",
+            "swin": "vision.swin",
+            "clip": "multimodal.clip",
+            "dit": "multimodal.dit",
+            "cogvideox": "multimodal.cogvideox",
+            "ast": "audio.ast",
+        },
         "zoo.adapters": {
             **{
                 n: f"zoo.adapters.{n}"
@@ -92,7 +99,7 @@ def _entry_points(group: str) -> dict[str, Any]:
             },
             **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
         },
-        "zoo.tasks": {"classify": "zoo.tasks:Classify"},
+        "zoo.tasks": {"classify": "zoo.tasks:Classify", "multilabel": "zoo.multilabel:MultiLabel"},
     }[group]
     return own | found
 

@@ -1,0 +1,166 @@
+"""Attention of diffusers with extra keys and values, and sites of modules that carry two streams. See `zoo.attention`.
+
+The library's `Attention` holds q, k, v and o as Linears, and leaves the product to a processor. Each class here is the
+forward of one processor with `attend` for the product. Extra keys join behind the norms and positions of the own ones: they
+have neither, and every query sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.attention import AttentionSite, Bias, Given, parts
+from zoo.errors import AttachError
+from zoo.library import library
+from zoo.points import Point
+from zoo.sites import Op, Site
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+
+@dataclass(eq=False)
+class TwoStreams(Site):
+    """CogVideoX's modulated norm `(video, text, c) -> (video, text, gate, gate)`: ops see [text | video], one sequence."""
+
+    _text: int = 0  # tokens of text in the present call
+
+    def read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """(B, L + N, d)."""
+        self._text = args[1].shape[1]
+        return torch.cat([args[1], args[0]], dim=1)
+
+    def write_input(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Parted again."""
+        return (x[:, self._text :], x[:, : self._text], *args[2:]), kwargs
+
+    def read_output(self, output: Any) -> Tensor:
+        """(B, L + N, d)."""
+        self._text = output[1].shape[1]
+        return torch.cat([output[1], output[0]], dim=1)
+
+    def write_output(self, output: Any, y: Tensor) -> Any:
+        """Parted again."""
+        return (y[:, self._text :], y[:, : self._text], *output[2:])
+
+
+def _masked(mask: Tensor | None) -> Bias:
+    """What `attend` adds to the scores: the library's mask (B, h, 1 or N, L), 0 for extra keys."""
+
+    def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        return F.pad(mask if index is None else mask.index_select(0, index), (extra, 0))
+
+    return bias
+
+
+@dataclass(eq=False)
+class Extended(AttentionSite):
+    """What the processors share."""
+
+    @property
+    def dropout(self) -> float:
+        """The processors drop nothing."""
+        return 0.0
+
+    def split(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, N, h c) -> (B, h, N, c), normed."""
+        tokens = projected.unflatten(-1, (int(self.module.heads), -1)).transpose(1, 2)  # type: ignore[arg-type]
+        return tokens if norm is None else norm(tokens)
+
+    def mask(self, mask: Tensor | None, keys: int, batch: int) -> Tensor | None:
+        """The library's mask, prepared as its processors do it."""
+        if mask is None:
+            return None
+        attention: Any = self.module
+        prepared = attention.prepare_attention_mask(mask, keys, batch)
+        return prepared.view(batch, attention.heads, -1, prepared.shape[-1])
+
+    def out(self, y: Tensor) -> Tensor:
+        """(B, h, N, c) -> (B, N, d): the output projection and its dropout."""
+        attention: Any = self.module
+        return attention.to_out[1](attention.to_out[0](y.transpose(1, 2).flatten(2)))
+
+
+@dataclass(eq=False)
+class Plain(Extended):
+    """`AttnProcessor2_0`: self or cross attention (DiT, PixArt)."""
+
+    def extended(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """(B, N, d), with the context (B, L, d_c) of cross attention -> (B, N, d)."""
+        attention: Any = self.module
+        batch = len(hidden_states)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = self.split(attention.to_q(hidden_states), attention.norm_q)
+        k = self.split(attention.to_k(context), attention.norm_k)
+        v = self.split(attention.to_v(context))
+        mask = self.mask(attention_mask, context.shape[1], batch)
+        return self.out(self.attend(q, k, v, batch, _masked(mask)))
+
+
+@dataclass(eq=False)
+class TextAndVideo(Extended):
+    """`CogVideoXAttnProcessor2_0`: one attention over [text | video], the video's positions turned into q and k."""
+
+    def extended(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Video (B, N, d) and text (B, L, d) -> the same."""
+        attention: Any = self.module
+        batch, text = len(hidden_states), encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q = self.split(attention.to_q(x), attention.norm_q)
+        k = self.split(attention.to_k(x), attention.norm_k)
+        v = self.split(attention.to_v(x))
+        if image_rotary_emb is not None:
+            q, k = (_turned(t, text, image_rotary_emb) for t in (q, k))
+        mask = self.mask(attention_mask, x.shape[1], batch)
+        y = self.out(self.attend(q, k, v, batch, _masked(mask)))
+        return y[:, text:], y[:, :text]
+
+
+def _turned(tokens: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (B, h, L + N, c), those behind the text turned by their position."""
+    turn: Any = library("diffusers.models.embeddings", "multimodal").apply_rotary_emb
+    return torch.cat([tokens[:, :, :text], turn(tokens[:, :, text:], rotary)], dim=2)
+
+
+KINDS: dict[str, type[Extended]] = {"AttnProcessor2_0": Plain, "CogVideoXAttnProcessor2_0": TextAndVideo}
+
+
+def record(session: Session, point: Point, module: nn.Module) -> None:
+    """Record the op of `point.extend(module)`.
+
+    Raises:
+        AttachError: the attention has a processor that is not described here, or an option that none of the families uses.
+    """
+    attention: Any = point.module
+    processor = type(attention.processor).__name__
+    odd = [n for n in ("group_norm", "spatial_norm", "norm_cross") if getattr(attention, n, None) is not None]
+    if processor not in KINDS or odd or getattr(attention, "residual_connection", False):
+        raise AttachError(
+            f"the attention at '{point.name}' has {' and '.join([processor, *odd])}; more keys and values are described for "
+            f"{', '.join(KINDS)} alone. Put the library's own processor back (after fuse_qkv_projections(): "
+            "unfuse_qkv_projections()), or leave the point out of the targets."
+        )
+    op = Op(session.owner, "forward", Given(module), point.name, verb="extend", modules=parts(module))
+    session.op(attention, op, KINDS[processor])

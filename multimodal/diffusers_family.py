@@ -1,0 +1,276 @@
+"""What the diffusers families share: names, building, checks of inputs, preprocessing, licences.
+
+A diffusion transformer takes noisy latents, a time step and a condition, and answers with a prediction of the latents' shape
+(the noise, the velocity, or the flow; some predict a variance in as many channels more). That prediction is what `features`
+returns: there is nothing to pool and no classifier. A text encoder and the autoencoder between pixels and latents are modules
+of their own, which the library's pipelines hold (`multimodal.pipelines`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone, Row, find, make_linear
+from zoo.errors import ConfigError, DataError
+from zoo.library import library, pretrained_config
+from zoo.points import ConditionPoint, NormPoint, Point
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+# What a configuration file calls the classes that families here describe
+FAMILIES = {
+    "DiTTransformer2DModel": "dit",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "PixArtTransformer2DModel": "pixart",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+}
+# The first releases of DiT and PixArt name a class that the library has split since
+_SPLIT = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
+# An MLP of the library: up, activation, dropout, down
+FEED_FORWARD = (
+    Row("linear", "up", "mlp.up", "ff.net.0.proj"),
+    Row("linear", "down", "mlp.down", "ff.net.2"),
+)
+
+
+class DiffusersBackbone(Backbone):
+    """A transformer of diffusers; `diffusers:<repository or folder>` is any one of the family's class."""
+
+    modality = "diffusion-image"
+    pools = False
+    tiny_classes = None
+    task = "diffuse"
+    diffusers_class: ClassVar[str] = ""
+    # Settings of the transformers that have an alias, so that they are built without a network
+    configs: ClassVar[dict[str, dict[str, Any]]] = {}
+    licences: ClassVar[dict[str, str]] = {}
+    # The noise schedule that the checkpoints were trained with: a scheduler class of diffusers and its settings
+    schedule: ClassVar[tuple[str, dict[str, Any]]] = ("DDPMScheduler", {})
+    # Points outside of the blocks, in front of them and behind: (kind, role, name, module path)
+    front: ClassVar[tuple[tuple[str, str, str, str], ...]] = ()
+    back: ClassVar[tuple[tuple[str, str, str, str], ...]] = ()
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """True for `diffusers:<repository or folder>` whose transformer is of this family's class."""
+        if not name.startswith("diffusers:"):
+            return False
+        if name in cls.configs:
+            return True
+        config, _ = source_config(name.removeprefix("diffusers:"))
+        if isinstance(config, str):
+            return config
+        known = class_of(config)
+        if known not in FAMILIES:
+            return (
+                f"Its transformer is a {known}, which no family here describes (they describe {', '.join(FAMILIES)})."
+            )
+        return known == cls.diffusers_class
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """The library's transformer; `kwargs` are settings of its class and replace those of the checkpoint.
+
+        Raises:
+            ConfigError: a setting that the class does not have or take, or weights that cannot be had.
+            MissingPackageError: diffusers is not installed.
+        """
+        options = {k: v for k, v in kwargs.items() if v is not None}
+        made = getattr(library("diffusers", "multimodal"), cls.diffusers_class)
+        if pretrained:
+            return cls._load(made, name, options)
+        config = cls.configs.get(name)
+        if config is None:
+            found, _ = source_config(name.removeprefix("diffusers:"))
+            if isinstance(found, str):
+                raise ConfigError(f"'{name}' cannot be built: {found}")
+            takes = inspect.signature(made.__init__).parameters
+            config = {k: v for k, v in found.items() if k in takes}
+        try:
+            return made(**{**config, **options})
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ConfigError(f"diffusers does not take these options for '{name}': {error}") from error
+
+    @classmethod
+    def _load(cls, made: Any, name: str, options: dict[str, Any]) -> nn.Module:
+        source = name.removeprefix("diffusers:")
+        _, folder = source_config(source)
+        try:
+            return made.from_pretrained(source, **({"subfolder": folder} if folder else {}), **options)
+        except Exception as error:
+            raise ConfigError(
+                f"The pretrained weights of '{name}' could not be loaded: {type(error).__name__}: {str(error)[:300]}. Check the "
+                "network and the name, or pass pretrained=False for random weights."
+            ) from error
+
+    def licence(self) -> str | None:
+        """Licence of the checkpoints that have an alias; None for random weights and others."""
+        return self.licences.get(self._library_name) if self.pretrained else None
+
+    def hub_id(self) -> str | None:
+        """Hub repository of the checkpoint; None for random weights and local folders."""
+        source = self._library_name.removeprefix("diffusers:")
+        local = not self.pretrained or ":" in source or Path(source).expanduser().exists()
+        return None if local else source
+
+    @property
+    def _library_name(self) -> str:
+        return self.aliases.get(self.name, self.name)
+
+    # -- what the model asks ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The library's configuration of the transformer."""
+        return self.module.config
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the prediction."""
+        return int(self.config.out_channels or self.config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are denoised."""
+        return int(self.config.in_channels)
+
+    def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """The transformer's prediction; see `run`."""
+        return self.run(self.module, *inputs, **kwargs)
+
+    def data_config(self) -> dict[str, Any]:
+        """Pixels in [-1, 1], eight for each latent along a side; a transformer of three channels works on pixels themselves."""
+        size = int(self.config.sample_size) * (1 if self.latent_channels == 3 else 8)
+        half = (0.5, 0.5, 0.5)
+        return {"input_size": (3, size, size), "mean": half, "std": half, "crop_pct": 1.0, "interpolation": "bicubic"}
+
+    def preprocess(self, train: bool, **options: Any) -> Any:
+        """PIL image -> pixels in [-1, 1]: the centre, flipped at random in training. No random crops: they would be generated."""
+        from multimodal.pixels import Pixels
+
+        return Pixels(self.data_config(), train and options.get("augment", "crop-flip") == "crop-flip")
+
+    def scheduler(self) -> Any:
+        """A fresh scheduler of diffusers with the noise that the family's checkpoints were trained with."""
+        name, settings = self.schedule
+        return getattr(library("diffusers", "multimodal"), name)(**settings)
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """Points of the embeddings, of every block, and of the final projection."""
+        dim = int(self.config.num_attention_heads * self.config.attention_head_dim)
+        found = [p for line in self.front for p in self.outside(dim, *line)]
+        for i, block in enumerate(self.module.transformer_blocks):  # type: ignore[arg-type]
+            found += self.points_at(block, f"blocks.{i}", f"transformer_blocks.{i}", i)
+        return found + [p for line in self.back for p in self.outside(dim, *line)]
+
+    def points_at(self, block: nn.Module, name: str, path: str, index: int) -> list[Point]:
+        """Points of one block by the family's table; norms without parameters are no points."""
+        heads, width = int(self.config.num_attention_heads), int(self.config.attention_head_dim)
+        found = self.points_of_block(
+            block, name, path, heads * width, heads, block=index, attention={"head_dim": width}
+        )
+        return [_sized(p) for p in found if p.kind != "norm" or p.dim_out]
+
+    def outside(self, dim: int, kind: str, role: str, name: str, path: str) -> list[Point]:
+        """A point outside of the blocks, if the module has it."""
+        module = find(self.module, path)
+        if module is None:
+            return []
+        common: dict[str, Any] = {"name": name, "role": role, "path": path, "module": module}
+        if kind == "linear":
+            point = make_linear(module, None, "", 0, common)
+            return [] if point is None else [point]
+        if kind == "norm":
+            weight = getattr(module, "weight", None)
+            return [] if weight is None else [NormPoint(**common, dim_in=dim, dim_out=len(weight))]
+        return [_sized(ConditionPoint(**common, dim_in=dim, dim_out=dim))]
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """`extend` of attention points (`multimodal.diffusers_attention`).
+
+        Raises:
+            AttachError: a processor that is not described there, or another verb.
+        """
+        if verb != "extend":
+            super().record(session, point, verb, module, **options)
+            return
+        from multimodal.diffusers_attention import record
+
+        record(session, point, module)
+
+    # -- checks of inputs -------------------------------------------------------------------------------------------
+
+    def check_latents(self, latents: Any, layout: str, channels: int) -> None:
+        """Raise DataError unless latents have the dimensions of `layout` ("B C H W") and as many channels."""
+        axes = layout.split()
+        if not isinstance(latents, Tensor) or latents.ndim != len(axes):
+            shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise DataError(f"latents are {shape}; '{self.name}' takes ({', '.join(axes)}).")
+        given, patch = latents.shape[axes.index("C")], int(self.config.patch_size)
+        if given != channels:
+            raise DataError(
+                f"latents of shape {tuple(latents.shape)} have {given} channels; '{self.name}' takes {channels}, in the order "
+                f"({', '.join(axes)}). Encode pixels with the autoencoder that belongs to it (zoo.fit(..., "
+                f"task=Diffuse(vae=...))), or build it with in_channels={given}."
+            )
+        if latents.shape[-1] % patch or latents.shape[-2] % patch:
+            raise DataError(
+                f"latents of {latents.shape[-2]} x {latents.shape[-1]} cannot be cut into patches of {patch} x {patch}; pad or "
+                "resize them to a multiple."
+            )
+
+
+def timesteps(value: Any, latents: Tensor) -> Tensor:
+    """(B,) time steps on the device of the latents, from a number, a scalar tensor or (B,).
+
+    Raises:
+        DataError: another number of them than latents.
+    """
+    steps = value if isinstance(value, Tensor) else torch.tensor(value, device=latents.device)
+    steps = steps.to(latents.device)
+    if steps.ndim == 0 or steps.numel() == 1:
+        return steps.reshape(1).expand(len(latents))
+    if steps.shape != (len(latents),):
+        raise DataError(
+            f"timestep has shape {tuple(steps.shape)} for {len(latents)} latents; give one for each, or one."
+        )
+    return steps
+
+
+def source_config(source: str) -> tuple[dict[str, Any] | str, str]:
+    """The transformer's configuration in a pipeline or in a folder of its own, and the subfolder that it is in."""
+    inside = pretrained_config(source, "transformer/config.json")
+    if isinstance(inside, dict):
+        return inside, "transformer"
+    alone = pretrained_config(source)
+    return (alone, "") if isinstance(alone, dict) else (inside, "")
+
+
+def class_of(config: dict[str, Any]) -> str:
+    """The library's class that a configuration is of."""
+    name = str(config.get("_class_name", "?"))
+    return _SPLIT.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name
+
+
+def _sized(point: Point) -> Point:
+    """The widths that are the point's own: a table of embeddings takes indices, a norm of queries sees heads."""
+    if point.kind == "condition":
+        linears = [m for m in point.module.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+        first, last = linears[0], linears[-1]
+        point.dim_in = first.in_features if isinstance(first, nn.Linear) else 0
+        point.dim_out = last.out_features if isinstance(last, nn.Linear) else last.embedding_dim
+    elif point.kind == "norm":
+        point.dim_in = point.dim_out
+    return point
