@@ -1,0 +1,117 @@
+"""Prefixes and prompts on attentions of transformers with `q_proj`, `k_proj` and `v_proj`. See `zoo.attention` for the idea."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.attention import AttentionSite, Given, Insert, Pair, Prompts, parts
+from zoo.errors import AttachError
+from zoo.points import Point, TokensPoint
+from zoo.sites import BlockSite, Op, Site
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+
+@dataclass(eq=False)
+class SplitKeys:
+    """norm -> key and value projections -> keys and values (`Prompts.project`)."""
+
+    norm: nn.Module
+    k: nn.Module
+    v: nn.Module
+    num_heads: int
+
+    def __call__(self, tokens: Tensor) -> Pair:
+        """(n, T, d) -> two of (n, h, T, c)."""
+        normed = self.norm(tokens)
+        keys, values = (p(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.k, self.v))
+        return keys, values
+
+
+@dataclass(eq=False)
+class SplitAttention(AttentionSite):
+    """A self-attention of three projections and an output projection, extended; it answers (y, None)."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the library would use a fused product."""
+        return self.module.config._attn_implementation != "eager"  # type: ignore[union-attr]
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.module.scaling)  # type: ignore[arg-type]
+
+    @property
+    def dropout(self) -> float:
+        """Of the attention weights, 0 in evaluation."""
+        return float(self.module.attention_dropout) if self.module.training else 0.0  # type: ignore[arg-type]
+
+    def extended(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """x (B, N, d) -> (B, N, d). Extra keys are seen by every query, masked or not."""
+        attention: Any = self.module
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+
+        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+            if attention_mask is None:
+                return None
+            rows = index is not None and len(attention_mask) > 1
+            mask = attention_mask.index_select(0, index) if rows else attention_mask  # type: ignore[arg-type]
+            return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
+
+        y = self.attend(q, k, v, len(hidden_states), bias).transpose(1, 2).flatten(2)
+        return attention.o_proj(y), None
+
+
+def record(
+    session: Session,
+    point: Point,
+    verb: str,
+    module: nn.Module,
+    *,
+    block: Any,
+    attention: Any,
+    norm: nn.Module,
+    final: nn.Module,
+    options: dict[str, Any],
+) -> None:
+    """Record the ops of `extend` and `prompt` at a block of this kind.
+
+    Args:
+        block, attention, norm: the residual block, its attention, and the norm in front of that.
+        final: the norm behind the last block, in front of which prompts that flow are taken out: where nothing but prefix
+            tokens is pooled, nobody reads them.
+
+    Raises:
+        AttachError: queries of their own.
+    """
+
+    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, per_row: bool) -> None:
+        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), per_row=per_row)
+        session.op(site_module, made, kind)
+
+    if verb == "extend":
+        op(attention, SplitAttention, "forward", Given(module), per_row=True)
+    elif verb == "prompt" and options["keep"]:
+        assert isinstance(point, TokensPoint)
+        insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
+        op(block, BlockSite, "input", insert, per_row=False)
+        op(final, Site, "input", insert.strip, per_row=False)
+    elif verb == "prompt":
+        heads = attention.q_proj.out_features // attention.head_dim
+        project = SplitKeys(norm, attention.k_proj, attention.v_proj, heads)
+        through = (norm, attention.k_proj, attention.v_proj)
+        op(attention, SplitAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)
+    else:
+        raise AttachError(
+            f"'{verb}' is not available at '{point.name}': tokens that only query are described for timm's attentions."
+        )
