@@ -13,6 +13,7 @@ from torch import nn
 from zoo.adapter_base import Adapter
 from zoo.backbone import Backbone
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.heads import make_head
 from zoo.points import Points
 from zoo.session import Session, Swap
 from zoo.sites import BlockSite, Op, Place, Site, State
@@ -296,15 +297,35 @@ class AdapterHost(nn.Module):
         """Width of the head in use; 0 without one."""
         return int(getattr(self.head, "out_features", 0))
 
-    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
-        """A new, untrained head of another width in place of the one in use."""
-        dim, name = self._feature_dim(self._active_adapters()), self.head_name
-        if name == "default" and dim != self.family.feature_dim:  # the bare backbone needs its own
-            name = self._state.active[-1]
+    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear") -> None:
+        """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`."""
+        dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()
         made_for: Any = dict(self.adapters.items()).get(name)
-        self.heads[name] = self._new_head(num_classes, dim, made_for)
+        self.heads[name] = self._new_head(num_classes, dim, made_for, kind)
         self.classes = list(classes) if classes is not None else None
         self.train(self.training)
+
+    def set_head(self, head: nn.Linear, classes: Sequence[str] | None = None) -> None:
+        """Put a head (one of `zoo.heads`) in place of the one in use, with the names of its classes.
+
+        Raises:
+            ConfigError: it does not stand on features of this width, or has no name for each class.
+        """
+        dim = self._feature_dim(self._active_adapters())
+        if head.in_features != dim:
+            raise ConfigError(f"the head takes features of width {head.in_features}; the model gives {dim}.")
+        if classes is not None and len(classes) != head.out_features:
+            raise ConfigError(
+                f"the head has {head.out_features} outputs, and there are {len(classes)} names of classes."
+            )
+        self.heads[self._place_of_head()] = head.to(device=self.device, dtype=self.dtype)
+        self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def _place_of_head(self) -> str:
+        if self.head_name == "default" and self._feature_dim(self._active_adapters()) != self.family.feature_dim:
+            return self._state.active[-1]  # the bare backbone needs its own
+        return self.head_name
 
     def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
         dim = self.family.feature_dim
@@ -312,7 +333,7 @@ class AdapterHost(nn.Module):
             dim = adapter.feature_dim(dim)
         return dim
 
-    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None) -> nn.Module:
+    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None, kind: str = "linear") -> nn.Module:
         if num_classes < 0:
             raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
         if num_classes == 0:
@@ -322,11 +343,15 @@ class AdapterHost(nn.Module):
                 f"'{self.family.name}' has no pooled features that a classifier could stand on: its own output comes out. Leave "
                 "num_classes out."
             )
-        head = nn.Linear(dim, num_classes, device=self.device, dtype=self.dtype)
+        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
+        plain = kind == "linear" and own
+        head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
         if self.device.type != "meta":
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-            if adapter is not None and dim != self.family.feature_dim:
+            for part in head.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.trunc_normal_(part.weight, std=0.02)
+                    nn.init.zeros_(part.bias)
+            if adapter is not None and isinstance(head, nn.Linear) and not own:
                 adapter.init_head(head)
         return head
 

@@ -16,7 +16,7 @@ they depend on is changed or replaced, or the model's mode or set of adapters ch
 autograd cannot see, in evaluation mode, is noticed only at the next `model.train()` or `model.eval()`.)
 
 What is around this differs between families: each has an `AttentionSite` of its own whose `extended` is the library's forward
-with `attend` for the product (`vision.vit_attention`, `vision.swin_attention`, and so on).
+with `attend` for the product (`FusedAttention` below, `vision.swin_attention`, and so on).
 """
 
 from __future__ import annotations
@@ -291,6 +291,35 @@ class AttentionSite(Site):
         elif added is not None:
             scores = scores + added
         return F.dropout(scores.softmax(dim=-1), self.dropout, self.dropout > 0) @ v
+
+
+@dataclass(eq=False)
+class FusedAttention(AttentionSite):
+    """An attention of the layout of timm's `Attention` (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`), extended."""
+
+    def extended(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, N, d) -> (B, N, d). Extra keys are seen by every query, masked or not."""
+        attention: Any = self.module
+        batch, tokens, _ = x.shape
+        gate = getattr(attention, "gate", None)
+        gate = None if gate is None else gate(x).sigmoid()
+        q, k, v = heads(attention.qkv(x), attention.num_heads)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+
+        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+            mask = attn_mask
+            if is_causal:
+                mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+            if mask is None:
+                return None
+            if index is not None and mask.dim() == 4 and len(mask) > 1:
+                mask = mask.index_select(0, index)
+            return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
+
+        y = self.attend(q, k, v, batch, bias).transpose(1, 2).flatten(2)
+        y = attention.norm(y)
+        y = y if gate is None else y * gate
+        return attention.proj_drop(attention.proj(y))
 
 
 def _select(own: Tensor, rows: Tensor, *extra: Tensor) -> Tensor:

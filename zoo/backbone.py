@@ -138,6 +138,10 @@ class Backbone:
         """Remove the classifier from the module and return it (None if it has none)."""
         return None
 
+    def new_head(self, num_classes: int, **factory: Any) -> nn.Module:
+        """A classifier on `features`, with `in_features` and `out_features`; `factory` is its device and dtype."""
+        return nn.Linear(self.feature_dim, num_classes, **factory)
+
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Put a classifier into a (merged) module of this family."""
         raise MergeError(
@@ -185,6 +189,10 @@ class Backbone:
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """What a plain (merged) module of this family answers to the inputs of `features`."""
         return module(*inputs)  # type: ignore[no-any-return]
+
+    def fold_shift(self, module: nn.Module, point: Point, shift: Tensor) -> bool:
+        """Add `shift` (dim_out,) to a projection's output in a merged copy where it has no bias; false if that cannot be."""
+        return False
 
     def restore(self, module: nn.Module) -> nn.Module:
         """A merged copy of the module with the library's own parts back in place of ours; by default there are none."""

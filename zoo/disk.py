@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.errors import ConfigError, MismatchError, SaveError, nearest
+from zoo.heads import kind_of
 from zoo.layout import (
     CARD,
     CONFIG,
@@ -108,7 +109,9 @@ def save(
             {"name": name, "method": method.method, "config": settings, "plan": method.plan}
             for name, method, (settings, _) in zip(names, methods, parts, strict=True)
         ],
-        "head": {"num_classes": num_classes, "classes": classes} if num_classes else None,
+        "head": {"num_classes": num_classes, "classes": classes, **_head_kind(model.heads[own_head])}
+        if num_classes
+        else None,
     }
     return write(folder, config, tensors, model.record, render(model, names, source=source or folder.resolve().name))
 
@@ -277,8 +280,8 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
             added += [one for one in model.adapters if one not in before]
             _fill(model.adapters[added[-1]], saved.adapter_tensors(entry.name), f"adapter '{entry.name}'", model, saved)
         if head and saved.num_classes is not None:
-            if not own_head:
-                model.reset_head(saved.num_classes)
+            if not own_head or saved.head_kind != "linear":
+                model.reset_head(saved.num_classes, kind=saved.head_kind)
             _fill(model.head, saved.head_tensors(), "head", model, saved)
             model.classes = saved.classes
     except BaseException:
@@ -292,6 +295,11 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
     if not model.record:
         model.record = dict(saved.record)
     return added
+
+
+def _head_kind(head: nn.Module) -> dict[str, str]:
+    kind = kind_of(head)
+    return {} if kind == "linear" else {"kind": kind}
 
 
 def _check_backbone(model: Model, saved: SavedAdapter) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
 from zoo.errors import ConfigError, WeightsError, nearest
+from zoo.heads import HEADS
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -160,7 +161,12 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
         names.add(name)
     head = config["head"]
     if head is not None:
-        _check_fields(head, {"num_classes": _WHOLE, "classes": _LIST + _NONE}, "head.", path)
+        fields = {"num_classes": _WHOLE, "classes": _LIST + _NONE}
+        if "kind" in head:  # left out for a linear head
+            fields["kind"] = _TEXT
+            if head["kind"] not in HEADS:
+                _wrong(path, "head.kind", repr(head["kind"]), f"one of {', '.join(HEADS)}")
+        _check_fields(head, fields, "head.", path)
         if head["num_classes"] < 1:
             _wrong(path, "head.num_classes", str(head["num_classes"]), "a whole number from 1")
         classes = head["classes"]

@@ -62,6 +62,12 @@ def load(
             )
         first = next(iter(packs.values()))
         backbone, backbone_kwargs = first.backbone_name, {**first.backbone_kwargs, **backbone_kwargs}
+    elif packs:
+        cls, own = registry.find_backbone(backbone)
+        first = next(iter(packs.values()))
+        if cls.point_options and registry.find_backbone(first.backbone_name) == (cls, own):
+            points = {k: v for k, v in first.backbone_kwargs.items() if k in cls.point_options}
+            backbone_kwargs = {**points, **backbone_kwargs}
     model = load_backbone(
         backbone,
         num_classes=num_classes,
@@ -98,6 +104,7 @@ def load_backbone(
 ) -> Model:
     """A bare model: the backbone and its head."""
     cls, own = registry.find_backbone(name)
+    kwargs = cls.options(num_classes, kwargs)
     where = torch.device(device) if device is not None else None
     meta = where is not None and where.type == "meta"
     if meta:
@@ -108,6 +115,7 @@ def load_backbone(
         module = cls.build(own, pretrained=pretrained, **kwargs)
     family = cls(module, name)
     family.pretrained = pretrained and not meta
+    family.configure(**kwargs)
     model = Model(family, num_classes=num_classes, memory=memory, kwargs=kwargs)
     if not meta and (where is not None or dtype is not None):
         model.to(device=where, dtype=dtype)

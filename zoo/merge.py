@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from zoo.points import LinearPoint, Point
 if TYPE_CHECKING:
     from zoo.adapter_base import Adapter
 
+Fold = Callable[[nn.Module, Point, Tensor], bool]  # see `Backbone.fold_shift`
+
 
 class Merger:
     """Handed to `Adapter.merge`: changes weights of `target`, a copy of the backbone without hooks.
@@ -26,9 +28,11 @@ class Merger:
     phases, and a verb acts in its own phase only; whatever the order of the adapters, merged and live agree.
     """
 
-    def __init__(self, target: nn.Module, points: Any) -> None:
+    def __init__(self, target: nn.Module, points: Any, fold: Fold | None = None) -> None:
         self.target = target
         self.points = points
+        self._fold = fold
+        self._folded: dict[str, Tensor] = {}  # points without a bias: what their family took in place of it
         self._phase = ""
 
     def run(self, adapters: Sequence[Adapter]) -> None:
@@ -91,10 +95,25 @@ class Merger:
 
     def add_bias(self, point: Point, delta: Tensor) -> None:
         """`b <- b + delta`; (dim_out,)."""
-        if self._phase != "output":
+        if self._phase != "output" or self._elsewhere(point, delta):
             return
         with self._edit(point, "bias") as bias:
             bias += delta.detach().to(bias)
+
+    def _elsewhere(self, point: Point, shift: Tensor | None, scale: Tensor | None = None) -> bool:
+        """Where there is no bias: fold the shift of an output into what the family has instead; false if it has nothing."""
+        before = self._folded.get(point.name)
+        nothing = shift is None and before is None
+        if nothing or self._fold is None or self.module(point)._parameters.get("bias") is not None:
+            return False
+        with torch.no_grad():
+            kept = before if before is None or scale is None else before * scale
+            after = sum(t.detach() for t in (kept, shift) if t is not None)
+            assert isinstance(after, Tensor)
+            if not self._fold(self.target, point, after if before is None else after - before):
+                return False
+        self._folded[point.name] = after
+        return True
 
     def rescale(self, point: Point, scale: Tensor, shift: Tensor | None = None) -> None:
         """Output `y <- scale * y + shift` of a projection or norm; both (dim_out,)."""
@@ -102,6 +121,8 @@ class Merger:
             return
         with self._edit(point, "weight") as weight:
             weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 1))
+        if self._elsewhere(point, shift, scale):
+            return
         if shift is not None or self.module(point)._parameters.get("bias") is not None:
             with self._edit(point, "bias") as bias:
                 bias *= scale.detach().to(bias)

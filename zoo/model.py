@@ -189,7 +189,7 @@ class Model(AdapterHost):
             plain = copy.deepcopy(self.backbone)
         for module, name, parameter in trained:
             plain.get_submodule(paths[id(module)])._parameters[name].data.copy_(parameter.data)  # type: ignore[union-attr]
-        Merger(plain, self.points).run(active)
+        Merger(plain, self.points, self.family.fold_shift).run(active)
         if not isinstance(head, nn.Identity):
             self.family.put_head(plain, copy.deepcopy(head))
         return self.family.restore(plain).requires_grad_(True).eval()
@@ -213,12 +213,13 @@ class Model(AdapterHost):
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def preprocess(self, train: bool = False, augment: str = "crop-flip") -> Callable[[Any], Tensor]:
-        """The backbone's own preprocessing, from a PIL image to a tensor (3, H, W).
+    def preprocess(self, train: bool = False, augment: str | None = None) -> Callable[[Any], Tensor]:
+        """The backbone's own preprocessing: from a PIL image to a tensor (3, H, W), from a waveform to (frames, bands).
 
-        In training it crops at random and flips; `augment="crop"` does not flip (digits, letters), "none" does neither.
+        In training an image is cropped at random and flipped; `augment="crop"` does not flip (digits, letters), "none" does
+        neither. Backbones of other kinds have their own words (sounds: "mask", "shift", "none").
         """
-        return self.family.preprocess(train, augment=augment)
+        return self.family.preprocess(train, **({} if augment is None else {"augment": augment}))
 
     @property
     def image_size(self) -> tuple[int, int]:

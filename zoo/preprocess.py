@@ -35,7 +35,7 @@ def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: 
 
     Args:
         config: `input_size` (C, H, W), and optionally `mean` and `std` (C values each), `interpolation`, `crop_pct`,
-            `crop_mode`, as in timm's data configuration.
+            `crop_mode`, as in timm's data configuration, and `scale`, the share of the area that a random crop keeps.
         train: augment; False gives the evaluation view.
         augment: of training: "crop-flip", "crop" (nothing is mirrored: digits, letters, left and right hands), "none".
 
@@ -60,6 +60,7 @@ class ImageTransform:
         self.std = _per_channel("std", config.get("std", (0.229, 0.224, 0.225)), self.channels)
         self.crop_pct = float(config.get("crop_pct") or 0.875)
         self.crop_mode = str(config.get("crop_mode") or "center")
+        self.scale = tuple(config.get("scale") or SCALE)
         name = str(config.get("interpolation") or "bicubic")
         name = "bilinear" if name == "random" else name
         for what, value, known in (
@@ -89,7 +90,7 @@ class ImageTransform:
         elif max(self.height, self.width) <= TINY:
             image = self._shifted(self._centre(image))
         else:
-            top, left, height, width = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
+            top, left, height, width = RandomResizedCrop.get_params(image, list(self.scale), list(RATIO))
             size = [self.height, self.width]
             image = TF.resized_crop(image, top, left, height, width, size, self.interpolation)
         if self.flip and bool(torch.rand(()) < 0.5):

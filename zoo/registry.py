@@ -87,9 +87,15 @@ def _entry_points(group: str) -> dict[str, Any]:
         "zoo.backbones": {
             "vit": "vision.vit",
             "swin": "vision.swin",
+            "groupmamba": "vision.groupmamba",
             "clip": "multimodal.clip",
+            "vl-t5": "multimodal.vl_t5",
+            "vl-bart": "multimodal.vl_bart",
             "dit": "multimodal.dit",
             "cogvideox": "multimodal.cogvideox",
+            "pixart": "multimodal.pixart",
+            "sd3": "multimodal.sd3",
+            "flux": "multimodal.flux",
             "ast": "audio.ast",
         },
         "zoo.adapters": {
@@ -99,7 +105,11 @@ def _entry_points(group: str) -> dict[str, Any]:
             },
             **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
         },
-        "zoo.tasks": {"classify": "zoo.tasks:Classify", "multilabel": "zoo.multilabel:MultiLabel"},
+        "zoo.tasks": {
+            "classify": "zoo.tasks:Classify",
+            "multilabel": "zoo.multilabel:MultiLabel",
+            "contrast": "multimodal.contrast:Contrast",
+        },
     }[group]
     return own | found
 

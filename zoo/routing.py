@@ -26,6 +26,7 @@ def forward_routed(
         UnknownNameError: an adapter that is not attached.
         ConfigError: not one name for each sample, or adapters whose heads have different widths.
     """
+    model.family.check_routed(*inputs)
     batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
     if len(names) != batch:
         raise ConfigError(

@@ -58,6 +58,7 @@ class SavedAdapter:
     record: dict[str, Any] = field(repr=False)
     card: str = field(repr=False)
     zoo_version: str = ""
+    head_kind: str = "linear"
     recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
 
     @property
@@ -124,6 +125,7 @@ def read(folder: str | Path) -> SavedAdapter:
         record=record,
         card=card,
         zoo_version=config["zoo_version"],
+        head_kind=head.get("kind", "linear") if head else "linear",
         recovered=recovered,
     )
 

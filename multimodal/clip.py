@@ -1,0 +1,322 @@
+"""CLIP and SigLIP in open_clip: an image tower and a text tower whose embeddings are compared.
+
+    s(x, t) = exp(a) <I(x) / |I(x)|, T(t) / |T(t)|> + b        a: logit scale; b: logit bias (SigLIP), else 0
+
+`features(images)` is I (B, d), on which a classifier can stand; `features(images, texts)` are the scores (B_images, B_texts).
+Points of the two towers are `image.blocks.3.attn.q`, `text.blocks.0.mlp` and so on (`multimodal.clip_towers`). Attentions whose
+projections are no modules are swapped for equal ones (`multimodal.clip_attention`), and `merge` puts the library's back.
+
+With a classifier the image tower alone is adapted, since what the text tower computes is read by nobody; `tower="image"`, "text"
+or "both" chooses otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal import clip_build
+from zoo.backbone import Backbone, find, make_linear
+from zoo.errors import ConfigError, DataError, MismatchError, nearest
+from zoo.library import library
+from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.registry import register_backbone
+
+if TYPE_CHECKING:
+    from multimodal.clip_towers import Tower
+    from zoo.session import Session
+
+TOWERS = ("image", "text", "both")
+
+
+@register_backbone
+class CLIPBackbone(Backbone):
+    """open_clip's `CLIP` and `CustomTextCLIP`: `open_clip:<architecture>[/<pretrained tag>]`."""
+
+    family = "clip"
+    modality = "image-text"
+    aliases = {
+        "clip-micro": "zoo:clip-micro",
+        "clip-vit-b32": "open_clip:ViT-B-32/openai",
+        "clip-vit-b16": "open_clip:ViT-B-16/openai",
+        "clip-vit-l14": "open_clip:ViT-L-14/openai",
+        "siglip-b16": "open_clip:ViT-B-16-SigLIP/webli",
+    }
+    elementwise = ("mlp.gelu", "mlp.act")
+    weights_folder = Path(__file__).parent / "weights"
+    task = "contrast"
+    point_options = ("tower",)
+    tiny = (
+        "clip-micro",
+        {
+            "embed_dim": 24,
+            "vision_cfg": {"width": 48, "layers": 2, "head_width": 16, "image_size": 16},
+            "text_cfg": {"width": 32, "layers": 2, "heads": 2, "vocab_size": 600, "context_length": 12},
+        },
+    )
+    tiny_classes = None
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.own_name = self.aliases.get(name, name).removeprefix("open_clip:")
+        self.tower = "both"
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """True for `open_clip:<architecture>[/<tag or file>]`, `open_clip:hf-hub:<repo>` and `open_clip:local-dir:<folder>`."""
+        if not name.startswith("open_clip:"):
+            return False
+        architecture, _ = clip_build.parts(name)
+        known = library("open_clip", "multimodal").list_models()
+        if ":" in architecture or architecture in known:
+            return True
+        return nearest(name, [f"open_clip:{k}" for k in known])
+
+    @classmethod
+    def options(cls, num_classes: int | None, given: dict[str, Any]) -> dict[str, Any]:
+        """With a classifier: `tower="image"`, if nothing else is said."""
+        if num_classes and given.get("tower") == "text":
+            raise ConfigError("a classifier stands on the image tower; tower='text' leaves nothing of it to adapt.")
+        return {"tower": "image", **given} if num_classes else given
+
+    def configure(self, tower: str | None = None, **_: Any) -> None:
+        """`tower`: which of them adapters see: "image", "text" or "both"."""
+        if tower is not None and tower not in TOWERS:
+            raise ConfigError(f"tower is {tower!r}; expected one of {', '.join(TOWERS)}.")
+        self.tower = tower or "both"
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """open_clip's model, with attentions that points can stand in.
+
+        `image_size` and `context_length` resize; `vision_cfg` and `text_cfg` override fields of the architecture's configuration;
+        what else is given goes to `open_clip.create_model`.
+
+        Raises:
+            MismatchError: a class that this family does not describe.
+            ConfigError: weights that cannot be had, or options that open_clip does not take.
+        """
+        open_clip = library("open_clip", "multimodal")
+        options = {k: v for k, v in kwargs.items() if v is not None and k != "tower"}
+        module = clip_build.create(name, pretrained, options)
+        if not isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+            raise MismatchError(
+                f"open_clip builds '{name}' as {type(module).__name__}; the family 'clip' describes CLIP and CustomTextCLIP."
+            )
+        clip_build.swap(module)
+        return module
+
+    def restore(self, module: nn.Module) -> nn.Module:
+        """The library's own attentions back in place of ours."""
+        from multimodal.clip_attention import PackedAttention
+
+        for parent in list(module.modules()):
+            for name, child in parent._modules.items():
+                if isinstance(child, PackedAttention):
+                    parent._modules[name] = child.library()
+        return module
+
+    def fold_shift(self, module: Any, point: Point, shift: Tensor) -> bool:
+        """The patch embedding of open_clip's own tower has no bias; the positions of the patches take its place."""
+        positions = getattr(module.visual, "positional_embedding", None)
+        if point.path != "visual.conv1" or positions is None:
+            return False
+        positions.data[1:] += shift.to(positions)
+        return True
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def towers(self) -> list[Tower]:
+        """The towers that adapters see.
+
+        Raises:
+            MismatchError: one of them is not described here; the message says why.
+        """
+        from multimodal.clip_towers import towers
+
+        found = towers(self.module)
+        chosen = [found[name] for name in ("image", "text") if self.tower in (name, "both")]
+        for name, tower in found.items():
+            if isinstance(tower, str) and self.tower in (name, "both"):
+                other = "text" if name == "image" else "image"
+                raise MismatchError(
+                    f"The {name} tower of '{self.name}' {tower}. Load it with tower='{other}' to adapt that one alone."
+                )
+        return chosen  # type: ignore[return-value]
+
+    def points(self) -> list[Point]:
+        """Points of the image tower, then those of the text tower, each in forward order."""
+        found: list[Point] = []
+        for tower in self.towers():
+            found += self._ahead(tower)
+            for i, block in enumerate(tower.blocks):
+                attention = block.attn
+                head_dim = getattr(attention, "head_dim", tower.dim // attention.num_heads)
+                found += self.points_of_block(
+                    block,
+                    f"{tower.name}.blocks.{i}",
+                    f"{tower.path}.{i}",
+                    tower.dim,
+                    attention.num_heads,
+                    table=tower.table,
+                    block=i,
+                    tower=tower.name,
+                    attention={"head_dim": head_dim, "causal": tower.causal},
+                    tokens={
+                        "num_prefix": tower.num_prefix,
+                        "first": i == 0,
+                        "parameter": tower.parameter if i == 0 else "",
+                    },
+                )
+            found += self._norms(tower, tower.behind)
+            found += self._linear(tower, "proj", "proj", tower.proj)
+        return found
+
+    def _ahead(self, tower: Tower) -> list[Point]:
+        """Points in front of the blocks."""
+        found = self._linear(tower, "patch_embed", "patch", tower.patch)
+        embed = find(self.module, tower.embed) if tower.embed else None
+        if embed is not None:
+            common: Any = {"name": f"{tower.name}.embed", "role": "condition", "path": tower.embed, "module": embed}
+            found.append(ConditionPoint(**common, tower=tower.name, dim_in=tower.dim, dim_out=tower.dim))
+        return found + self._norms(tower, tower.norms)
+
+    def _linear(self, tower: Tower, name: str, role: str, path: str) -> list[Point]:
+        module = find(self.module, path) if path else None
+        if module is None:
+            return []
+        common = {"name": f"{tower.name}.{name}", "role": role, "path": path, "module": module, "tower": tower.name}
+        point = make_linear(module, None, "", 0, common)
+        return [] if point is None else [point]
+
+    def _norms(self, tower: Tower, places: Sequence[tuple[str, str]]) -> list[Point]:
+        found: list[Point] = []
+        for name, path in places:
+            norm = find(self.module, path)
+            weight = getattr(norm, "weight", None)
+            if norm is not None and isinstance(weight, Tensor):
+                common: Any = {"name": f"{tower.name}.{name}", "role": "norm", "path": path, "module": norm}
+                found.append(NormPoint(**common, tower=tower.name, dim_in=len(weight), dim_out=len(weight)))
+        return found
+
+    def modules_to_train(self) -> Iterable[tuple[str, nn.Module]]:
+        """Everything, or what belongs to the chosen tower (logit scale and bias belong to the text's)."""
+        for path, module in self.module.named_modules():
+            image = path.split(".")[0] == "visual"
+            if self.tower == "both" or image == (self.tower == "image"):
+                yield path, module
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Prefixes and prompts, in either tower."""
+        from multimodal.clip_attention import record
+
+        tower = next(t for t in self.towers() if t.name == point.tower)
+        record(tower, session, point, verb, module, **options)
+
+    # -- what the model asks ----------------------------------------------------------------------------------------
+
+    def features(self, images: Tensor | None = None, texts: Tensor | Sequence[str] | None = None) -> Tensor:  # type: ignore[override]
+        """Images (B, 3, H, W) -> embeddings (B, d); token ids (B, L), or texts -> (B, d); both -> scores (B_images, B_texts).
+
+        Raises:
+            DataError: neither, or texts that do not fit the context.
+        """
+        return self.run(self.module, images, texts)
+
+    def run(self, module: Any, images: Any = None, texts: Any = None) -> Tensor:  # type: ignore[override]
+        """`features` of a plain module."""
+        if texts is not None:
+            texts = self._ids(texts)
+        if images is not None and texts is not None:
+            return module.get_logits(images, texts)[0]
+        if images is None and texts is None:
+            raise DataError("neither images nor texts are given.")
+        return module.encode_text(texts) if images is None else module.encode_image(images)
+
+    def _ids(self, texts: Any) -> Tensor:
+        if not isinstance(texts, Tensor):
+            return self.tokenize(texts).to(self.module.logit_scale.device)  # type: ignore[union-attr,arg-type]
+        if texts.dim() != 2 or texts.shape[1] > self.context_length:
+            raise DataError(
+                f"token ids have the shape {tuple(texts.shape)}; expected (n, {self.context_length}), as `tokenize` gives them."
+            )
+        return texts
+
+    def check_routed(self, *inputs: Any) -> None:
+        """Scores compare every image with every text, so their rows belong to no single adapter."""
+        if sum(x is not None for x in inputs) > 1:
+            raise ConfigError(
+                "adapters= serves samples one by one, but scores compare every image with every text. Pass images alone (or "
+                "texts alone), and compare their embeddings."
+            )
+
+    @property
+    def feature_dim(self) -> int:
+        """d of the common space."""
+        text: Any = getattr(self.module, "text", self.module)
+        projection = getattr(text, "text_projection", None)
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        if isinstance(projection, Tensor):
+            return projection.shape[1]
+        return int(getattr(text, "output_dim", None) or text.ln_final.weight.shape[0])
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, start and end included."""
+        return int(self.module.context_length)  # type: ignore[arg-type]
+
+    def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:
+        """Texts -> token ids (n, context_length), by open_clip's tokenizer of this model.
+
+        Raises:
+            DataError: a text with more tokens than the context (unless `truncate`, which cuts it off); it is named.
+            ConfigError: the tokenizer's files cannot be had.
+        """
+        from multimodal.clip_text import tokenize, tokenizer
+
+        vocab = int(self.module.vocab_size)  # type: ignore[arg-type]
+        return tokenize(tokenizer(self.own_name, self.context_length, vocab), texts, self.context_length, truncate)
+
+    def data_config(self) -> dict[str, Any]:
+        """open_clip's preprocessing of the checkpoint, in the words of timm's data configuration."""
+        own: dict[str, Any] = self.module.visual.preprocess_cfg  # type: ignore[union-attr,assignment]
+        size = own["size"]
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        crop_mode = {"shortest": "center", "squash": "squash", "longest": "border"}[own["resize_mode"]]
+        return {
+            "input_size": (3, height, width),
+            "mean": tuple(own["mean"]),
+            "std": tuple(own["std"]),
+            "interpolation": own["interpolation"],
+            "crop_pct": 1.0,
+            "crop_mode": crop_mode,
+        }
+
+    def licence(self) -> str | None:
+        """MIT for OpenAI's weights; open_clip does not state those of others."""
+        return "mit" if self.pretrained and self.own_name.endswith("/openai") else None
+
+    def hub_id(self) -> str | None:
+        """Hub repository of the checkpoint, as open_clip states it."""
+        if not self.pretrained or self.own_name.startswith("zoo:"):
+            return None
+        architecture, tag = clip_build.parts(self.own_name)
+        if architecture.startswith("hf-hub:"):
+            return architecture.removeprefix("hf-hub:")
+        return (clip_build.tag_config(architecture, tag).get("hf_hub") or "").strip("/") or None
+
+    def tiny_batch(self) -> tuple[Tensor, ...]:
+        """Two images and two texts as token ids: start, words, end (the highest id), padding."""
+        vocab, context = int(self.module.vocab_size), self.context_length  # type: ignore[arg-type]
+        ids = torch.zeros(2, context, dtype=torch.long)
+        for row, length in enumerate((5, context)):
+            ids[row, :length] = torch.randint(1, vocab - 2, (length,))
+            ids[row, 0], ids[row, length - 1] = vocab - 2, vocab - 1
+        return torch.randn(2, *self.data_config()["input_size"]), ids

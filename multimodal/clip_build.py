@@ -1,0 +1,99 @@
+"""Building open_clip models by name, with attentions that points can stand in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import ConfigError
+from zoo.library import library
+
+
+def parts(name: str) -> tuple[str, str]:
+    """ "open_clip:ViT-B-32/openai" -> ("ViT-B-32", "openai"); a schema of open_clip's own (`hf-hub:`) has no tag."""
+    name = name.removeprefix("open_clip:")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return name, ""
+    architecture, _, tag = name.partition("/")
+    return architecture, tag
+
+
+def tag_config(architecture: str, tag: str) -> dict[str, Any]:
+    """What open_clip knows of pretrained weights: their address, preprocessing and activation."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return dict(get_pretrained_cfg(architecture, tag) or {}) if tag else {}
+
+
+def create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """`open_clip.create_model`, or our own `zoo:clip-micro`.
+
+    Raises:
+        ConfigError: weights that cannot be had, or options that open_clip does not take.
+    """
+    if name.startswith("zoo:"):
+        from multimodal.clip_micro import build
+
+        for short, part in (("image_size", "vision_cfg"), ("context_length", "text_cfg")):
+            if short in options:
+                options = {**options, part: {**options.get(part, {}), short: options[short]}}
+        return build(pretrained, **{k: v for k, v in options.items() if k not in ("image_size", "context_length")})
+    open_clip = library("open_clip", "multimodal")
+    architecture, tag = parts(name)
+    if pretrained and not tag and ":" not in architecture:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise ConfigError(
+            f"'{name}' names no weights: write 'open_clip:{architecture}/<tag>' with one of {', '.join(tags) or '(none)'}, or "
+            "pass pretrained=False for random ones."
+        )
+    try:
+        options = _options(open_clip, architecture, tag, pretrained, options)
+        module: nn.Module = open_clip.create_model(architecture, **options)
+    except TypeError as error:
+        raise ConfigError(f"open_clip does not take these options for '{name}': {error}") from error
+    except Exception as error:
+        if not pretrained and ":" not in architecture:
+            raise
+        what = "pretrained weights" if pretrained else "configuration"
+        raise ConfigError(
+            f"The {what} of '{name}' could not be loaded: {type(error).__name__}: {error}. Check the network and the name "
+            "(open_clip.list_pretrained()), or pass pretrained=False for random weights."
+        ) from error
+    return module
+
+
+def _options(open_clip: Any, architecture: str, tag: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `open_clip.create_model`."""
+    options = dict(given)
+    config, known = open_clip.get_model_config(architecture) or {}, tag_config(architecture, tag)
+    for part in ("vision_cfg", "text_cfg"):
+        if part in options:
+            options[part] = {**config.get(part, {}), **options[part]}
+    for short in ("image_size", "context_length"):
+        if short in options:
+            options[f"force_{short}"] = options.pop(short)
+    # open_clip warns, but does not switch, where weights were trained with the approximate GELU
+    if known.get("quick_gelu") and not config.get("quick_gelu"):
+        options.setdefault("force_quick_gelu", True)
+    options.setdefault("device", torch.get_default_device())
+    if pretrained:
+        return {"pretrained": tag or None, **options}
+    preprocessing = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
+    return {"load_weights": False, "pretrained_hf": False, "force_preprocess_cfg": preprocessing, **options}
+
+
+def swap(module: nn.Module) -> None:
+    """Our attention in place of open_clip's in every block.
+
+    Raises:
+        MismatchError: an attention with options that ours does not describe.
+    """
+    from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+
+    from multimodal.clip_attention import PackedAttention
+
+    for block in module.modules():
+        if isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
+            block.attn = PackedAttention(block.attn)

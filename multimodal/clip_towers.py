@@ -1,0 +1,203 @@
+"""The two towers of an open_clip model: where their blocks are, and which module plays which role.
+
+| tower | open_clip's class | blocks |
+| --- | --- | --- |
+| image | `VisionTransformer` | `visual.transformer.resblocks` |
+| image | `TimmModel` around timm's `VisionTransformer` or `Eva` | `visual.trunk.blocks` |
+| text | parts of `CLIP` itself, or a `TextTransformer` in `CustomTextCLIP` | `[text.]transformer.resblocks` |
+
+Blocks of all of them are pre-norm: `u = x + S(Attn(LN1 x))`, `y = u + S(MLP(LN2 u))` with S a layer scale, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from zoo.backbone import Row
+
+OPEN_CLIP = (
+    Row("tokens", "tokens", "tokens", ""),
+    Row("norm", "norm", "norm1", "ln_1"),
+    Row("linear", "q", "attn.q", "attn.in_proj", part=(0, 3)),
+    Row("linear", "k", "attn.k", "attn.in_proj", part=(1, 3)),
+    Row("linear", "v", "attn.v", "attn.in_proj", part=(2, 3)),
+    Row("norm", "norm", "attn.q_norm", "attn.ln_q"),
+    Row("norm", "norm", "attn.k_norm", "attn.ln_k"),
+    Row("attention", "attn", "attn.product", "attn"),
+    Row("norm", "norm", "attn.norm", "attn.ln_inner"),
+    Row("linear", "o", "attn.o", "attn.out_proj"),
+    Row("norm", "norm", "norm_attn", "ln_attn"),
+    Row("sublayer", "attn", "attn", "attn", entry="ln_1", exit="ls_1:output"),
+    Row("norm", "norm", "norm2", "ln_2"),
+    Row("linear", "up", "mlp.up", "mlp.c_fc"),
+    Row("norm", "norm", "mlp.norm", "mlp.ln"),
+    Row("linear", "down", "mlp.down", "mlp.c_proj"),
+    Row("sublayer", "mlp", "mlp", "mlp", entry="ln_2", exit="ls_2:output"),
+    Row("block", "block", "", ""),
+)
+TIMM = (
+    Row("tokens", "tokens", "tokens", ""),
+    Row("norm", "norm", "norm1", "norm1"),
+    Row("linear", "q", "attn.q", "attn.qkv", part=(0, 3)),
+    Row("linear", "k", "attn.k", "attn.qkv", part=(1, 3)),
+    Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
+    Row("linear", "q", "attn.q", "attn.q_proj"),
+    Row("linear", "k", "attn.k", "attn.k_proj"),
+    Row("linear", "v", "attn.v", "attn.v_proj"),
+    Row("attention", "attn", "attn.product", "attn"),
+    Row("linear", "o", "attn.o", "attn.proj"),
+    Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
+    Row("norm", "norm", "norm2", "norm2"),
+    Row("norm", "norm", "mlp.norm", "mlp.norm"),
+    Row("linear", "up", "mlp.up", "mlp.fc1"),
+    Row("linear", "gate", "mlp.gate", "mlp.fc1_g"),
+    Row("linear", "up", "mlp.up", "mlp.fc1_x"),
+    Row("linear", "gate", "mlp.gate", "mlp.w0"),
+    Row("linear", "up", "mlp.up", "mlp.w1"),
+    Row("linear", "down", "mlp.down", "mlp.fc2"),
+    Row("linear", "down", "mlp.down", "mlp.w2"),
+    Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
+    Row("block", "block", "", ""),
+)
+
+
+@dataclass(eq=False)
+class Tower:
+    """One tower.
+
+    `end` is the module on whose `end_side` the tokens leave the blocks; `averaged`: all tokens take part in the pooling.
+    `patch` is the patch embedding's projection and `norms` are norms outside of the blocks, as names of points with paths.
+    """
+
+    name: str
+    path: str  # of the list of blocks
+    blocks: Any = field(repr=False)
+    table: Sequence[Row] = field(repr=False)
+    dim: int
+    num_prefix: int
+    causal: bool
+    averaged: bool
+    end: nn.Module = field(repr=False)
+    end_side: str
+    parameter: str = ""  # path of the class token
+    patch: str = ""
+    embed: str = ""  # path of the embedding of words
+    norms: tuple[tuple[str, str], ...] = ()  # names of points and paths
+    behind: tuple[tuple[str, str], ...] = ()  # those behind the blocks
+    proj: str = ""  # path of the projection to the common space, where that is a module
+
+    def through(self, block: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """What a token passes on its way to a key in a block: norm, packed projection, norm of keys."""
+        attention = block.attn
+        if hasattr(attention, "in_proj"):
+            return block.ln_1, attention.in_proj, attention.ln_k
+        return block.norm1, attention.qkv, attention.k_norm
+
+
+def towers(module: Any) -> dict[str, Tower | str]:
+    """The towers of an open_clip model by name; instead of one that is not described here the reason, in words."""
+    return {"image": _image(module.visual), "text": _text(module)}
+
+
+def _blocks_reason(blocks: Any, *classes: type) -> str:
+    odd = next((type(b).__name__ for b in blocks if not isinstance(b, classes)), None)
+    return (
+        "" if odd is None else f"is built of {odd}, and {' and '.join(c.__name__ for c in classes)} are described here"
+    )
+
+
+def _image(visual: Any) -> Tower | str:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
+
+    if isinstance(visual, TimmModel):
+        return _timm(visual)
+    if not isinstance(visual, VisionTransformer):
+        return f"is a {type(visual).__name__}, and no vision transformer"
+    stack = visual.transformer
+    if reason := _blocks_reason(stack.resblocks, ResidualAttentionBlock, CustomResidualAttentionBlock):
+        return reason
+    return Tower(
+        name="image",
+        path="visual.transformer.resblocks",
+        blocks=stack.resblocks,
+        table=OPEN_CLIP,
+        dim=visual.conv1.out_channels,
+        num_prefix=1,
+        causal=False,
+        averaged=visual.pool_type != "tok" or visual.attn_pool is not None,
+        end=stack,
+        end_side="output",
+        parameter="visual.class_embedding",
+        patch="visual.conv1",
+        norms=(("norm_pre", "visual.ln_pre"),),
+        behind=(("norm", "visual.ln_post"),),
+    )
+
+
+def _timm(visual: Any) -> Tower | str:
+    from timm.layers.attention import Attention
+    from timm.models.eva import Eva, EvaBlock
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    trunk = visual.trunk
+    if not isinstance(trunk, (VisionTransformer, Eva)):
+        return f"is timm's {type(trunk).__name__}, and no vision transformer that is described here"
+    if reason := _blocks_reason(trunk.blocks, Block, EvaBlock):
+        return reason
+    attention: Any = trunk.blocks[0].attn
+    table: Sequence[Row] = TIMM
+    if type(attention) is not Attention:  # positions turn queries and keys: more keys are not described
+        table = [row for row in table if row.kind not in ("attention", "tokens")]
+        if getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate:
+            table = [row for row in table if row.path != "attn.qkv"]  # its weight is read past the module
+    return Tower(
+        name="image",
+        path="visual.trunk.blocks",
+        blocks=trunk.blocks,
+        table=table,
+        dim=trunk.embed_dim,
+        num_prefix=trunk.num_prefix_tokens,
+        causal=False,
+        averaged=trunk.global_pool != "token" or getattr(trunk, "attn_pool", None) is not None,
+        end=trunk.norm,
+        end_side="input",
+        parameter="visual.trunk.cls_token" if getattr(trunk, "cls_token", None) is not None else "",
+        patch="visual.trunk.patch_embed.proj",
+        norms=(("patch_embed.norm", "visual.trunk.patch_embed.norm"), ("norm_pre", "visual.trunk.norm_pre")),
+        behind=(("norm", "visual.trunk.norm"), ("fc_norm", "visual.trunk.fc_norm")),
+        proj="visual.head.proj",
+    )
+
+
+def _text(module: Any) -> Tower | str:
+    from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, TextTransformer
+
+    inner = getattr(module, "text", None)
+    if inner is not None and not isinstance(inner, TextTransformer):
+        return f"is a {type(inner).__name__}"
+    text, prefix = (module, "") if inner is None else (inner, "text.")
+    stack = text.transformer
+    if reason := _blocks_reason(stack.resblocks, ResidualAttentionBlock, CustomResidualAttentionBlock):
+        return reason
+    if getattr(text, "cls_emb", None) is not None:
+        return "has a token of its own behind the words"
+    return Tower(
+        name="text",
+        path=f"{prefix}transformer.resblocks",
+        blocks=stack.resblocks,
+        table=OPEN_CLIP,
+        dim=stack.width,
+        num_prefix=1,
+        causal=text.attn_mask is not None,
+        averaged=False,
+        end=stack,
+        end_side="output",
+        embed=f"{prefix}token_embedding",
+        behind=(("norm", f"{prefix}ln_final"),),
+        proj=f"{prefix}text_projection",
+    )

@@ -1,0 +1,53 @@
+"""Heads: what turns pooled features (B, d) into logits (B, K). Those made anew are linear: weight (K, d), bias (K,)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError, nearest
+
+__all__ = ["HEADS", "CosineHead", "TwoHeads", "kind_of", "make_head"]
+
+
+class CosineHead(nn.Linear):
+    """`W x / |x| + b`: with rows of one length, their cosines with the features, times that length (zero-shot classifiers)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, d) -> (B, K)."""
+        return F.linear(F.normalize(x, dim=-1), self.weight, self.bias)
+
+
+class TwoHeads(nn.Module):
+    """The mean of two linear heads on the same features: of a distilled network, one of which learned from its teacher."""
+
+    def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
+        super().__init__()
+        self.head = nn.Linear(in_features, out_features, **place)
+        self.dist_head = nn.Linear(in_features, out_features, **place)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, d) -> (B, K)."""
+        return (self.head(x) + self.dist_head(x)) / 2
+
+
+HEADS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "cosine": CosineHead, "two": TwoHeads}
+
+
+def kind_of(head: nn.Module) -> str:
+    """Under which name of `HEADS` a head is saved."""
+    return next((name for name, cls in HEADS.items() if type(head) is cls), "linear")
+
+
+def make_head(kind: str, dim: int, num_classes: int, **place: Any) -> nn.Module:
+    """A head with torch's initial values; `place`: device and dtype.
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    if kind not in HEADS:
+        raise ConfigError(f"there is no head of the kind '{kind}'. {nearest(kind, HEADS)}")
+    return HEADS[kind](dim, num_classes, **place)
