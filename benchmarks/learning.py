@@ -47,7 +47,7 @@ def train_one(
     report = zoo.fit(model, train, epochs=epochs, batch_size=32, lr=rates, precision="bf16", seed=seed, progress=False)
     if test is None:
         test = open_dataset(data, split="test")
-    accuracy = zoo.evaluate(model, test, batch_size=250, progress=False)["accuracy"]
+    accuracy = zoo.evaluate(model, test, batch_size=250, precision="bf16", progress=False)["accuracy"]
     row = {
         "method": label,
         "seed": seed,
@@ -159,7 +159,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="save the adapters of the first seed below this folder")
     parser.add_argument("--rows", type=Path, nargs="*", help="only join these files of finished rows")
     parser.add_argument(
-        "--partial", type=Path, default=RESULTS / "learning.json", help="where rows are written as they come"
+        "--partial",
+        type=Path,
+        default=RESULTS / "learning.json",
+        help="another file for the rows, as they come; join several with --rows",
     )
     parser.add_argument(
         "--tune", action="store_true", help="try learning rates on 2,000 other training images, and stop"
@@ -181,7 +184,8 @@ def main() -> None:
             if args.keep is not None and seed == 0:
                 model.save_adapter(args.keep / f"vit-micro-{METHODS[label][0]}-cifar10")
             args.partial.write_text(json.dumps({"epochs": args.epochs, "rows": rows}, indent=1) + "\n")
-    finish(rows, args.epochs)
+    if args.partial == RESULTS / "learning.json":
+        finish(rows, args.epochs)
 
 
 def finish(rows: list[dict[str, Any]], epochs: int) -> None:
