@@ -12,6 +12,7 @@ mkdocs calls `on_config` and `on_files` (see `hooks:` in mkdocs.yml).
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import pkgutil
 from pathlib import Path
@@ -129,12 +130,14 @@ def _console(runner: Any, app: Any, command: list[str]) -> str:
 
 
 def _compatibility() -> str:
+    import torch
+
     import zoo
     from zoo.table import as_markdown
 
     return f"""# Compatibility
 
-Every cell was run when this page was made, on a tiny random member of the family: attaching, one training step in which
+Made on {datetime.date.today().isoformat()} with adapter-zoo {zoo.__version__} and torch {torch.__version__}. Every cell was run then, on a tiny random member of the family: attaching, one training step in which
 every trainable tensor got a gradient, saving and loading to the same outputs, and merging to the same outputs. What is refused is
 refused with the reason below the table.
 
