@@ -137,7 +137,8 @@ def _compatibility() -> str:
 
     return f"""# Compatibility
 
-Made on {datetime.date.today().isoformat()} with adapter-zoo {zoo.__version__} and torch {torch.__version__}. Every cell was run then, on a tiny random member of the family: attaching, one training step in which
+Made on {datetime.date.today().isoformat()} with adapter-zoo {zoo.__version__} and torch {torch.__version__}. Every cell was
+run then, on a tiny random member of the family: attaching, one training step in which
 every trainable tensor got a gradient, saving and loading to the same outputs, and merging to the same outputs. What is refused is
 refused with the reason below the table.
 
