@@ -1,0 +1,321 @@
+"""What the two text-generating families, VL-T5 and VL-BART, share: names, building, input, points, tokenizer, generation.
+
+    features(input_ids (B, L), attention_mask (B, L), decoder_input_ids (B, T),
+             visual_features (B, N, feat_dim), boxes (B, N, 4), image_ids (B, N), object_ids (B, N), visual_mask (B, N))
+        -> scores of all words (B, T, V)
+
+All from `visual_features` on may be left out: then it is the library's text network. `decoder_input_ids` are the answer, one
+place to the right (`shift`). Names: the aliases, which have a visual embedding and the released files' vocabulary, or
+`transformers:<repository or folder>`, which has them if its configuration says so or `feat_dim=` is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multimodal import seq2seq_build, words
+from zoo.backbone import Backbone, Row, find, make_linear
+from zoo.errors import ConfigError
+from zoo.library import pretrained_config
+from zoo.points import ConditionPoint, NormPoint, Point
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from multimodal.seq2seq_attention import EncoderSite, LibraryAttention, SplitKeys
+    from zoo.session import Session
+
+PREFIXES = {  # what a question is preceded by in fine-tuning
+    "vqa": "vqa: ",
+    "gqa": "gqa: ",
+    "nlvr": "nlvr: ",
+    "caption": "caption:",
+    "refer": "visual grounding: ",
+    "translate": "translate English to German: ",
+}
+
+VISUAL_PARTS = (  # kind and name of a point, path in the visual embedding
+    ("linear", "features", "feat_embedding.0"),
+    ("norm", "features_norm", "feat_embedding.1"),
+    ("linear", "boxes", "absolute_vis_pos_embedding.0"),
+    ("norm", "boxes_norm", "absolute_vis_pos_embedding.1"),
+    ("norm", "norm", "layer_norm"),
+)
+
+
+class Seq2Seq(Backbone):
+    """A transformers encoder-decoder, with or without visual input."""
+
+    modality = "image-text"
+    pools = False
+    task = "generate"
+    tiny_classes = None
+    weights_folder = Path(__file__).parent / "weights"
+
+    model_type: ClassVar[str]
+    config_class: ClassVar[str]
+    classes: ClassVar[tuple[str, str]]  # without visual input (the library's), with it (`multimodal.vl_models`)
+    # alias target -> (repository of the weights, configuration)
+    members: ClassVar[dict[str, tuple[str | None, dict[str, Any]]]]
+    vocabularies: ClassVar[dict[int, int]]  # size without visual words -> size with them
+    encoder_path: ClassVar[str]
+    decoder_path: ClassVar[str]
+    word_key: ClassVar[str]
+    encoder_table: ClassVar[tuple[Row, ...]]
+    decoder_table: ClassVar[tuple[Row, ...]]
+    blocks_path: ClassVar[str]
+    stack_norms: ClassVar[tuple[tuple[str, str], ...]]  # (name, path) of the norms of a stack, first and last
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self._words: list[str] | None = None
+        self._tokenizer: Any = None
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """True for `transformers:<repository or folder>` whose configuration is of this family's type."""
+        if not name.startswith("transformers:"):
+            return False
+        found = pretrained_config(name.partition(":")[2])
+        return found if isinstance(found, str) else found.get("model_type") == cls.model_type
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """The library's network, or ours with a visual embedding (`multimodal.seq2seq_build`)."""
+        return seq2seq_build.build(cls, name, pretrained, **kwargs)
+
+    def configure(self, words: Sequence[str] | None = None, **options: Any) -> None:
+        """Remember the vocabulary that the tokenizer is made of."""
+        self._words = None if words is None else list(words)
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    attention_site: type[LibraryAttention]
+    encoder_site: type[EncoderSite]
+
+    @property
+    def encoder(self) -> Any:
+        """The library's encoder stack."""
+        return self.module.get_submodule(self.encoder_path)
+
+    @property
+    def decoder(self) -> Any:
+        """The library's decoder stack."""
+        return self.module.get_submodule(self.decoder_path)
+
+    @property
+    def config(self) -> Any:
+        """The library's configuration."""
+        return self.module.config
+
+    @property
+    def feature_dim(self) -> int:
+        """V, the size of the vocabulary."""
+        return int(self.config.vocab_size)
+
+    @property
+    def feat_dim(self) -> int | None:
+        """Width of the visual features; None for a text network."""
+        return getattr(self.config, "feat_dim", None)
+
+    def heads(self, stack: Any) -> tuple[int, int]:
+        """(number of heads, width of one) in a stack."""
+        raise NotImplementedError
+
+    def self_attention(self, block: nn.Module) -> nn.Module:
+        """The self-attention of an encoder block."""
+        raise NotImplementedError
+
+    def prompt_keys(self, block: nn.Module) -> SplitKeys:
+        """How tokens that enter an encoder block become keys and values."""
+        raise NotImplementedError
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """The visual embedding, then encoder and decoder in forward order."""
+        found = self._visual_points()
+        for tower, stack, path in (
+            ("encoder", self.encoder, self.encoder_path),
+            ("decoder", self.decoder, self.decoder_path),
+        ):
+            first, last = self.stack_norms
+            found += self._norm(tower, stack, path, *first)
+            count, width = self.heads(stack)
+            table = self.encoder_table if tower == "encoder" else self.decoder_table
+            for i, block in enumerate(stack.get_submodule(self.blocks_path)):
+                found += self.points_of_block(
+                    block,
+                    f"{tower}.blocks.{i}",
+                    f"{path}.{self.blocks_path}.{i}",
+                    self.config.d_model,
+                    count,
+                    block=i,
+                    tower=tower,
+                    table=table,
+                    attention={"head_dim": width, "causal": tower == "decoder"},
+                    tokens={"first": i == 0},
+                )
+            found += self._norm(tower, stack, path, *last)
+        for point in found:
+            if point.kind == "attention" and point.role == "cross":
+                point.causal = False  # type: ignore[attr-defined]
+        return found
+
+    def _norm(self, tower: str, stack: nn.Module, path: str, name: str, inner: str) -> list[Point]:
+        module = find(stack, inner) if inner else None
+        if module is None:
+            return []
+        dim = self.config.d_model
+        where = f"{path}.{inner}"
+        return [
+            NormPoint(
+                name=f"{tower}.{name}", role="norm", path=where, module=module, dim_in=dim, dim_out=dim, tower=tower
+            )
+        ]
+
+    def _visual_points(self) -> list[Point]:
+        embedding = find(self.encoder, "visual_embedding")
+        if embedding is None:
+            return []
+        path, dim = f"{self.encoder_path}.visual_embedding", self.config.d_model
+        found: list[Point] = []
+        for kind, name, inner in VISUAL_PARTS:
+            part = find(embedding, inner)
+            if part is None:
+                continue
+            place: dict[str, Any] = {"path": f"{path}.{inner}", "module": part, "tower": "encoder"}
+            place["name"] = f"encoder.visual.{name}"
+            if kind == "norm":
+                found.append(NormPoint(role="norm", dim_in=dim, dim_out=dim, **place))
+            elif (linear := make_linear(part, None, "", 0, {"role": "visual", **place})) is not None:
+                found.append(linear)
+        place = {"name": "encoder.visual", "role": "condition", "path": path, "tower": "encoder"}
+        return [*found, ConditionPoint(module=embedding, dim_in=self.config.feat_dim, dim_out=dim, **place)]
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Extra keys and prompts (`multimodal.seq2seq_attention`)."""
+        if verb not in ("extend", "prompt"):
+            super().record(session, point, verb, module, **options)
+        from multimodal.seq2seq_attention import record
+
+        record(self, session, point, verb, module, **options)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        boxes: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        object_ids: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (B, T, V) of the word behind each of `decoder_input_ids`; see the top of this file.
+
+        Raises:
+            ConfigError: no decoder input, or visual input to a text network or of another width.
+        """
+        visual = {
+            "visual_features": visual_features,
+            "boxes": boxes,
+            "image_ids": image_ids,
+            "object_ids": object_ids,
+            "visual_mask": visual_mask,
+        }
+        return self._run(self.module, input_ids, attention_mask, decoder_input_ids, visual)
+
+    def run(self, module: nn.Module, *inputs: Any) -> Tensor:
+        """As `features`, of a plain module."""
+        names = ("visual_features", "boxes", "image_ids", "object_ids", "visual_mask")
+        given = dict(zip(("ids", "mask", "answer", *names), inputs, strict=False))
+        text = (given.get("ids"), given.get("mask"), given.get("answer"))
+        return self._run(module, *text, {name: given.get(name) for name in names})
+
+    def _run(self, module: Any, ids: Any, mask: Tensor | None, answer: Tensor | None, visual: dict[str, Any]) -> Tensor:
+        if answer is None:
+            raise ConfigError(
+                "decoder_input_ids are missing: give the answer's tokens shifted to the right (model.family.shift(labels)), or "
+                "generate one with multimodal.generate."
+            )
+        self.check_visual(visual["visual_features"])
+        given = {k: v for k, v in visual.items() if v is not None}
+        # A cache would be filled twice by blocks that are run again for their gradients
+        return module(ids, mask, answer, use_cache=False, **given).logits  # type: ignore[no-any-return]
+
+    def check_visual(self, features: Tensor | None) -> None:
+        """Raise ConfigError unless the network reads features of this width."""
+        if features is None:
+            return
+        if self.feat_dim is None:
+            raise ConfigError(
+                f"'{self.name}' reads text alone. Load it with feat_dim={features.shape[-1]} to give it images."
+            )
+        if features.shape[-1] != self.feat_dim:
+            raise ConfigError(
+                f"The features are {features.shape[-1]} wide, and '{self.name}' reads {self.feat_dim}. Load it with "
+                f"feat_dim={features.shape[-1]}, or take the features of another network."
+            )
+
+    def shift(self, labels: Tensor) -> Tensor:
+        """Labels (B, T), -100 where there is none -> decoder input (B, T): the start word, then all but the last."""
+        return self.module.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator, no-any-return]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the pretrained weights with the words that name visual tokens; another one can be set.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = seq2seq_build.tokenizer(self, self._words)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = value
+
+    def visual_words(self) -> list[str]:
+        """The words that the released vocabulary has behind the library's, in the order of their ids."""
+        return [f"<vis_extra_id_{i}>" for i in reversed(range(words.VISUAL))]
+
+    def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
+        """Never: this family reads features.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"'{self.name}' reads words and visual features, no pictures: make features with multimodal.visual_features, or "
+            "train with task='generate', which does."
+        )
+
+    def hub_id(self) -> str | None:
+        """The repository that the weights came from."""
+        name = self.aliases.get(self.name, self.name)
+        if not self.pretrained:
+            return None
+        if name in self.members:
+            return self.members[name][0]
+        source = name.partition(":")[2]
+        return None if Path(source).expanduser().is_dir() else source
+
+    def tiny_batch(self) -> tuple[Tensor, ...]:
+        """A question with padding, an answer, features and boxes, for two."""
+        ids = torch.randint(3, self.feature_dim, (2, 7))
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        answer = torch.randint(3, self.feature_dim, (2, 4))
+        if self.feat_dim is None:
+            return ids, mask, answer
+        return ids, mask, answer, torch.randn(2, 5, self.feat_dim), torch.rand(2, 5, 4)

@@ -1,0 +1,291 @@
+"""Prefixes and prompts on transformers' T5 and BART. See `zoo.attention` for the idea.
+
+Extra keys have no position: on T5 their relative position bias is 0, in every block, and no mask hides them, neither in the
+encoder nor in the causal decoder. With a key-value cache they stand in front of what the cache holds, and are no part of it.
+
+Prompts of one block (deep) stand in front of the text at the entry of that encoder block, and are keys and values only: T5
+norms them with the block's own norm; BART's blocks have no norm in front, and the embedding norm is behind them already.
+
+Prompts that flow stand in front of the text as words do, [prompts ; text ; visual]: on T5 they have the relative positions of
+words; on BART no position, but the embedding norm. They leave the encoder in front of its output; with `pooled` they stay in
+it, and the decoder's cross-attention reads them (as in VL-Adapter).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.attention import AttentionSite, Bias, Given, Pair, Prompts, parts
+from zoo.errors import AttachError
+from zoo.points import Point
+from zoo.sites import Op, Site
+
+if TYPE_CHECKING:
+    from multimodal.seq2seq import Seq2Seq
+    from zoo.session import Session
+
+
+def by_head(projected: Tensor, width: int) -> Tensor:
+    """(B, N, h c) -> (B, h, N, c), a view; width = c."""
+    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+@dataclass(eq=False)
+class SplitKeys:
+    """norm -> k and v projections -> keys and values (`Prompts.project`); without a norm where a block has none in front."""
+
+    norm: nn.Module | None
+    k: nn.Module
+    v: nn.Module
+    width: int
+
+    def __call__(self, tokens: Tensor) -> Pair:
+        """(n, T, d) -> two of (n, h, T, c)."""
+        normed = tokens if self.norm is None else self.norm(tokens)
+        return by_head(self.k(normed), self.width), by_head(self.v(normed), self.width)
+
+
+def keys_values(states: Tensor, cache: Any, index: int, cross: bool, project: Callable[[Tensor], Pair]) -> Pair:
+    """Keys and values (B, h, K, c) of `states`, behind those that a cache of the library holds for layer `index`.
+
+    Those of a cross-attention do not change while words are generated: they are projected once.
+    """
+    if cache is None:
+        return project(states)
+    own = cache
+    if hasattr(cache, "is_updated"):  # the cache of an encoder-decoder is two
+        own = cache.cross_attention_cache if cross else cache.self_attention_cache
+        if cross and cache.is_updated.get(index):
+            return own.layers[index].keys, own.layers[index].values
+    pair: Pair = own.update(*project(states), index)
+    if cross and own is not cache:
+        cache.is_updated[index] = True
+    return pair
+
+
+def pair_bias(mask: Tensor | None, position: Tensor | None, causal: bool, q: Tensor, keys: int) -> Bias:
+    """What is added to the scores of own and extra keys (`AttentionSite.attend`).
+
+    mask: (1 or B, 1, M or 1, K), additive, or true where a key is seen; None hides nothing, but what comes later if `causal`.
+    position: relative position bias (1, h, M, K).
+    """
+    if mask is None and causal and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], keys, dtype=torch.bool, device=q.device).tril(keys - q.shape[2])[None, None]
+    if mask is not None:
+        mask = mask[..., :keys]
+    if position is not None:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        mask = position if mask is None else position + mask
+
+    def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+        added = mask
+        if added is None:
+            return None
+        if index is not None and len(added) > 1:
+            added = added.index_select(0, index)
+        return F.pad(added, (extra, 0), value=added.dtype == torch.bool)
+
+    return bias
+
+
+@dataclass(eq=False)
+class LibraryAttention(AttentionSite):
+    """What the attentions of T5 and BART have in common."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the library would call torch's fused product."""
+        return bool(self.module.config._attn_implementation != "eager")  # type: ignore[union-attr]
+
+    @property
+    def scale(self) -> float:
+        """1 in T5."""
+        return float(self.module.scaling)  # type: ignore[arg-type]
+
+    @property
+    def dropout(self) -> float:
+        """Of the attention weights, 0 in evaluation."""
+        return float(self.module.dropout) if self.module.training else 0.0  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class T5Site(LibraryAttention):
+    """T5's attention: self-attention of the encoder, causal self-attention, cross-attention."""
+
+    def extended(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """(output (B, M, d), position bias of the own keys, which later blocks use again, no weights)."""
+        attention: Any = self.module
+        width, index, cross = attention.key_value_proj_dim, attention.layer_idx, key_value_states is not None
+        batch, count, _ = hidden_states.shape
+        seen = past_key_values.get_seq_length(index) if past_key_values is not None else 0
+        q = by_head(attention.q(hidden_states), width)
+        project = SplitKeys(None, attention.k, attention.v, width)
+        k, v = keys_values(
+            hidden_states if key_value_states is None else key_value_states, past_key_values, index, cross, project
+        )
+        if position_bias is None:
+            if attention.has_relative_attention_bias:
+                position_bias = attention.compute_bias(count, k.shape[2], device=q.device, past_seen_tokens=seen)
+            else:
+                position_bias = q.new_zeros(1, attention.n_heads, count, k.shape[2])
+        assert position_bias is not None
+        bias = pair_bias(mask, position_bias, attention.is_causal, q, k.shape[2])
+        y = self.attend(q, k, v, batch, bias).transpose(1, 2).flatten(2)
+        return attention.o(y), position_bias, None
+
+
+@dataclass(eq=False)
+class BartSite(LibraryAttention):
+    """BART's attention: self-attention of the encoder, causal self-attention, cross-attention."""
+
+    def extended(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(output (B, M, d), no weights)."""
+        attention: Any = self.module
+        width, index, cross = attention.head_dim, attention.layer_idx, key_value_states is not None
+        q = by_head(attention.q_proj(hidden_states), width)
+        project = SplitKeys(None, attention.k_proj, attention.v_proj, width)
+        k, v = keys_values(
+            hidden_states if key_value_states is None else key_value_states, past_key_values, index, cross, project
+        )
+        bias = pair_bias(attention_mask, None, attention.is_causal, q, k.shape[2])
+        y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
+        return attention.out_proj(y), None
+
+
+@dataclass(eq=False)
+class EncoderSite(Site):
+    """A whole encoder, in front of whose words prompts flow; the `fn` of its ops are the prompts' modules."""
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The library's output with `last_hidden_state` (B, [prompts that stay] + L + N, d)."""
+        if not self.forwards:
+            return self.original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        words = kwargs.pop("inputs_embeds", None)
+        if words is None:
+            words = self.module.embed_tokens(input_ids)  # type: ignore[operator]
+        if attention_mask is None:
+            attention_mask = words.new_ones(words.shape[:2])
+        found: list[Tensor] = []
+        for op in self.forwards:
+            self._seen(op)
+            found.append(op.fn(len(words)).to(words.dtype).expand(len(words), -1, -1))
+        output = self.run(torch.cat(found, dim=1), words, attention_mask, kwargs)
+        hidden = output.last_hidden_state
+        sizes = [p.shape[1] for p in found]
+        *prompts, own = hidden.split([*sizes, hidden.shape[1] - sum(sizes)], dim=1)
+        staying = [p for p, op in zip(prompts, self.forwards, strict=True) if op.verb == "prompt, pooled"]
+        output.last_hidden_state = torch.cat([*staying, own], dim=1) if staying else own
+        return output
+
+    def run(self, prompts: Tensor, words: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The encoder's output for [prompts ; words ; visual]; each family has its own."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class T5EncoderSite(EncoderSite):
+    """T5's encoder: prompts are embeddings like those of words."""
+
+    def run(self, prompts: Tensor, words: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The library's own forward on embeddings."""
+        mask = F.pad(mask, (prompts.shape[1], 0), value=1)
+        return self.original(inputs_embeds=torch.cat([prompts, words], dim=1), attention_mask=mask, **kwargs)
+
+
+@dataclass(eq=False)
+class BartEncoderSite(EncoderSite):
+    """BART's encoder: prompts come behind the positions and in front of the embedding norm."""
+
+    def run(self, prompts: Tensor, words: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The encoder put together from its parts, since the library adds positions to whatever it is given."""
+        from multimodal.vl_models import encode_bart
+
+        features = kwargs.get("visual_features")
+        visual = None
+        if features is not None:
+            given = (kwargs.get(name) for name in ("boxes", "image_ids", "object_ids"))
+            visual = self.module.visual_embedding(features, *given)  # type: ignore[operator]
+        return encode_bart(
+            self.module, words, mask, prompts=prompts, visual=visual, visual_mask=kwargs.get("visual_mask")
+        )
+
+
+@dataclass(eq=False)
+class DecoderSite(Site):
+    """A whole decoder that reads prompts which stayed in the encoder's output: nothing hides them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's forward, with the encoder's mask as long as its output."""
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        for op in self.forwards:
+            self._seen(op)
+        if self.forwards and states is not None and mask is not None:
+            kwargs["encoder_attention_mask"] = F.pad(mask, (states.shape[1] - mask.shape[1], 0), value=1)
+        return self.original(*args, **kwargs)
+
+
+def record(
+    family: Seq2Seq,
+    session: Session,
+    point: Point,
+    verb: str,
+    module: nn.Module,
+    keep: bool = False,
+    pooled: bool = False,
+) -> None:
+    """Record the ops of `extend` and `prompt`.
+
+    Raises:
+        AttachError: `pooled` prompts of one block, or an attention of another release of the library.
+    """
+    kind = family.attention_site
+
+    def op(site_module: nn.Module, site: type[Site], fn: Any, per_row: bool, named: str = verb) -> None:
+        made = Op(session.owner, "forward", fn, point.name, verb=named, modules=parts(module), per_row=per_row)
+        session.op(site_module, made, site)
+
+    if keep:
+        op(family.encoder, family.encoder_site, module, False, "prompt, pooled" if pooled else verb)
+        if pooled:
+            op(family.decoder, DecoderSite, module, False)
+        return
+    attention = point.module if verb == "extend" else family.self_attention(point.module)
+    if "past_key_values" not in inspect.signature(type(attention).forward).parameters:
+        raise AttachError(
+            f"the attention at '{point.name}' is that of an older transformers, whose call is not described here. Update it: "
+            "pip install -U transformers"
+        )
+    if verb == "extend":
+        op(attention, kind, Given(module), True)
+        return
+    if pooled:
+        raise AttachError(
+            f"prompts of one block, as at '{point.name}', leave nothing behind for the decoder to read. Leave out pool='all', or "
+            "let them flow (deep=False)."
+        )
+    project = family.prompt_keys(point.module)
+    through = tuple(m for m in (project.norm, project.k, project.v) if m is not None)
+    op(attention, kind, Prompts(session.owner, module, through, project), True)
