@@ -193,13 +193,8 @@ class CogVideoX(DiffusersBackbone):
                 f"The video has {frames} latent frames; '{self.name}' takes them in chunks of {patch}. Repeat the first one, or "
                 f"give {frames + patch - frames % patch} ({self.config.temporal_compression_ratio} frames of pixels each)."
             )
-        text, wide = encoder_hidden_states, int(self.config.text_embed_dim)
-        if not isinstance(text, Tensor) or text.ndim != 3 or text.shape[0] != len(latents) or text.shape[-1] != wide:
-            shape = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
-            raise DataError(
-                f"encoder_hidden_states are {shape}; expected text embeddings ({len(latents)}, tokens, {wide}), as the model's "
-                "text encoder makes them (pipeline.encode_prompt)."
-            )
+        text = encoder_hidden_states
+        self.check_text(text, latents, int(self.config.text_embed_dim))
         tokens = int(self.config.max_text_seq_length)
         if not self._rotary and text.shape[1] != tokens:
             raise DataError(

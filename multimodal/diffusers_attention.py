@@ -18,7 +18,7 @@ from zoo.attention import AttentionSite, Bias, Given, parts
 from zoo.errors import AttachError
 from zoo.library import library
 from zoo.points import Point
-from zoo.sites import Op, Site
+from zoo.sites import BlockSite, Op, Site
 
 if TYPE_CHECKING:
     from zoo.session import Session
@@ -51,6 +51,19 @@ class TwoStreams(Site):
         return (y[:, self._text :], y[:, : self._text], *output[2:])
 
 
+@dataclass(eq=False)
+class ImageBlock(BlockSite):
+    """A block of SD3 or Flux `(image, text, ...) -> (text, image)`: ops see the image."""
+
+    def read_output(self, output: Any) -> Tensor:
+        """(B, N, d)."""
+        return output[1]
+
+    def write_output(self, output: Any, y: Tensor) -> Any:
+        """The image in its place."""
+        return output[0], y
+
+
 def _masked(mask: Tensor | None) -> Bias:
     """What `attend` adds to the scores: the library's mask (B, h, 1 or N, L), 0 for extra keys."""
 
@@ -65,6 +78,12 @@ def _masked(mask: Tensor | None) -> Bias:
 @dataclass(eq=False)
 class Extended(AttentionSite):
     """What the processors share."""
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(head width)."""
+        own = getattr(self.module, "scale", None)
+        return float(self.module.head_dim**-0.5 if own is None else own)  # type: ignore[operator,arg-type]
 
     @property
     def dropout(self) -> float:
@@ -141,10 +160,72 @@ class TextAndVideo(Extended):
 def _turned(tokens: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys (B, h, L + N, c), those behind the text turned by their position."""
     turn: Any = library("diffusers.models.embeddings", "multimodal").apply_rotary_emb
-    return torch.cat([tokens[:, :, :text], turn(tokens[:, :, text:], rotary)], dim=2)
+    moved = turn(tokens[:, :, text:], rotary)
+    return torch.cat([tokens[:, :, :text], moved], dim=2) if text else moved
 
 
-KINDS: dict[str, type[Extended]] = {"AttnProcessor2_0": Plain, "CogVideoXAttnProcessor2_0": TextAndVideo}
+@dataclass(eq=False)
+class ImageAndText(Extended):
+    """`JointAttnProcessor2_0` (SD3): one attention over [image | text], each with projections of its own."""
+
+    def extended(  # type: ignore[override]
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image (B, N, d) and text (B, L, d) -> the same; or the image alone."""
+        attention: Any = self.module
+        q = self.split(attention.to_q(hidden_states), attention.norm_q)
+        k = self.split(attention.to_k(hidden_states), attention.norm_k)
+        v = self.split(attention.to_v(hidden_states))
+        text = encoder_hidden_states
+        if text is None:
+            return self.out(self.attend(q, k, v, len(q), _masked(None)))
+        q = torch.cat([q, self.split(attention.add_q_proj(text), attention.norm_added_q)], dim=2)
+        k = torch.cat([k, self.split(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
+        v = torch.cat([v, self.split(attention.add_v_proj(text))], dim=2)
+        y = self.attend(q, k, v, len(q), _masked(None))
+        image = hidden_states.shape[1]
+        said = y[:, :, image:].transpose(1, 2).flatten(2)
+        said = said if attention.context_pre_only else attention.to_add_out(said)  # the last block's is read by nobody
+        return self.out(y[:, :, :image]), said
+
+
+@dataclass(eq=False)
+class Flux(Extended):
+    """`FluxAttnProcessor`: one attention over [text | image], both with positions; the single blocks hand it one sequence."""
+
+    def extended(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image (B, N, d) and text (B, L, d) -> the same; or a sequence (B, L + N, d), not yet projected."""
+        attention: Any = self.module
+        q = self.split(attention.to_q(hidden_states), attention.norm_q)
+        k = self.split(attention.to_k(hidden_states), attention.norm_k)
+        v = self.split(attention.to_v(hidden_states))
+        said = encoder_hidden_states
+        if said is not None:
+            q = torch.cat([self.split(attention.add_q_proj(said), attention.norm_added_q), q], dim=2)
+            k = torch.cat([self.split(attention.add_k_proj(said), attention.norm_added_k), k], dim=2)
+            v = torch.cat([self.split(attention.add_v_proj(said)), v], dim=2)
+        if image_rotary_emb is not None:
+            q, k = _turned(q, 0, image_rotary_emb), _turned(k, 0, image_rotary_emb)
+        y = self.attend(q, k, v, len(q), _masked(attention_mask))
+        if said is None:
+            return y.transpose(1, 2).flatten(2)
+        text = said.shape[1]
+        return self.out(y[:, :, text:]), attention.to_add_out(y[:, :, :text].transpose(1, 2).flatten(2))
+
+
+KINDS: dict[str, type[Extended]] = {
+    "AttnProcessor2_0": Plain,
+    "CogVideoXAttnProcessor2_0": TextAndVideo,
+    "JointAttnProcessor2_0": ImageAndText,
+    "FluxAttnProcessor": Flux,
+}
 
 
 def record(session: Session, point: Point, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ of their own, which the library's pipelines hold (`multimodal.pipelines`).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -175,11 +176,14 @@ class DiffusersBackbone(Backbone):
             found += self.points_at(block, f"blocks.{i}", f"transformer_blocks.{i}", i)
         return found + [p for line in self.back for p in self.outside(dim, *line)]
 
-    def points_at(self, block: nn.Module, name: str, path: str, index: int) -> list[Point]:
-        """Points of one block by the family's table; norms without parameters are no points."""
+    def points_at(
+        self, block: nn.Module, name: str, path: str, index: int, table: Sequence[Row] | None = None
+    ) -> list[Point]:
+        """Points of one block by the family's table, or another one; norms without parameters are no points."""
         heads, width = int(self.config.num_attention_heads), int(self.config.attention_head_dim)
+        options: dict[str, Any] = {"block": index, "attention": {"head_dim": width}}
         found = self.points_of_block(
-            block, name, path, heads * width, heads, block=index, attention={"head_dim": width}
+            block, name, path, heads * width, heads, table=table or self.block_table, **options
         )
         return [_sized(p) for p in found if p.kind != "norm" or p.dim_out]
 
@@ -212,13 +216,13 @@ class DiffusersBackbone(Backbone):
 
     # -- checks of inputs -------------------------------------------------------------------------------------------
 
-    def check_latents(self, latents: Any, layout: str, channels: int) -> None:
-        """Raise DataError unless latents have the dimensions of `layout` ("B C H W") and as many channels."""
+    def check_latents(self, latents: Any, layout: str, channels: int, patch: int | None = None) -> None:
+        """Raise DataError unless latents have the dimensions of `layout` ("B C H W"), as many channels, and whole patches."""
         axes = layout.split()
         if not isinstance(latents, Tensor) or latents.ndim != len(axes):
             shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise DataError(f"latents are {shape}; '{self.name}' takes ({', '.join(axes)}).")
-        given, patch = latents.shape[axes.index("C")], int(self.config.patch_size)
+        given, patch = latents.shape[axes.index("C")], patch or int(self.config.patch_size)
         if given != channels:
             raise DataError(
                 f"latents of shape {tuple(latents.shape)} have {given} channels; '{self.name}' takes {channels}, in the order "
@@ -229,6 +233,17 @@ class DiffusersBackbone(Backbone):
             raise DataError(
                 f"latents of {latents.shape[-2]} x {latents.shape[-1]} cannot be cut into patches of {patch} x {patch}; pad or "
                 "resize them to a multiple."
+            )
+
+    def check_text(self, text: Any, latents: Tensor, width: int, what: str = "encoder_hidden_states") -> None:
+        """Raise DataError unless text embeddings are (B, tokens, width), or (B, width) if `what` is "pooled_projections"."""
+        axes = 2 if what == "pooled_projections" else 3
+        shape = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
+        if not isinstance(text, Tensor) or text.ndim != axes or len(text) != len(latents) or text.shape[-1] != width:
+            expected = f"({len(latents)}, {width})" if axes == 2 else f"({len(latents)}, tokens, {width})"
+            raise DataError(
+                f"{what} are {shape}; '{self.name}' takes {expected}, as its text encoder makes them "
+                "(pipeline.encode_prompt)."
             )
 
 
