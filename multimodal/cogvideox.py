@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, timesteps
 from zoo.backbone import Row
 from zoo.errors import ConfigError, DataError
-from zoo.library import library
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
@@ -178,9 +177,11 @@ class CogVideoX(DiffusersBackbone):
         """
         latents, steps, text, rest = self._named(*inputs, **kwargs)
         if self._rotary and rest.get("image_rotary_emb") is None:
-            rest["image_rotary_emb"] = self.rotary(latents)
+            from multimodal.diffusers_attention import video_positions
+
+            rest["image_rotary_emb"] = video_positions(self.config, latents)
         if self.config.ofs_embed_dim and rest.get("ofs") is None:
-            rest["ofs"] = latents.new_full((1,), 2.0)  # as the library's pipeline has it
+            rest["ofs"] = latents.new_full((len(latents),), 2.0)  # the constant of the library's pipeline
         return module(latents, encoder_hidden_states=text, timestep=steps, return_dict=False, **rest)[0]
 
     def _named(
@@ -221,23 +222,6 @@ class CogVideoX(DiffusersBackbone):
             return image
         first = image.expand(-1, self.frame_patch, -1, -1, -1)
         return torch.cat([first, torch.zeros_like(latents[:, self.frame_patch :])], dim=1)
-
-    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (tokens of the video, head width) for latents (B, F, C, H, W), as in the library's pipeline."""
-        embeddings = library("diffusers.models.embeddings", "multimodal")
-        config, patch = self.config, int(self.config.patch_size)
-        grid = latents.shape[-2] // patch, latents.shape[-1] // patch
-        base = int(config.sample_height) // patch, int(config.sample_width) // patch
-        options: dict[str, Any] = {"embed_dim": config.attention_head_dim, "grid_size": grid, "device": latents.device}
-        if config.patch_size_t is None:
-            region = library(
-                "diffusers.pipelines.cogvideo.pipeline_cogvideox", "multimodal"
-            ).get_resize_crop_region_for_grid
-            options |= {"crops_coords": region(grid, base[1], base[0]), "temporal_size": latents.shape[1]}
-        else:
-            size = latents.shape[1] // self.frame_patch
-            options |= {"crops_coords": None, "temporal_size": size, "grid_type": "slice", "max_size": base}
-        return embeddings.get_3d_rotary_pos_embed(**options)
 
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random latents of four frames, time steps and text, a batch of two; latents of an image where the model takes them."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
 from zoo.attention import AttentionSite, Bias, Given, parts
 from zoo.errors import AttachError
-from zoo.library import library
 from zoo.points import Point
 from zoo.sites import BlockSite, Op, Site
 
@@ -159,9 +160,23 @@ class TextAndVideo(Extended):
 
 def _turned(tokens: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys (B, h, L + N, c), those behind the text turned by their position."""
-    turn: Any = library("diffusers.models.embeddings", "multimodal").apply_rotary_emb
-    moved = turn(tokens[:, :, text:], rotary)
+    moved: Tensor = apply_rotary_emb(tokens[:, :, text:], rotary)  # type: ignore[assignment,arg-type]
     return torch.cat([tokens[:, :, :text], moved], dim=2) if text else moved
+
+
+def video_positions(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (tokens of the video, head width) for latents (B, F, C, H, W), as CogVideoX's pipelines make them."""
+    patch, frames = int(config.patch_size), latents.shape[1]
+    grid = latents.shape[-2] // patch, latents.shape[-1] // patch
+    base = int(config.sample_height) // patch, int(config.sample_width) // patch
+    options: dict[str, Any] = {"embed_dim": config.attention_head_dim, "grid_size": grid, "device": latents.device}
+    if config.patch_size_t is None:
+        region = get_resize_crop_region_for_grid(grid, base[1], base[0])
+        options |= {"crops_coords": region, "temporal_size": frames}
+    else:
+        frames = frames // int(config.patch_size_t)
+        options |= {"crops_coords": None, "temporal_size": frames, "grid_type": "slice", "max_size": base}
+    return get_3d_rotary_pos_embed(**options)  # type: ignore[return-value]
 
 
 @dataclass(eq=False)
