@@ -170,7 +170,7 @@ def _timm(visual: Any) -> Tower | str:
         patch="visual.trunk.patch_embed.proj",
         norms=(("patch_embed.norm", "visual.trunk.patch_embed.norm"), ("norm_pre", "visual.trunk.norm_pre")),
         behind=(("norm", "visual.trunk.norm"), ("fc_norm", "visual.trunk.fc_norm")),
-        proj="visual.head.proj",
+        proj="visual.head.proj" if hasattr(visual.head, "proj") else "visual.trunk.head",
     )
 
 
