@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audio.positions import BODY, GEOMETRY, grid, refit
-from zoo.backbone import Backbone, Row, make_linear
-from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError, nearest
-from zoo.library import library, pretrained_config
+from audio.transformers_family import Fields, TransformersAudio
+from zoo.backbone import Row, make_linear
+from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError
+from zoo.library import library
 from zoo.points import NormPoint, Point
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.data import ImageDataset
     from zoo.session import Session
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -36,7 +36,7 @@ MODEL_TYPE = "audio-spectrogram-transformer"
 AUDIOSET = "MIT/ast-finetuned-audioset-"
 SPEECH = "MIT/ast-finetuned-speech-commands-v2"
 # Fields of the configuration in which a published checkpoint differs from the library's defaults
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, Fields] = {
     "zoo:ast-micro": {
         "hidden_size": 192,
         "num_hidden_layers": 6,
@@ -71,12 +71,13 @@ class NormedHead(nn.Module):
 
 
 @register_backbone
-class AST(Backbone):
+class AST(TransformersAudio):
     """`ast`, `ast-speech-commands`, `ast-micro`, or `transformers:<repository or folder>` of this model type."""
 
     family = "ast"
-    modality = "audio"
     weights_folder = WEIGHTS
+    library_classes = {MODEL_TYPE: ("ASTConfig", "ASTForAudioClassification")}
+    configs = {source: (MODEL_TYPE, fields) for source, fields in CONFIGS.items()}
     aliases = {
         "ast-micro": "zoo:ast-micro",
         "ast": f"transformers:{AUDIOSET}10-10-0.4593",
@@ -115,17 +116,6 @@ class AST(Backbone):
     # -- building ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def accepts(cls, name: str) -> bool | str:
-        """True for `transformers:<repository or folder>` whose configuration is an AST's; a string says why it is not read."""
-        if not name.startswith("transformers:"):
-            return False
-        source = name.removeprefix("transformers:")
-        if source in CONFIGS:
-            return True
-        config = pretrained_config(source)
-        return config if isinstance(config, str) else config.get("model_type") == MODEL_TYPE
-
-    @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         """An `ASTForAudioClassification`; `kwargs` are fields of its configuration, and `attn_implementation`.
 
@@ -136,58 +126,32 @@ class AST(Backbone):
         transformers = library("transformers", "audio")
         options = {k: v for k, v in kwargs.items() if v is not None}
         device, attention = options.pop("device", None), options.pop("attn_implementation", None)
-        known = {*vars(transformers.ASTConfig()), "num_labels"}
-        if wrong := [k for k in options if k.startswith("_") or k not in known]:
-            fields = sorted(k for k in known if not k.startswith("_"))
-            raise ConfigError(f"an AST has no option '{wrong[0]}'. {nearest(wrong[0], fields)}")
+        cls.check_options(MODEL_TYPE, options)
         source = name.removeprefix("transformers:")
         if not pretrained:
-            module = cls._random({**cls._base(source), **options}, attention)
+            module = cls.random(MODEL_TYPE, {**cls.described(source)[1], **options}, attention)
+            grid(module.config)
         else:
             geometry = {k: options.pop(k) for k in GEOMETRY if k in options}
-            module = (
-                cls._micro(options, attention) if name == "zoo:ast-micro" else cls._load(source, options, attention)
-            )
+            micro = name == "zoo:ast-micro"
+            module = cls._micro(options, attention) if micro else cls.load(source, options, attention)
             refit(module, **geometry)
-        return module if device is None else module.to(device)
-
-    @classmethod
-    def _base(cls, source: str) -> dict[str, Any]:
-        """Fields of the configuration of a name."""
-        if source in CONFIGS:
-            return CONFIGS[source]
-        config = pretrained_config(source)
-        if isinstance(config, str):
-            raise ConfigError(config)
-        return config
-
-    @classmethod
-    def _random(cls, fields: dict[str, Any], attention: str | None) -> nn.Module:
-        transformers = library("transformers", "audio")
-        try:
-            config = transformers.ASTConfig.from_dict(fields)
-            grid(config)
-            module = transformers.ASTForAudioClassification._from_config(config, attn_implementation=attention)
-        except ConfigError:
-            raise
-        except Exception as error:  # what checks a field raises classes of its own
-            raise ConfigError(f"transformers does not take these options for an AST: {error}") from error
         if not hasattr(module.get_submodule(BODY), "layers"):
             raise MissingPackageError(
                 f"transformers {transformers.__version__} lays its AST out in another way than described here. Install a newer "
                 "one with: pip install 'adapter-zoo[audio]'"
             )
-        return module.eval()  # type: ignore[no-any-return]
+        return module if device is None else module.to(device)  # type: ignore[no-any-return]
 
     @classmethod
-    def _micro(cls, options: dict[str, Any], attention: str | None) -> nn.Module:
+    def _micro(cls, options: Fields, attention: str | None) -> Any:
         file = WEIGHTS / "ast-micro.safetensors"
         if not file.is_file():
             raise ConfigError(
                 "The weights of 'ast-micro' are not part of this installation. Make them with scripts/pretrain_ast_micro.py and "
                 f"put {file.name} into the folder audio/weights, or pass pretrained=False for random weights."
             )
-        module = cls._random({**CONFIGS["zoo:ast-micro"], **options}, attention)
+        module = cls.random(MODEL_TYPE, {**CONFIGS["zoo:ast-micro"], **options}, attention)
         weights = {k: v.float() for k, v in load_file(file).items()}
         own = {k: v for k, v in module.state_dict().items() if k.startswith("classifier.")}
         if own["classifier.dense.bias"].shape != weights["classifier.dense.bias"].shape:
@@ -197,29 +161,6 @@ class AST(Backbone):
         except RuntimeError as error:
             raise ConfigError(f"the weights of 'ast-micro' do not fit these options: {error}") from error
         return module
-
-    @classmethod
-    def _load(cls, source: str, options: dict[str, Any], attention: str | None) -> nn.Module:
-        transformers = library("transformers", "audio")
-        try:
-            module, report = transformers.ASTForAudioClassification.from_pretrained(
-                source, attn_implementation=attention, output_loading_info=True, **options
-            )
-        except Exception as error:  # a class of its own for each way in which network, files and shapes can fail
-            raise ConfigError(
-                f"The pretrained weights of '{source}' could not be loaded: {type(error).__name__}: "
-                f"{str(error).splitlines()[0][:300]}. Check the network and the name, or pass pretrained=False for random "
-                "weights."
-            ) from error
-        missing = [k for k in report["missing_keys"] if not k.startswith("classifier.")]
-        if missing:
-            raise ConfigError(
-                f"'{source}' holds no weights for {', '.join(sorted(missing)[:3])} and {len(missing) - 1} more: "
-                "it is no AST as transformers saves it."
-            )
-        if len(missing) < len(report["missing_keys"]):  # a bare ASTModel
-            module.classifier = nn.Identity()
-        return module.eval()  # type: ignore[no-any-return]
 
     # -- what the model asks ----------------------------------------------------------------------------------------
 
@@ -307,10 +248,6 @@ class AST(Backbone):
         """Where the library keeps the classifier."""
         return "classifier"
 
-    def run(self, module: nn.Module, *inputs: Any) -> Tensor:
-        """Logits (or pooled features) of a merged module."""
-        return module(*inputs).logits  # type: ignore[no-any-return]
-
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
         from audio.attention import record
@@ -326,7 +263,7 @@ class AST(Backbone):
             block=block,
             attention=block.attention,
             norm=norm,
-            final=body.layernorm,
+            leave=(body.layernorm, "input"),
             options=options,
         )
 
@@ -341,12 +278,8 @@ class AST(Backbone):
     def _statistics(self) -> dict[str, float]:
         from audio.features import MEAN, STD
 
-        source = self.source
-        if source in CONFIGS:
-            return FEATURES.get(source, {"mean": MEAN, "std": STD})
-        file = pretrained_config(source, "preprocessor_config.json")
-        file = {} if isinstance(file, str) else file
-        return {"mean": float(file.get("mean", MEAN)), "std": float(file.get("std", STD))}
+        stated = FEATURES.get(self.source) or self.preprocessor()
+        return {"mean": float(stated.get("mean", MEAN)), "std": float(stated.get("std", STD))}
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Tensor]:
         """`audio.features.AudioTransform`: sound -> (max_length, num_mel_bins)."""
@@ -354,27 +287,10 @@ class AST(Backbone):
 
         return AudioTransform(self.data_config(), train, **options)
 
-    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
-        """Sounds with labels, `audio.data.open_audio`."""
-        from audio.data import open_audio
-
-        return open_audio(data, split=split)
-
-    @property
-    def source(self) -> str:
-        """The repository or folder that the weights are of."""
-        return self.aliases.get(self.name, self.name).removeprefix("transformers:")
-
     def licence(self) -> str | None:
-        """Licence of the published weights; None for random weights, or where none is known."""
-        if not self.pretrained:
-            return None
-        return "bsd-3-clause" if self.source.startswith("MIT/ast-") else None
-
-    def hub_id(self) -> str | None:
-        """Hub repository of the weights."""
-        local = self.source.startswith("zoo:") or Path(self.source).expanduser().is_dir()
-        return self.source if self.pretrained and not local else None
+        """Licence of the weights; None for random ones, or where none is known."""
+        stated = {"zoo": "apache-2.0", "MIT": "bsd-3-clause"}
+        return stated.get(self.source.split(":")[0].split("/")[0]) if self.pretrained else None
 
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two random spectrograms."""

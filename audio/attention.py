@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 class SplitKeys:
     """norm -> key and value projections -> keys and values (`Prompts.project`)."""
 
-    norm: nn.Module
+    norm: nn.Module | None
     k: nn.Module
     v: nn.Module
     num_heads: int
 
     def __call__(self, tokens: Tensor) -> Pair:
         """(n, T, d) -> two of (n, h, T, c)."""
-        normed = self.norm(tokens)
+        normed = tokens if self.norm is None else self.norm(tokens)
         keys, values = (p(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.k, self.v))
         return keys, values
 
 
 @dataclass(eq=False)
 class SplitAttention(AttentionSite):
-    """A self-attention of three projections and an output projection, extended; it answers (y, None)."""
+    """A self-attention of three projections and an output projection, extended; it answers (y, None).
+
+    AST's (`o_proj`, `attention_dropout`) and that of wav2vec 2.0 and HuBERT (`out_proj`, `dropout`).
+    """
 
     @property
     def fused(self) -> bool:
@@ -51,7 +54,9 @@ class SplitAttention(AttentionSite):
     @property
     def dropout(self) -> float:
         """Of the attention weights, 0 in evaluation."""
-        return float(self.module.attention_dropout) if self.module.training else 0.0  # type: ignore[arg-type]
+        attention: Any = self.module
+        rate = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
+        return float(rate) if attention.training else 0.0
 
     def extended(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """x (B, N, d) -> (B, N, d). Extra keys are seen by every query, masked or not."""
@@ -69,7 +74,7 @@ class SplitAttention(AttentionSite):
             return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
 
         y = self.attend(q, k, v, len(hidden_states), bias).transpose(1, 2).flatten(2)
-        return attention.o_proj(y), None
+        return (attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj)(y), None
 
 
 def record(
@@ -80,16 +85,17 @@ def record(
     *,
     block: Any,
     attention: Any,
-    norm: nn.Module,
-    final: nn.Module,
+    norm: nn.Module | None,
+    leave: tuple[nn.Module, str] | None,
     options: dict[str, Any],
 ) -> None:
     """Record the ops of `extend` and `prompt` at a block of this kind.
 
     Args:
-        block, attention, norm: the residual block, its attention, and the norm in front of that.
-        final: the norm behind the last block, in front of which prompts that flow are taken out: where nothing but prefix
-            tokens is pooled, nobody reads them.
+        block, attention, norm: the residual block, its attention, and the norm in front of that (None: there is none).
+        leave: the module, and its "input" or "output", where prompts that flow are taken out; None: they stay, and take part
+            in the pooling.
+        options: of the verb. A prompt is kept as a token if `options["keep"]`.
 
     Raises:
         AttachError: queries of their own.
@@ -105,11 +111,13 @@ def record(
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
         op(block, BlockSite, "input", insert, per_row=False)
-        op(final, Site, "input", insert.strip, per_row=False)
+        if leave is not None:
+            strip = insert.strip if leave[1] == "input" else lambda x, y: insert.strip(y)
+            op(leave[0], BlockSite if leave[1] == "output" else Site, leave[1], strip, per_row=False)
     elif verb == "prompt":
         heads = attention.q_proj.out_features // attention.head_dim
         project = SplitKeys(norm, attention.k_proj, attention.v_proj, heads)
-        through = (norm, attention.k_proj, attention.v_proj)
+        through = (*(() if norm is None else (norm,)), attention.k_proj, attention.v_proj)
         op(attention, SplitAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)
     else:
         raise AttachError(

@@ -27,7 +27,7 @@ from torch import Tensor
 from audio.sound import HOP, SAMPLE_RATE, WINDOW, as_sound, resample
 from zoo.errors import ConfigError, nearest
 
-__all__ = ["AUGMENTS", "AudioTransform", "LogMel", "log_mel", "mel_filters"]
+__all__ = ["AUGMENTS", "AudioTransform", "LogMel", "WaveTransform", "log_mel", "mel_filters"]
 
 FFT = 512
 FLOOR = 2.0**-23
@@ -172,3 +172,43 @@ def _masked(features: Tensor, axis: int, part: float) -> Tensor:
     start = float(torch.rand(())) * (size - width)
     index = torch.arange(int(start), int(start) + int(width), device=features.device)
     return features.index_fill(axis, index, 0.0)
+
+
+class WaveTransform:
+    """The preprocessing of a backbone that takes waveforms: sound -> (samples,), float32, at 16 kHz.
+
+    A long sound is cut, in training at a random place; a short one gets silence at its end, in training on both sides. With
+    `normalize` the sound itself, without the silence, is brought to mean 0 and variance 1.
+
+    Args:
+        config: `samples` and `normalize`, as in `Backbone.data_config()`.
+        train: augment. augment: of training: "shift" or "none".
+
+    Raises:
+        ConfigError: a setting that is not known.
+    """
+
+    def __init__(self, config: Mapping[str, Any], train: bool = False, *, augment: str = "shift") -> None:
+        if augment not in AUGMENTS[1:]:
+            raise ConfigError(f"augment '{augment}' is unknown. {nearest(augment, AUGMENTS[1:])}")
+        self.samples, self.normalize = int(config["samples"]), bool(config.get("normalize", True))
+        self.shift = train and augment == "shift"
+
+    def __call__(self, sound: Any) -> Tensor:
+        """What `audio.sound.as_sound` takes, of any sample rate -> (samples,).
+
+        Raises:
+            DataError: a sound that is empty, too short, not finite, or not mono; the message names its place.
+        """
+        heard = as_sound(sound)
+        wave = resample(heard.wave, heard.rate, SAMPLE_RATE)
+        spare = len(wave) - self.samples
+        place = int(torch.randint(abs(spare) + 1, ())) if self.shift and spare else 0
+        if spare > 0:
+            wave = wave[place : place + self.samples]
+        if self.normalize:
+            wave = (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()
+        return wave if spare > 0 else F.pad(wave, (place, -spare - place))
+
+    def __repr__(self) -> str:
+        return f"WaveTransform({self.samples} samples, normalized={self.normalize}, shifted={self.shift})"

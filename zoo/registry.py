@@ -97,6 +97,7 @@ def _entry_points(group: str) -> dict[str, Any]:
             "sd3": "multimodal.sd3",
             "flux": "multimodal.flux",
             "ast": "audio.ast",
+            "wav2vec2": "audio.wav2vec2",
         },
         "zoo.adapters": {
             **{

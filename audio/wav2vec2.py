@@ -1,0 +1,317 @@
+"""wav2vec 2.0 and HuBERT, as transformers builds them (`Wav2Vec2ForSequenceClassification`, `HubertForSequenceClassification`).
+
+A waveform (B, n) at 16 kHz goes through seven convolutions (one step of 20 ms each) and a projection; a wide convolution over the
+steps is added for their positions; then come transformer blocks on tokens (B, N, d) without any class token. The mean over
+the steps is the pooled feature. Base models are post-norm, `u = LN(x + A(x))`, `y = LN(u + M(u))`, behind one norm of the
+positions; large ones (`do_stable_layer_norm`) are pre-norm with a final norm.
+
+The library's classifier is a projection d -> 256 of every step, their mean, and a linear map. Linear maps and means commute, so
+the head here has the same parameters and works on the mean of the steps; it agrees with the library's to rounding.
+
+`seconds` (of `zoo.load`, by default 5) says how much of a sound the preprocessing hands over: a longer one is cut, a
+shorter one filled up with silence. The model itself takes any length.
+
+Sources: Baevski et al., "wav2vec 2.0", NeurIPS 2020; Hsu et al., "HuBERT", IEEE/ACM TASLP 2021 (facebookresearch/fairseq).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from audio.transformers_family import Fields, TransformersAudio
+from zoo.backbone import Row, make_linear
+from zoo.errors import AttachError, ConfigError, DataError, MismatchError
+from zoo.points import NormPoint, Point
+from zoo.registry import register_backbone
+
+if TYPE_CHECKING:
+    from zoo.session import Session
+
+SHORTEST = 400  # samples that the convolutions need
+LARGE: Fields = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "do_stable_layer_norm": True,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+}
+
+
+class ProjectedHead(nn.Module):
+    """Two linear maps, (B, d) -> (B, p) -> (B, num_classes); the keys are those of the library's classifier."""
+
+    def __init__(self, in_features: int, width: int, out_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.projector = nn.Linear(in_features, width, **factory)
+        self.classifier = nn.Linear(width, out_features, **factory)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, d) -> (B, num_classes)."""
+        return self.classifier(self.projector(pooled))
+
+
+def _table(stable: bool) -> tuple[Row, ...]:
+    """Rows of a block; the norms stand in front of the branches, or behind the sums."""
+    norms = (
+        Row("norm", "norm", "norm1", "layer_norm"),
+        Row("norm", "norm", "norm2", "final_layer_norm"),
+    )
+    before = {"attn": "layer_norm", "mlp": "final_layer_norm"} if stable else {"attn": "", "mlp": ""}
+    attention = (
+        Row("linear", "q", "attn.q", "attention.q_proj"),
+        Row("linear", "k", "attn.k", "attention.k_proj"),
+        Row("linear", "v", "attn.v", "attention.v_proj"),
+        Row("attention", "attn", "attn.product", "attention"),
+        Row("linear", "o", "attn.o", "attention.out_proj"),
+        Row(
+            "sublayer",
+            "attn",
+            "attn",
+            "attention",
+            entry="attention:input",
+            exit="attention:output",
+            stream=before["attn"],
+        ),
+    )
+    mlp = (
+        Row("linear", "up", "mlp.up", "feed_forward.intermediate_dense"),
+        Row("linear", "down", "mlp.down", "feed_forward.output_dense"),
+        Row(
+            "sublayer",
+            "mlp",
+            "mlp",
+            "feed_forward",
+            entry="feed_forward:input",
+            exit="feed_forward:output",
+            stream=before["mlp"],
+        ),
+    )
+    ordered = (norms[0], *attention, norms[1], *mlp) if stable else (*attention, norms[0], *mlp, norms[1])
+    return (Row("tokens", "tokens", "tokens", ""), *ordered, Row("block", "block", "", ""))
+
+
+@register_backbone
+class Wav2Vec2(TransformersAudio):
+    """`wav2vec2-b`, `hubert-b` and larger ones, or `transformers:<repository or folder>` of these model types."""
+
+    family = "wav2vec2"
+    library_classes = {
+        "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification"),
+        "hubert": ("HubertConfig", "HubertForSequenceClassification"),
+    }
+    configs = {
+        "facebook/wav2vec2-base": ("wav2vec2", {}),
+        "facebook/wav2vec2-large-lv60": ("wav2vec2", LARGE),
+        "facebook/wav2vec2-large-xlsr-53": ("wav2vec2", LARGE),
+        "facebook/hubert-base-ls960": ("hubert", {}),
+        "facebook/hubert-large-ll60k": ("hubert", LARGE),
+    }
+    head_parts = ("projector", "classifier")
+    aliases = {
+        "wav2vec2-b": "transformers:facebook/wav2vec2-base",
+        "wav2vec2-l": "transformers:facebook/wav2vec2-large-lv60",
+        "wav2vec2-xlsr53": "transformers:facebook/wav2vec2-large-xlsr-53",
+        "hubert-b": "transformers:facebook/hubert-base-ls960",
+        "hubert-l": "transformers:facebook/hubert-large-ll60k",
+    }
+    elementwise = ("feed_forward.intermediate_act_fn",)
+    tiny = (
+        "wav2vec2-b",
+        {
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 96,
+            "conv_dim": [16] * 7,
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 4,
+            "classifier_proj_size": 24,
+            "mask_time_prob": 0.0,
+            "layerdrop": 0.0,
+        },
+    )
+    seconds = 5.0
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """The library's module; `kwargs` are fields of its configuration, `attn_implementation` and `seconds`.
+
+        Raises:
+            ConfigError: an unknown field, or weights that cannot be had.
+        """
+        options = {k: v for k, v in kwargs.items() if v is not None and k != "seconds"}
+        device, attention = options.pop("device", None), options.pop("attn_implementation", None)
+        source = name.removeprefix("transformers:")
+        model_type, fields = cls.described(source)
+        cls.check_options(model_type, options)
+        if not pretrained:
+            module = cls.random(model_type, {**fields, **options}, attention)
+        else:
+            module = cls.load(source, options, attention)
+        return module if device is None else module.to(device)  # type: ignore[no-any-return]
+
+    def configure(self, **options: Any) -> None:
+        """`seconds` of a sound that the preprocessing hands over."""
+        seconds = options.get("seconds")
+        if seconds is None:
+            return
+        if not isinstance(seconds, (int, float)) or seconds * 16_000 < SHORTEST:
+            raise ConfigError(f"seconds is {seconds!r}; expected a number from {SHORTEST / 16_000}.")
+        self.seconds = float(seconds)
+
+    # -- what the model asks ----------------------------------------------------------------------------------------
+
+    @property
+    def body_path(self) -> str:
+        """Where the network without its classifier is."""
+        return str(self.module.base_model_prefix)
+
+    @property
+    def body(self) -> Any:
+        """The `Wav2Vec2Model` or `HubertModel`."""
+        return self.module.get_submodule(self.body_path)
+
+    @property
+    def stable(self) -> bool:
+        """Whether blocks are pre-norm."""
+        return bool(self.body.config.do_stable_layer_norm)
+
+    def points(self) -> list[Point]:
+        """Points of the projection of the convolutions' features, of every block, and of the norm around the blocks."""
+        body, path, dim = self.body, self.body_path, self.feature_dim
+        found: list[Point] = []
+        feature = f"{path}.feature_projection"
+        norm = getattr(body.feature_projection, "layer_norm", None)
+        if norm is not None:
+            found.append(self._norm("patch_embed.norm", f"{feature}.layer_norm", norm))
+        projection = body.feature_projection.projection
+        common = {"name": "patch_embed", "role": "patch", "path": f"{feature}.projection", "module": projection}
+        patch = make_linear(projection, None, "", 0, common)
+        found += [] if patch is None else [patch]
+        around = self._norm(
+            "norm" if self.stable else "norm_pre", f"{path}.encoder.layer_norm", body.encoder.layer_norm
+        )
+        found += [] if self.stable else [around]
+        table = _table(self.stable)
+        for i, layer in enumerate(body.encoder.layers):
+            found += self.points_of_block(
+                layer,
+                f"blocks.{i}",
+                f"{path}.encoder.layers.{i}",
+                dim,
+                layer.attention.num_heads,
+                block=i,
+                table=table,
+                attention={"head_dim": layer.attention.head_dim},
+                tokens={"num_prefix": 0, "first": i == 0},
+            )
+        return [*found, around] if self.stable else found
+
+    @staticmethod
+    def _norm(name: str, path: str, module: nn.Module) -> NormPoint:
+        width = len(module.weight)  # type: ignore[arg-type]
+        return NormPoint(name=name, role="norm", path=path, module=module, dim_in=width, dim_out=width)
+
+    def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
+        """Waveforms (B, n), n >= 400 -> (B, d), the mean over the steps.
+
+        Raises:
+            DataError: no waveforms, or too short ones.
+        """
+        (waves,) = inputs
+        if waves.ndim != 2 or waves.shape[1] < SHORTEST:
+            raise DataError(
+                f"waveforms of shape {tuple(waves.shape)}; expected (B, samples), at least {SHORTEST} samples at 16 kHz."
+            )
+        # its projector and classifier were taken off, so the library's own pooling comes out
+        return self.module(waves, **kwargs).logits  # type: ignore[no-any-return]
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the pooled features."""
+        return int(self.body.config.hidden_size)
+
+    def new_head(self, num_classes: int, **factory: Any) -> nn.Module:
+        """Projection and classifier, as the library's."""
+        return ProjectedHead(self.feature_dim, self.body.config.classifier_proj_size, num_classes, **factory)
+
+    def take_head(self) -> nn.Module | None:
+        """Take projector and classifier off; without them the library's module answers with the mean over the steps."""
+        module: Any = self.module
+        projector, classifier = module.projector, module.classifier
+        module.projector, module.classifier = nn.Identity(), nn.Identity()
+        if not isinstance(classifier, nn.Linear):
+            return None
+        with torch.device(classifier.weight.device):
+            head = self.new_head(classifier.out_features, dtype=classifier.weight.dtype)
+        head.projector, head.classifier = projector, classifier
+        return head
+
+    def put_head(self, module: nn.Module, head: nn.Module) -> None:
+        """Make `head` the classifier of a merged module."""
+        if not isinstance(head, ProjectedHead) or head.in_features != self.feature_dim:
+            raise MismatchError(
+                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it."
+            )
+        merged: Any = module
+        merged.config.num_labels = head.out_features
+        merged.projector, merged.classifier = head.projector, head.classifier
+
+    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Verbs of attention and tokens points: more keys, and prompts."""
+        from audio.attention import record
+
+        path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
+        block: Any = self.module.get_submodule(path)
+        encoder = self.body.encoder
+        last = encoder.layers[-1]
+        pooled = options.get("pooled", False)
+        if pooled and block is last:
+            options["keep"] = True
+        if options.get("keep") and self.body.config.use_weighted_layer_sum:
+            raise AttachError(
+                f"prompts that flow from '{point.name}' are not available with use_weighted_layer_sum: what is pooled is a sum "
+                "over all blocks, and they would be in some of its terms only."
+            )
+        leave = (encoder.layer_norm, "input") if self.stable else (last, "output")
+        record(
+            session,
+            point,
+            verb,
+            module,
+            block=block,
+            attention=block.attention,
+            norm=block.layer_norm if self.stable else None,
+            leave=None if pooled else leave,
+            options=options,
+        )
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def data_config(self) -> dict[str, Any]:
+        """`sampling_rate` (Hz), `samples` that are handed over, and whether a sound is brought to mean 0 and variance 1."""
+        normalize = bool(self.preprocessor().get("do_normalize", True))
+        return {"sampling_rate": 16_000, "samples": round(self.seconds * 16_000), "normalize": normalize}
+
+    def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Tensor]:
+        """`audio.features.WaveTransform`: sound -> (samples,)."""
+        from audio.features import WaveTransform
+
+        return WaveTransform(self.data_config(), train, **options)
+
+    def licence(self) -> str | None:
+        """Licence of the weights; None for random ones, or where none is known."""
+        return "apache-2.0" if self.pretrained and self.source.startswith("facebook/") else None
+
+    def tiny_batch(self) -> tuple[Tensor, ...]:
+        """Two random waveforms of a tenth of a second."""
+        return (torch.randn(2, 1_600),)
