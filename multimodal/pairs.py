@@ -43,7 +43,7 @@ class Pair:
 
 
 def open_pairs(
-    source: str | Path | Sequence[str | Path] | Dataset[Any],
+    source: str | Path | Sequence[Any] | Dataset[Any],
     *,
     transform: Transform | None = None,
     split: str | None = None,
@@ -56,7 +56,7 @@ def open_pairs(
     Args:
         source: Parquet files (a file, a folder, a pattern, a list) with a column of encoded images and one of texts or of lists
             of texts; a table (.csv, .tsv or .jsonl with the names of the columns) of image paths, relative to it, and captions,
-            or the folder that it is in; or any torch `Dataset` of (image, caption or captions).
+            or the folder that it is in; or any list or torch `Dataset` of (image, caption or captions).
         transform: `Pair` -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
         split: beginning of the Parquet files' names, name of the table, or subfolder; needed where there are several.
         image_column, caption_column: guessed if there is one candidate.
@@ -68,7 +68,8 @@ def open_pairs(
     if isinstance(source, ImageDataset):
         return source if transform is None else source.with_transform(transform)
     rows: Any
-    if isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
+    first = source[0] if isinstance(source, (list, tuple)) and source else source
+    if isinstance(source, Dataset) or not isinstance(first, (str, Path, list)):
         rows = TorchPairs(source)
     elif table := _table(source, split):
         rows = ListedPairs(table, image_column, caption_column)
