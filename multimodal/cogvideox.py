@@ -223,6 +223,26 @@ class CogVideoX(DiffusersBackbone):
         first = image.expand(-1, self.frame_patch, -1, -1, -1)
         return torch.cat([first, torch.zeros_like(latents[:, self.frame_patch :])], dim=1)
 
+    def check_clip(self, clip: Tensor, pixels: bool) -> None:
+        """Raise DataError unless a batch of clips (B, F, C, H, W) is as long as the autoencoder and the patches need it.
+
+        The autoencoder makes one latent frame of the first frame, and one of every four (`temporal_compression_ratio`) more.
+        """
+        ratio = int(self.config.temporal_compression_ratio)
+        if clip.ndim != 5:
+            raise DataError(f"clips are {tuple(clip.shape)}; expected (B, frames, channels, height, width).")
+        frames = clip.shape[1]
+        if pixels and frames <= ratio:
+            raise DataError(
+                f"A clip has {frames} frames, fewer than the {ratio + 1} of the shortest one: the first, and a chunk of {ratio}. "
+                "Leave it out, or take frames more densely."
+            )
+        if pixels and (frames - 1) % ratio:
+            raise DataError(
+                f"A clip has {frames} frames; '{self.name}' takes the first one and whole chunks of {ratio} (it was trained on "
+                f"{self.config.sample_frames} frames). Cut it to {frames - (frames - 1) % ratio}."
+            )
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random latents of four frames, time steps and text, a batch of two; latents of an image where the model takes them."""
         height, width = int(self.config.sample_height), int(self.config.sample_width)

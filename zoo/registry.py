@@ -108,8 +108,10 @@ def _entry_points(group: str) -> dict[str, Any]:
         },
         "zoo.tasks": {
             "classify": "zoo.tasks:Classify",
+            "diffuse": "multimodal.diffuse:Diffuse",
             "multilabel": "zoo.multilabel:MultiLabel",
             "contrast": "multimodal.contrast:Contrast",
+            "generate": "multimodal.generate:Generate",
         },
     }[group]
     return own | found

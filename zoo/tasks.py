@@ -57,6 +57,10 @@ class Task:
         """(mean loss over the batch, the outputs that metrics and `extra_loss` see)."""
         raise TypeError(f"{type(self).__name__} does not implement loss.")
 
+    def example(self, model: Model, inputs: Any, targets: Any) -> Any:
+        """What the model is called with for a batch (`call`); by default its inputs. Its kept bytes are counted on that."""
+        return inputs
+
     def metrics(self, model: Model) -> Mapping[str, Any]:
         """Numbers of an evaluation, by name: objects with `update(outputs, targets)`, `compute()` and `reset()`.
 

@@ -217,5 +217,6 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     if hasattr(model, "saved_bytes") and trainer.plan.parts * processes.world == 1:
         for batch in trainer.first_batch():
             inputs = to_device(batch.inputs, processes.device, input_dtype(model, trainer.settings.precision))
+            inputs = trainer.task.example(model, inputs, to_device(batch.targets, processes.device))
             with autocast(processes.device, trainer.settings.precision):
                 record["saved_bytes"] = {getattr(model, "memory", "default"): call(model.saved_bytes, inputs)}

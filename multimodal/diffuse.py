@@ -1,0 +1,276 @@
+"""Training of diffusion transformers: predict the noise (or velocity, or flow) that the checkpoint's own scheduler adds.
+
+    loss = mean |f(x_t, t, c) - target|^2                    x_t and target: `multimodal.noise`
+
+Items of the data are (pixels, condition): an image in [-1, 1] with its class label, or a clip (F, 3, H, W) with the embeddings
+(L, d_text) of its text. With an autoencoder (`vae`) the loss is that of its latents; without one, of the data itself: pixels for
+a model of three channels, or latents that were made before. Where a model has several conditions, an item is ((pixels, text,
+pooled), anything).
+
+While training, a share `drop` of the conditions is left out (the label "no class", or the embeddings `null`), so that the model
+can be sampled with guidance. In evaluation nothing is left out, the noise is always the same, and time steps are evenly spread,
+so that losses of two evaluations can be compared.
+
+Deviations: a predicted variance (DiT-XL/2 has four channels of it) is not trained; the library's pipelines do not use it either.
+In full fine-tuning the library's embedding would drop labels by itself, in each block another one; that is switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multimodal.noise import WEIGHTINGS, Schedule, schedule_of
+from zoo.errors import ConfigError, DataError
+from zoo.tasks import Task
+
+if TYPE_CHECKING:
+    from multimodal.frechet import Moments
+    from zoo.data.dataset import ImageDataset
+    from zoo.model import Model
+
+__all__ = ["Denoising", "Diffuse", "FeatureDistance"]
+
+
+class Denoising(NamedTuple):
+    """What the loss hands to metrics and adapters."""
+
+    prediction: Tensor  # what the model answered
+    target: Tensor  # what it should have
+    pixels: Tensor  # as they came from the data
+
+
+class Diffuse(Task):
+    """Denoising.
+
+    Args:
+        scheduler: one of diffusers; by default that with the noise of the family's checkpoints.
+        vae: an autoencoder of diffusers, which stays frozen; None if the data are what the model works on.
+        drop: share of the conditions that are left out in training; by default 0.1 for classes, and for text if `null` is given.
+        null: text embeddings (L, d) of the empty prompt.
+        weighting: how time steps are drawn: "uniform" or "logit-normal".
+        distance: an image model (or its name) by whose features generated images are compared with real ones in `zoo.evaluate`;
+            None leaves that out, as it takes `samples` images of `steps` steps.
+        samples: at most so many images, with the labels of the first ones of the data.
+        steps, guidance: how they are sampled (`multimodal.sampling`).
+        seed: of the noise in evaluation and sampling.
+    """
+
+    name, noun, monitor = "diffuse", "images", "loss"
+
+    def __init__(
+        self,
+        scheduler: Any = None,
+        vae: Any = None,
+        *,
+        drop: float | None = None,
+        null: Tensor | None = None,
+        weighting: str = "uniform",
+        distance: Model | str | None = None,
+        samples: int = 500,
+        steps: int = 50,
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if drop is not None and not 0 <= drop < 1:
+            raise ConfigError(f"drop is {drop}; expected 0 <= drop < 1.")
+        if weighting not in WEIGHTINGS:
+            raise ConfigError(f"weighting is {weighting!r}; expected one of {', '.join(WEIGHTINGS)}.")
+        self.scheduler, self.vae, self.drop, self.null, self.weighting = scheduler, vae, drop, null, weighting
+        self.distance, self.samples, self.steps, self.guidance, self.seed = distance, samples, steps, guidance, seed
+        self._schedule: tuple[str, Schedule] | None = None
+        if vae is not None:
+            vae.eval().requires_grad_(False)
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+        """Raise unless the model denoises, and its classes are enough for the labels."""
+        if not hasattr(model.family, "scheduler"):
+            raise ConfigError(
+                f"'{model.backbone_name}' is no diffusion model (families dit, cogvideox, pixart, sd3, flux are)."
+            )
+        labels, classes = dataset.labels, getattr(model.family, "num_classes", None)
+        if (
+            classes is not None
+            and labels is not None
+            and len(labels)
+            and not 0 <= labels.min() <= labels.max() < classes
+        ):
+            wrong = int(((labels < 0) | (labels >= classes)).argmax())
+            raise DataError(f"{dataset.where(wrong)}: {_outside(int(labels[wrong]), classes)}")
+
+    def check_batch(self, model: Model, dataset: ImageDataset, targets: Any) -> None:
+        """Raise DataError for labels that the model has no embedding of."""
+        from zoo.train.batches import class_range
+
+        classes = getattr(model.family, "num_classes", None)
+        found = class_range(targets) if classes is not None and isinstance(targets, Tensor) else None
+        if found is not None and not 0 <= found[0] <= found[1] < classes:  # type: ignore[operator]
+            wrong = found[0] if found[0] < 0 else found[1]
+            raise DataError(f"{dataset.name}: {_outside(wrong, classes)}")  # type: ignore[arg-type]
+
+    # -- the loss ---------------------------------------------------------------------------------------------------
+
+    def loss(self, model: Model, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Denoising]:
+        """Mean squared error of the prediction, in float32; see the module."""
+        arguments, target = self._noisy(model, inputs, targets)
+        for module in model.backbone.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                module.training = False
+        prediction = model(*arguments)
+        channels = arguments[0].shape[1]
+        if prediction.ndim == 4:  # without the channels of a variance
+            prediction = prediction[:, :channels]
+        loss = (prediction.float() - target).square().mean()
+        return loss, Denoising(prediction, target, inputs[0] if isinstance(inputs, (tuple, list)) else inputs)
+
+    def example(self, model: Model, inputs: Any, targets: Any) -> Any:
+        """What the model is called with for a batch."""
+        return self._noisy(model, inputs, targets)[0]
+
+    def _noisy(self, model: Model, inputs: Any, targets: Any) -> tuple[tuple[Any, ...], Tensor]:
+        data, *conditions = inputs if isinstance(inputs, (tuple, list)) else (inputs, targets)
+        latents, image = self.encode(model, data)
+        schedule, training = self.schedule(model), model.training
+        index = schedule.times(len(latents), self.weighting, even=not training).to(latents.device)
+        if training:
+            noise = torch.randn_like(latents)
+            conditions = self._dropped(model, conditions)
+        else:
+            source = torch.Generator().manual_seed(self.seed)
+            noise = torch.randn(latents.shape, generator=source).to(latents)
+        noisy, target = schedule.add(latents, noise, index.cpu())
+        steps = schedule.steps[index.cpu()].to(latents.device)
+        further = [c.to(model.dtype) if isinstance(c, Tensor) and c.is_floating_point() else c for c in conditions]
+        if image is not None:
+            further.append(image.to(model.dtype))
+        return (noisy.to(model.dtype), steps, *further), target.float()
+
+    def schedule(self, model: Model) -> Schedule:
+        """The noise of the scheduler, or of the family's own."""
+        name = model.backbone_name
+        if self._schedule is None or self._schedule[0] != name:
+            family: Any = model.family
+            self._schedule = name, schedule_of(self.scheduler if self.scheduler is not None else family.scheduler())
+        return self._schedule[1]
+
+    @torch.no_grad()
+    def encode(self, model: Model, data: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels or latents -> latents in float32, and those of the first frame for an image-to-video model.
+
+        Raises:
+            ConfigError: pixels for a model of latents, without an autoencoder. DataError: a clip of a length that does not fit.
+        """
+        family: Any = model.family
+        video = family.modality == "diffusion-video"
+        if video:
+            family.check_clip(data, self.vae is not None)
+        image = None
+        if self.vae is None:
+            if data.shape[-3] == 3 != family.latent_channels:
+                raise ConfigError(
+                    f"The data have 3 channels, and '{model.backbone_name}' works on latents of {family.latent_channels}. Pass "
+                    "the autoencoder that makes these: task=Diffuse(vae=AutoencoderKL.from_pretrained(...))."
+                )
+            latents = data.float()
+            if video and family.takes_image:
+                image = latents[:, :1]
+        else:
+            latents = self._latents(data, model.training)
+            if video and family.takes_image:
+                image = self._latents(data[:, :1], False)
+                if getattr(self.vae.config, "invert_scale_latents", False):
+                    image = image / float(self.vae.config.scaling_factor) ** 2
+        if video and (short := -latents.shape[1] % family.frame_patch):
+            latents = torch.cat([latents[:, :1].expand(-1, short, -1, -1, -1), latents], dim=1)
+        return latents, image
+
+    def _latents(self, pixels: Tensor, training: bool) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w), or (B, F, 3, H, W) -> (B, f, C, h, w)."""
+        vae = self.vae.to(pixels.device)
+        video = pixels.ndim == 5
+        x = (pixels.transpose(1, 2) if video else pixels).to(vae.dtype)
+        posterior = vae.encode(x).latent_dist
+        latents = (posterior.sample() if training else posterior.mode()).float()
+        shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        latents = (latents - shift) * float(vae.config.scaling_factor)
+        return latents.transpose(1, 2) if video else latents
+
+    def _dropped(self, model: Model, conditions: list[Any]) -> list[Any]:
+        """The conditions, some of them replaced by none."""
+        classes = getattr(model.family, "num_classes", None)
+        drop = self.drop if self.drop is not None else 0.1 if classes is not None or self.null is not None else 0.0
+        if not drop:
+            return conditions
+        first = conditions[0]
+        rows = torch.rand(len(first), device=first.device) < drop
+        if classes is not None:
+            return [first.masked_fill(rows, classes), *conditions[1:]]
+        if self.null is None:
+            raise ConfigError(
+                "drop leaves out text, and there is nothing to put in its place: pass null=, the embeddings of ''."
+            )
+        return [torch.where(rows[:, None, None], self.null.to(first), first), *conditions[1:]]
+
+    # -- numbers ----------------------------------------------------------------------------------------------------
+
+    def metrics(self, model: Model) -> Mapping[str, Any]:
+        """The distance between features of generated and of real images, if it is asked for."""
+        return {} if self.distance is None else {"feature distance": FeatureDistance(model, self)}
+
+
+class FeatureDistance:
+    """Frechet distance between real images and as many generated ones with their labels (`multimodal.frechet`)."""
+
+    def __init__(self, model: Model, task: Diffuse) -> None:
+        import zoo
+
+        self.model, self.task = model, task
+        distance = task.distance
+        self.by: Model = zoo.load(distance, num_classes=0) if isinstance(distance, str) else distance  # type: ignore[assignment]
+        if getattr(model.family, "num_classes", None) is None:
+            raise ConfigError(
+                "The feature distance needs images sampled by class; sample a text-conditioned model by its pipeline, and "
+                "compare with multimodal.frechet.feature_distance."
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        from multimodal.frechet import Moments
+
+        self.real: Moments = Moments()
+        self.labels: list[int] = []
+
+    def update(self, outputs: Denoising, targets: Tensor) -> None:
+        """Real images, until there are enough."""
+        from multimodal.frechet import image_features
+
+        room = self.task.samples - len(self.labels)
+        if room > 0:
+            self.by.to(outputs.pixels.device).eval()
+            self.real.update(image_features(self.by, outputs.pixels[:room].float() / 2 + 0.5))
+            self.labels += targets[:room].tolist()
+
+    def compute(self) -> float:
+        """Generates the images, and compares."""
+        from multimodal.frechet import Moments, frechet_distance, image_features
+        from multimodal.sampling import generate
+
+        task, generated = self.task, Moments()
+        options: dict[str, Any] = {"steps": task.steps, "guidance": task.guidance, "seed": task.seed}
+        images = generate(self.model, self.labels, scheduler=task.scheduler, vae=task.vae, **options)
+        for part in images.split(64):
+            generated.update(image_features(self.by, part))
+        return frechet_distance(self.real, generated)
+
+
+def _outside(label: int, classes: int) -> str:
+    return (
+        f"class label {label} is outside the model's {classes} classes (0..{classes - 1}). Mend the labels, or build the model "
+        f"with num_embeds_ada_norm={max(label + 1, classes)}."
+    )
