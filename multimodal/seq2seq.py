@@ -61,6 +61,7 @@ class Seq2Seq(Backbone):
     classes: ClassVar[tuple[str, str]]  # without visual input (the library's), with it (`multimodal.vl_models`)
     # alias target -> (repository of the weights, configuration)
     members: ClassVar[dict[str, tuple[str | None, dict[str, Any]]]]
+    front_ends: ClassVar[dict[str, str]] = {}  # alias -> alias of the image backbone that it was trained with
     vocabularies: ClassVar[dict[int, int]]  # size without visual words -> size with them
     encoder_path: ClassVar[str]
     decoder_path: ClassVar[str]
@@ -74,6 +75,7 @@ class Seq2Seq(Backbone):
         super().__init__(module, name)
         self._words: list[str] | None = None
         self._tokenizer: Any = None
+        self._foreign = False
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -90,9 +92,10 @@ class Seq2Seq(Backbone):
         """The library's network, or ours with a visual embedding (`multimodal.seq2seq_build`)."""
         return seq2seq_build.build(cls, name, pretrained, **kwargs)
 
-    def configure(self, words: Sequence[str] | None = None, **options: Any) -> None:
-        """Remember the vocabulary that the tokenizer is made of."""
+    def configure(self, words: Sequence[str] | None = None, checkpoint: str | None = None, **options: Any) -> None:
+        """Remember the vocabulary that the tokenizer is made of, and whether the weights are somebody else's."""
         self._words = None if words is None else list(words)
+        self._foreign = checkpoint is not None
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -252,6 +255,11 @@ class Seq2Seq(Backbone):
         # A cache would be filled twice by blocks that are run again for their gradients
         return module(ids, mask, answer, use_cache=False, **given).logits  # type: ignore[no-any-return]
 
+    @property
+    def front_end(self) -> str | None:
+        """The image backbone whose grid features the network was trained with, if it is one of the zoo."""
+        return self.front_ends.get(self.name)
+
     def check_visual(self, features: Tensor | None) -> None:
         """Raise ConfigError unless the network reads features of this width."""
         if features is None:
@@ -303,12 +311,16 @@ class Seq2Seq(Backbone):
     def hub_id(self) -> str | None:
         """The repository that the weights came from."""
         name = self.aliases.get(self.name, self.name)
-        if not self.pretrained:
+        if not self.pretrained or self._foreign:
             return None
         if name in self.members:
             return self.members[name][0]
         source = name.partition(":")[2]
         return None if Path(source).expanduser().is_dir() else source
+
+    def licence(self) -> str | None:
+        """Licence of the weights of the aliases: those of T5 and BART, and our own; None for others."""
+        return "apache-2.0" if self.pretrained and not self._foreign and self.name in self.aliases else None
 
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """A question with padding, an answer, features and boxes, for two."""

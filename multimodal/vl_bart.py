@@ -124,7 +124,3 @@ class VLBartBackbone(Seq2Seq):
     def visual_words(self) -> list[str]:
         """BART's vocabulary lacks the words of T5's gaps; the released one has both."""
         return [f"<extra_id_{i}>" for i in reversed(range(VISUAL))] + super().visual_words()
-
-    def licence(self) -> str | None:
-        """Of BART's weights; None for others."""
-        return "apache-2.0" if self.pretrained and self.name in self.aliases else None

@@ -85,6 +85,7 @@ class VLT5Backbone(Seq2Seq):
         "zoo:t5-base": ("google-t5/t5-base", {**BASE, "feat_dim": None}),
         "zoo:vl-t5-micro": (None, MICRO),
     }
+    front_ends = {"vl-t5-micro": "vit-micro"}
     vocabularies = {32128: 32200}
     encoder_path, decoder_path, blocks_path = "encoder", "decoder", "block"
     word_key = "shared.weight"
@@ -138,7 +139,3 @@ class VLT5Backbone(Seq2Seq):
 
         attention = block.layer[0].SelfAttention
         return SplitKeys(block.layer[0].layer_norm, attention.k, attention.v, attention.key_value_proj_dim)
-
-    def licence(self) -> str | None:
-        """Of T5's weights; None for others."""
-        return "apache-2.0" if self.pretrained and self.name in self.aliases else None

@@ -1,0 +1,352 @@
+"""The task "generate": a text for a question about an image, by a network that writes it word by word (VL-T5, VL-BART).
+
+    loss = mean over samples of w * mean over the answer's words of -log p(word | words before, question, image)
+
+A question is preceded by "vqa: ", a question without words is "caption:". Of several people's answers one is drawn in training,
+with a chance that goes with its VQA accuracy (`multimodal.answers`), which is also its weight w, as in the authors' code. Single
+answers and captions, of which any is drawn, have w = 1.
+
+Evaluation writes the answers (the best word each time, or by beams) and compares them: "exact_match", "vqa_accuracy" where
+questions have several answers, "cider" for captions; "score" is the last of these that there is.
+
+Visual input comes from the data (features and boxes), or is made of its images by `vision`: an image backbone of the zoo, by
+default that which the network was trained with. It is made once for each image when the data is opened, and held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.answers import exact_match, normalized, vqa_accuracy
+from multimodal.cider import cider
+from multimodal.questions import Question, matrix, open_questions
+from multimodal.seq2seq import PREFIXES, Seq2Seq
+from multimodal.visual_features import GridFeatures
+from zoo.data.dataset import ImageDataset
+from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.tasks import Task, call
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+__all__ = ["Generate", "Scores", "Written"]
+
+NONE = -100  # behind the end of an answer
+
+
+class Written(NamedTuple):
+    """What the task measures: scores (B, T, V), and in evaluation what was written, with the references of each."""
+
+    logits: Tensor
+    texts: list[str]
+    references: list[tuple[str, ...]]
+    captions: bool
+
+
+@dataclass
+class Generate(Task):
+    """Questions and captions.
+
+    Args:
+        vision: makes visual input of images: a `GridFeatures`, a model, or the name of one; None takes the network's own, if any.
+        prefix: in front of every question; None: "vqa: ", and "caption:" where there is no question.
+        question_length, answer_length: in tokens; longer ones are cut. None: answers of 10, captions of 40.
+        beams: in evaluation; 1 takes the best word each time (the authors have 5).
+    """
+
+    vision: Any = None
+    prefix: str | None = None
+    question_length: int = 20
+    answer_length: int | None = None
+    beams: int = 1
+
+    name, noun, monitor, hub = "generate", "questions", "score", "visual-question-answering"
+
+    def __post_init__(self) -> None:
+        for what in ("question_length", "answer_length", "beams"):
+            value = getattr(self, what)
+            if value is not None and value < 1:
+                raise ConfigError(f"{what} is {value}; expected 1 or more.")
+
+    def open(
+        self, model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
+    ) -> ImageDataset:
+        """What `open_questions` takes; items are (inputs of the family, target (2, W)).
+
+        Inputs: question (L,), its mask, the answer shifted to the right (T,), and, for a network that sees, features and boxes.
+        Target: the answer's tokens, and the code points of all references, each with -100 behind.
+        """
+        _check_family(model)
+        dataset = open_questions(data, split=split)
+        if isinstance(dataset.rows, Prepared):
+            return dataset
+        return ImageDataset(
+            Prepared(self, model, dataset, train), None, indices=dataset.indices, on_error=dataset.on_error
+        )
+
+    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+        """Raise unless the model writes text."""
+        _check_family(model)
+
+    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Written]:
+        """inputs as `open` gives them, in batches; targets (B, 2, W)."""
+        labels, references = targets[:, 0, : inputs[2].shape[1]], [_text(row) for row in targets[:, 1].tolist()]
+        logits = call(model, inputs).float()
+        words = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=NONE, reduction="none", label_smoothing=label_smoothing
+        ).view(labels.shape)
+        there = labels.ne(NONE)
+        captions = bool(references) and references[0][0] == CAPTION
+        answers = [tuple(texts[1:]) for texts in references]
+        each = words.sum(1) / there.sum(1).clamp(min=1)
+        texts: list[str] = []
+        if model.training or torch.is_grad_enabled():
+            if not captions:  # the first reference is the one that was drawn
+                weights = [vqa_accuracy(a[0], a[1:]) if len(a) > 3 else 1.0 for a in answers]
+                each = each * each.new_tensor(weights)
+        else:
+            texts = self.write(model, inputs, labels.shape[1])
+            answers = [a[1:] for a in answers]
+        return each.mean(), Written(logits, texts, answers, captions)
+
+    @torch.no_grad()
+    def write(self, model: Model, inputs: Sequence[Any], length: int) -> list[str]:
+        """Texts of at most `length` tokens for inputs (question, mask, _, features, boxes), with the active adapters."""
+        family: Any = model.family
+        ids, mask, _, *visual = inputs
+        family.check_visual(visual[0] if visual else None)
+        given = dict(zip(("visual_features", "boxes"), visual, strict=False))
+        found = model.backbone.generate(  # type: ignore[operator]
+            ids, mask, num_beams=self.beams, do_sample=False, max_new_tokens=length, **given
+        )
+        return decode(family, found)
+
+    def answer(self, model: Model, images: Sequence[Any], questions: Sequence[str | None]) -> list[str]:
+        """Answers to questions about images, which are PIL images, paths, encoded bytes or (features, boxes).
+
+        Raises:
+            DataError: not one image for each question.
+        """
+        if len(images) != len(questions):
+            raise DataError(f"{len(images)} images for {len(questions)} questions; give one for each.")
+        _check_family(model)
+        ready = [Question(i, q, ("?",), k) for k, (i, q) in enumerate(zip(images, questions, strict=True))]
+        dataset = self.open(model, ready, train=False)
+        parts = [dataset[i][0] for i in range(len(dataset))]
+        inputs = [torch.stack(column).to(model.device) for column in zip(*parts, strict=True)]
+        training = model.training
+        model.eval()
+        try:
+            return self.write(model, inputs, inputs[2].shape[1])
+        finally:
+            model.train(training)
+
+    def metrics(self, model: Model) -> Mapping[str, Any]:
+        """Exact match, VQA accuracy, CIDEr."""
+        return {"text": Scores()}
+
+
+CAPTION, QUESTION = "caption", "question"
+
+
+def _codes(kind: str, texts: Sequence[str]) -> list[int]:
+    return [ord(c) for c in "\n".join([kind, *(" ".join(t.split()) for t in texts)])]
+
+
+def _text(codes: list[int]) -> list[str]:
+    return "".join(chr(c) for c in codes if c != NONE).split("\n")
+
+
+def decode(family: Any, ids: Tensor) -> list[str]:
+    """Texts of generated tokens (B, T), without the words that only mark start and end; visual words stay."""
+    tokenizer, config = family.tokenizer, family.config
+    marks = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, config.decoder_start_token_id}
+    return [tokenizer.decode([i for i in row if i not in marks]).strip() for row in ids.tolist()]
+
+
+class Prepared:
+    """Questions as the network's input and target; features are made here, once for each image."""
+
+    labels: Any = None
+
+    def __init__(self, task: Generate, model: Model, dataset: ImageDataset, train: bool) -> None:
+        self.rows, self.train = dataset.rows, train
+        self.name, self.blocks, self.window = dataset.rows.name, dataset.rows.blocks, dataset.rows.window
+        family: Any = model.family
+        self.tokenizer, self.shift, self.task = family.tokenizer, _Shift(family), task
+        self.found: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.sees = family.feat_dim is not None
+        longest, captions = 0, False
+        pending: list[tuple[Any, Any]] = []
+        asked: set[Any] = set()
+        front = _front(task, model)
+        for index in dataset.indices:
+            try:
+                question, _ = self.rows.read(int(index))
+            except DataError:
+                if dataset.on_error == "skip":
+                    continue
+                raise
+            captions = captions or question.text is None
+            longest = max(longest, len(_codes(QUESTION, (max(question.answers, key=len), *question.answers))))
+            if self.sees and question.key not in asked:
+                asked.add(question.key)
+                self._take(question, int(index), front, pending, family)
+        self._make(front, pending, family)
+        self.answer_length = task.answer_length or (40 if captions else 10)
+        self.width = max(longest, self.answer_length)
+
+    def _take(
+        self, question: Question, index: int, front: GridFeatures | None, pending: list[tuple[Any, Any]], family: Any
+    ) -> None:
+        where = self.rows.where(index)
+        if question.image is None:
+            raise DataError(f"{where}: a question without image or features, which '{family.name}' needs.")
+        if isinstance(question.image, tuple):
+            features, boxes = question.image
+            features = matrix(features, f"{where}: features")
+            boxes = torch.zeros(len(features), 4) if boxes is None else matrix(boxes, f"{where}: boxes", 4)
+            if len(boxes) != len(features):
+                raise DataError(f"{where}: {len(features)} features and {len(boxes)} boxes.")
+            self._keep(question.key, features, boxes, where, family)
+            return
+        if front is None:
+            raise DataError(
+                f"{where}: a question without features, which '{family.name}' reads. Give the data features and boxes, or say "
+                "what makes them of images: task=Generate(vision='clip-vit-b16')."
+            )
+        pending.append((question.key, question.image))
+        if len(pending) >= 256:
+            self._make(front, pending, family)
+
+    def _make(self, front: GridFeatures | None, pending: list[tuple[Any, Any]], family: Any) -> None:
+        if pending:
+            assert front is not None
+            features, boxes = front([image for _, image in pending])
+            for (key, _), f, b in zip(pending, features, boxes, strict=True):
+                self._keep(key, f, b, self.name, family)
+            pending.clear()
+
+    def _keep(self, key: Any, features: Tensor, boxes: Tensor, where: str, family: Any) -> None:
+        if features.shape[1] != family.feat_dim:
+            raise MismatchError(
+                f"{where}: features of width {features.shape[1]}, and '{family.name}' reads {family.feat_dim}. Load it with "
+                f"feat_dim={features.shape[1]}, or take the features of another network."
+            )
+        count = len(next(iter(self.found.values()))[0]) if self.found else len(features)
+        if len(features) != count:
+            raise DataError(
+                f"{where}: {len(features)} visual tokens, and {count} of the images before; give all as many."
+            )
+        self.found[key] = (features, boxes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """The place of the question."""
+        return str(self.rows.where(index))
+
+    def read(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(inputs, target); see `Generate.open`."""
+        question, _ = self.rows.read(index)
+        kind = CAPTION if question.text is None else QUESTION
+        prefix = self.task.prefix
+        if prefix is None:
+            prefix = PREFIXES["caption" if kind == CAPTION else "vqa"]
+        ids, mask = self._encode(f"{prefix}{question.text or ''}", self.task.question_length)
+        chosen = _drawn(question, kind) if self.train else question.answers[0]
+        words, there = self._encode(chosen, self.answer_length)
+        labels = words.masked_fill(~there.bool(), NONE)
+        target = torch.full((2, self.width), NONE)
+        target[0, : len(labels)] = labels
+        codes = _codes(kind, (chosen, *question.answers))
+        target[1, : len(codes)] = torch.tensor(codes)
+        visual = self.found[question.key] if self.sees else ()
+        return (ids, mask, self.shift(labels), *visual), target
+
+    def _encode(self, text: str, length: int) -> tuple[Tensor, Tensor]:
+        made = self.tokenizer(text, max_length=length, truncation=True, padding="max_length", return_tensors="pt")
+        return made["input_ids"][0], made["attention_mask"][0]
+
+
+def _drawn(question: Question, kind: str) -> str:
+    """The answer to learn this time."""
+    answers = question.answers
+    if kind == QUESTION and len(answers) > 2:
+        answers = tuple({normalized(a): a for a in reversed(answers)}.values())
+        chances = torch.tensor([vqa_accuracy(a, question.answers) for a in answers])
+        return answers[int(torch.multinomial(chances, 1))]
+    return answers[int(torch.randint(len(answers), ()))]
+
+
+class _Shift:
+    """The family's shift to the right, without the network: a data set is copied to worker processes."""
+
+    def __init__(self, family: Any) -> None:
+        self.start, self.pad = family.config.decoder_start_token_id, family.config.pad_token_id
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """(T,) -> (T,)."""
+        moved = labels.roll(1)
+        moved[0] = self.start
+        return moved.masked_fill(moved == NONE, self.pad)
+
+
+def _front(task: Generate, model: Model) -> GridFeatures | None:
+    """What makes features of images."""
+    family: Any = model.family
+    vision = task.vision if task.vision is not None else family.front_end
+    if vision is None or family.feat_dim is None or isinstance(vision, GridFeatures):
+        return vision if family.feat_dim is not None else None
+    if isinstance(vision, str):
+        from zoo.loading import load_backbone
+
+        vision = load_backbone(vision, num_classes=0, device=model.device)
+    return GridFeatures(vision)
+
+
+def _check_family(model: Model) -> None:
+    if not isinstance(model.family, Seq2Seq):
+        raise MismatchError(
+            f"'{model.backbone_name}' is of the family '{model.family.family}'; generate trains those that write text (families "
+            "'vl-t5', 'vl-bart')."
+        )
+
+
+class Scores:
+    """Numbers over everything that was written since `reset`; on several processes over what all of them wrote."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.seen: list[tuple[str, tuple[str, ...], bool]] = []
+
+    def update(self, outputs: Written, targets: Tensor) -> None:
+        """Add a batch."""
+        self.seen += [(t, r, outputs.captions) for t, r in zip(outputs.texts, outputs.references, strict=True)]
+
+    def compute(self) -> dict[str, float]:
+        """The numbers that fit the data, and "score", the one that counts."""
+        seen = self.seen
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, seen)
+            seen = [item for part in gathered for item in part]
+        answers, captions = [s for s in seen if not s[2]], [s for s in seen if s[2]]
+        found: dict[str, float] = {}
+        if answers:
+            found["exact_match"] = sum(exact_match(t, r) for t, r, _ in answers) / len(answers)
+            if any(len(r) > 1 for _, r, _ in answers):
+                found["vqa_accuracy"] = sum(vqa_accuracy(t, r) for t, r, _ in answers) / len(answers)
+        if captions:
+            found["cider"] = cider([t for t, _, _ in captions], [r for _, r, _ in captions])
+        return {**found, "score": list(found.values())[-1] if found else 0.0}
