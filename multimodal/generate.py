@@ -123,7 +123,12 @@ class Generate(Task):
         family.check_visual(visual[0] if visual else None)
         given = dict(zip(("visual_features", "boxes"), visual, strict=False))
         found = model.backbone.generate(  # type: ignore[operator]
-            ids, mask, num_beams=self.beams, do_sample=False, max_new_tokens=length, **given
+            input_ids=ids,
+            attention_mask=mask,
+            num_beams=self.beams,
+            do_sample=False,
+            max_new_tokens=length,
+            **given,
         )
         return decode(family, found)
 

@@ -95,7 +95,7 @@ class GridFeatures:
         rows = grid[:, self._prefix :]
         if self.grid is not None:
             height, width = self.grid
-            rows = rows[:, rows.shape[1] - height * width :]  # behind prompts that adapters have put in
+            rows = rows[:, max(0, rows.shape[1] - height * width) :]  # behind prompts that adapters have put in
         else:
             height = width = round(rows.shape[1] ** 0.5)
         if rows.shape[1] != height * width:
