@@ -274,7 +274,8 @@ class Backbone:
                 stream=block.get_submodule(row.stream) if row.stream else None,
             )
         if row.kind == "norm":
-            return NormPoint(**{**common, "dim_out": _norm_dim(module)})
+            width = _norm_dim(module)
+            return NormPoint(**{**common, "dim_in": width, "dim_out": width})
         if row.kind == "attention":
             return AttentionPoint(**common, num_heads=num_heads, **special["attention"])
         if row.kind == "tokens":

@@ -102,6 +102,10 @@ class Model(AdapterHost):
         super().train(mode)
         if not any(a.trains_backbone for a in self._active_adapters()):
             self.backbone.eval()
+        for module in self.backbone.modules():
+            # running statistics are part of the frozen backbone; no adapter holds them
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for where in self._sites.values():
             where.reset()
         return self

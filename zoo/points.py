@@ -318,6 +318,11 @@ class Points(Sequence[Point]):
         """Roles that occur, optionally among the points of one kind."""
         return tuple(dict.fromkeys(p.role for p in self._points if kind is None or p.kind == kind))
 
+    def usual(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """Roles of linear points that a method takes by default, or `in`, by which a mixer without attention reads its tokens."""
+        have = self.roles("linear")
+        return ("in",) if "in" in have and not set(roles) & set(have) else roles
+
     def select(
         self,
         selector: str | Sequence[str] | None = None,

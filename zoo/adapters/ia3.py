@@ -35,7 +35,7 @@ class IA3(Adapter):
     """Learned factors on inner activations.
 
     Args:
-        targets: linear points whose output is scaled; empty for none.
+        targets: linear points whose output is scaled; empty for none. The default is `in` on a backbone without attention.
         inputs: whole linear points whose input is scaled; empty for none.
     """
 
@@ -59,7 +59,8 @@ class IA3(Adapter):
 
     def selected(self, points: Points) -> tuple[list[LinearPoint], list[LinearPoint]]:
         """The points whose outputs, and those whose inputs are scaled."""
-        outputs = points.select(self.targets, kind="linear") if self.targets else []
+        targets = points.usual(IA3.targets) if self.targets == IA3.targets else self.targets  # type: ignore[arg-type]
+        outputs = points.select(targets, kind="linear") if targets else []
         inputs = points.select(self.inputs, kind="linear") if self.inputs else []
         return outputs, inputs
 

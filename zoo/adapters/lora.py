@@ -38,6 +38,7 @@ from zoo.points import LinearPoint, Points
 from zoo.registry import register_adapter
 
 Part = tuple["LowRank", int, int]
+ALL_LINEAR = ("q", "k", "v", "o", "in", "out", "up", "down")
 
 
 class LowRank(nn.Module):
@@ -160,7 +161,8 @@ class LoRA(Adapter):
 
     Args:
         rank: r. alpha: numerator of the scale; None sets it to the rank, so that the scale is 1.
-        targets: roles or names of linear points; "all-linear" is q, k, v, o, up, down.
+        targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, up, down. The default is `in` on a
+            backbone without attention.
         dropout: on the input, while training.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         dora: train length and direction of the rows apart (no dropout).
@@ -225,11 +227,12 @@ class LoRA(Adapter):
         return found
 
     def selected(self, points: Points) -> list[LinearPoint]:
-        """The target points; "all-linear" takes those of q, k, v, o, up and down that the backbone has."""
+        """The target points; "all-linear" takes those of q, k, v, o, in, out, up and down that the backbone has."""
         if self.targets in ("all-linear", ("all-linear",)):
             have = points.roles("linear")
-            return points.select(kind="linear", role=[r for r in ("q", "k", "v", "o", "up", "down") if r in have])
-        return points.select(self.targets, kind="linear")
+            return points.select(kind="linear", role=[r for r in ALL_LINEAR if r in have])
+        targets = points.usual(LoRA.targets) if self.targets == LoRA.targets else self.targets  # type: ignore[arg-type]
+        return points.select(targets, kind="linear")
 
     def merge(self, merger: Merger) -> None:
         """W <- W + s B A, or the DoRA weight."""

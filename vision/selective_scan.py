@@ -1,0 +1,269 @@
+"""Selective scan: a linear recurrence over tokens whose decay depends on the token, computed for all tokens in parallel.
+
+For every channel d and state n, with `dt = softplus(delta + delta_bias)`,
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = sum_n C_t h_t + D u_t        h_0 = 0
+
+u, delta, y (batch, tokens, d); A (d, n) negative; B, C (batch, tokens, groups, n), channel i reads group i // (d / groups);
+D, delta_bias (d,).
+
+How: two steps `h -> a h + b` are one such step, (a2 a1, a2 b1 + b2). So tokens are joined in chunks of two, the chunks in chunks
+of two, and so on, and the way back fills in the tokens between: 2 log2(tokens) vector operations on arrays that halve each
+time, 3 multiply-adds for each token in all. There is no loop over tokens, the work is linear in their number, and the
+only products formed are of decays in [0, 1], so nothing overflows, however long the sequence or large delta is.
+
+In memory: backward keeps the inputs alone and computes h again; states are taken one after another, so both passes
+need a few arrays of the size of u, whatever n is. On a CUDA GPU a Triton kernel does the same (`vision.selective_scan_triton`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.errors import ConfigError
+
+_kernel: Callable[..., Tensor] | bool | None = True  # True: not looked for yet
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    softplus: bool = True,
+) -> Tensor:
+    """The recurrence above, in float32 at least; `softplus=False` takes `delta + delta_bias` as it is.
+
+    Args:
+        u, delta: (batch, tokens, d). A: (d, n). B, C: (batch, tokens, groups, n). D, delta_bias: (d,).
+
+    Returns:
+        y (batch, tokens, d), in float32, or float64 if u is.
+
+    Raises:
+        ConfigError: the shapes do not fit together.
+    """
+    _check(u, delta, A, B, C, D, delta_bias)
+    if torch.compiler.is_compiling():
+        return _plain(u, delta, A, B, C, D, delta_bias, softplus)
+    if u.is_cuda and u.dtype != torch.float64:
+        kernel = _triton()
+        if kernel is not None:
+            return kernel(u, delta, A, B, C, D, delta_bias, softplus)
+    return _Scan.apply(u, delta, A, B, C, D, delta_bias, softplus)  # type: ignore[no-any-return]
+
+
+def sequential_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    softplus: bool = True,
+) -> Tensor:
+    """The same, token by token as the recurrence is written: the reference for tests and benchmarks."""
+    u, dt, A, B, C = _prepare(u, delta, A, B, C, delta_bias, softplus)
+    dim = u.shape[2]
+    decay = torch.exp(dt[..., None] * A).unbind(dim=1)  # indexing would make backward quadratic in the tokens
+    inputs = ((dt * u)[..., None] * _spread(B, dim)).unbind(dim=1)
+    h = u.new_zeros(u.shape[0], dim, A.shape[1])
+    steps = []
+    for a, b, c in zip(decay, inputs, _spread(C, dim).unbind(dim=1)):
+        h = a * h + b
+        steps.append((h * c).sum(dim=-1))
+    y = torch.stack(steps, dim=1)
+    return y if D is None else y + u * D.to(y.dtype)
+
+
+def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None) -> None:
+    shapes = {"u": u.shape, "delta": delta.shape, "A": A.shape, "B": B.shape, "C": C.shape}
+    fits = u.ndim == 3 and u.shape == delta.shape and A.ndim == 2 and len(A) == u.shape[2]
+    fits = fits and B.ndim == 4 and B.shape == C.shape and B.shape[:2] == u.shape[:2] and B.shape[3] == A.shape[1]
+    fits = fits and u.shape[2] % B.shape[2] == 0 and all(v is None or v.shape == (u.shape[2],) for v in (D, bias))
+    if not fits:
+        raise ConfigError(
+            f"selective_scan got {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}; expected u and delta (batch, tokens, "
+            "d), A (d, n), B and C (batch, tokens, groups, n) with d a multiple of groups, D and delta_bias (d,)."
+        )
+
+
+def _triton() -> Callable[..., Tensor] | None:
+    """The GPU kernel, or None where Triton is missing or cannot run it; tried once, on a small problem."""
+    global _kernel
+    if _kernel is True:
+        _kernel = None
+        try:
+            from vision.selective_scan_triton import selective_scan_triton, self_test
+
+            self_test()
+            _kernel = selective_scan_triton
+        except Exception as error:  # a compiler has many ways to fail, and the plain form gives the same numbers
+            if not isinstance(error, ImportError):
+                warnings.warn(f"the Triton scan cannot be used, plain torch is: {error}", stacklevel=3)
+    return None if isinstance(_kernel, bool) else _kernel
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _prepare(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor | None, softplus: bool
+) -> tuple[Tensor, ...]:
+    """All in the precision of the computation; delta with its bias and softplus."""
+    dtype = _wide(u.dtype)
+    u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if bias is not None:
+        dt = dt + bias.to(dtype)
+    return u, (F.softplus(dt) if softplus else dt), A, B, C
+
+
+def _spread(groups: Tensor, dim: int) -> Tensor:
+    """(..., groups, n) -> (..., dim, n): what each channel reads."""
+    return groups.repeat_interleave(dim // groups.shape[-2], dim=-2)
+
+
+def _times(x: Tensor, groups: Tensor) -> Tensor:
+    """x (b, t, d) times groups (b, t, g), each for its d / g channels."""
+    return (x.unflatten(2, (groups.shape[2], -1)) * groups[..., None]).flatten(2)
+
+
+def _sums(x: Tensor, groups: int) -> Tensor:
+    """(b, t, d) -> (b, t, g): the sum over the channels of each group."""
+    return x.unflatten(2, (groups, -1)).sum(dim=3)
+
+
+# -- the recurrence -----------------------------------------------------------------------------------------------------
+
+
+def scan_(a: Tensor, b: Tensor) -> None:
+    """`b_t <- b_t + a_t b_{t-1}` from the first token on, in place; a, b (batch, tokens, d). a is not changed."""
+    length = b.shape[1]
+    if length < 2:
+        return
+    pairs = length // 2 * 2
+    second = b[:, 1::2]
+    second.addcmul_(a[:, 1::2], b[:, :pairs:2])
+    scan_(a[:, :pairs:2] * a[:, 1::2], second)
+    b[:, 2::2].addcmul_(a[:, 2::2], second[:, : (length - 1) // 2])
+
+
+def scan_back_(a: Tensor, b: Tensor) -> None:
+    """`b_t <- b_t + a_t b_{t+1}` from the last token back, in place: the mirror image of `scan_`."""
+    length = b.shape[1]
+    if length < 2:
+        return
+    odd = length % 2
+    second = b[:, odd:-1:2]
+    second.addcmul_(a[:, odd:-1:2], b[:, odd + 1 :: 2])
+    scan_back_(a[:, odd:-1:2] * a[:, odd + 1 :: 2], second)
+    b[:, 1 - odd : -2 : 2].addcmul_(a[:, 1 - odd : -2 : 2], second[:, 1 - odd :])
+
+
+def _scan(a: Tensor, b: Tensor) -> Tensor:
+    """`scan_` in operations that autograd and the compiler follow."""
+    length = b.shape[1]
+    if length < 2:
+        return b
+    pairs = length // 2 * 2
+    a2, b1 = a[:, 1::2], b[:, :pairs:2]
+    second = _scan(a[:, :pairs:2] * a2, b[:, 1::2] + a2 * b1)
+    before = torch.cat([torch.zeros_like(b[:, :1]), second[:, : (length - 1) // 2]], dim=1)
+    first = b[:, ::2] + a[:, ::2] * before
+    both = torch.stack([first[:, : length // 2], second], dim=2).flatten(1, 2)
+    return both if length == pairs else torch.cat([both, first[:, -1:]], dim=1)
+
+
+def _plain(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    """The scan without an autograd function of its own, for the compiler."""
+    u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, softplus)
+    x = dt * u
+    y = torch.zeros_like(u) if D is None else u * D.to(u.dtype)
+    for n in range(A.shape[1]):
+        y = y + _times(_scan(torch.exp(dt * A[:, n]), _times(x, B[..., n])), C[..., n])
+    return y
+
+
+class _Scan(torch.autograd.Function):
+    """One state n after another: h is computed in forward, and again in backward, and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(u, delta, A, B, C, D, bias)
+        ctx.softplus = softplus
+        u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, softplus)
+        x = dt * u
+        y = torch.zeros_like(u) if D is None else u * D.to(u.dtype)
+        for n in range(A.shape[1]):
+            h = _times(x, B[..., n])
+            scan_((dt * A[:, n]).exp_(), h)
+            y += _times(h, C[..., n])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        u, delta, A, B, C, skip, bias = saved
+        u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, ctx.softplus)
+        dtype, groups = u.dtype, B.shape[2]
+        grad = grad.to(dtype)
+        x = dt * u
+        dx, ddt = torch.zeros_like(u), torch.zeros_like(u)
+        dA, dB, dC = torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
+        for n in range(A.shape[1]):
+            a = (dt * A[:, n]).exp_()
+            h = _times(x, B[..., n])
+            scan_(a, h)
+            dC[..., n] = _sums(grad * h, groups)
+            g = _times(grad, C[..., n])  # of h_t, from y_t alone; then also from all that come later
+            scan_back_(torch.cat([a[:, 1:], a[:, :1]], dim=1), g)  # the last factor is not used
+            dB[..., n] = _sums(g * x, groups)
+            dx += _times(g, B[..., n])
+            a[:, 1:] *= h[:, :-1]  # d a_t = g_t h_{t-1}, and a itself is the derivative of exp
+            a[:, :1] = 0
+            a *= g
+            ddt.addcmul_(a, A[:, n])
+            dA[:, n] = (a * dt).sum(dim=(0, 1))
+        du = dx * dt
+        if skip is not None:
+            du.addcmul_(grad, skip.to(dtype))
+        ddt.addcmul_(dx, u)
+        if ctx.softplus:
+            before = delta.to(dtype)
+            ddt *= torch.sigmoid(before if bias is None else before + bias.to(dtype))
+        dD = None if skip is None else (grad * u).sum(dim=(0, 1))
+        dbias = None if bias is None else ddt.sum(dim=(0, 1))
+        grads = (du, ddt, dA, dB, dC, dD, dbias)
+        return (*(g if g is None else g.to(t.dtype) for g, t in zip(grads, saved)), None)
