@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from zoo.attention import AttentionSite, FusedAttention, FusedKeys, Given, Insert, Prompts, heads, parts
 from zoo.errors import AttachError, MismatchError
 from zoo.points import Point, TokensPoint
+from zoo.session import OnOutput
 from zoo.sites import BlockSite, Op, Site
 
 if TYPE_CHECKING:
@@ -186,17 +187,6 @@ class PackedSite(AttentionSite):
         return attention.finish(self.attend(q, k, v, len(q), bias))
 
 
-@dataclass(eq=False)
-class Strip:
-    """Takes flowing prompts out of what a module has made."""
-
-    insert: Insert
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (B, N + T, d) -> (B, N, d)."""
-        return self.insert.strip(y)
-
-
 def record(
     tower: Tower, session: Session, point: Point, verb: str, module: nn.Module, keep: bool = False, pooled: bool = False
 ) -> None:
@@ -229,7 +219,7 @@ def record(
         if not pooled and tower.end_side == "input":
             op(tower.end, Site, "input", insert.strip)
         elif not pooled:
-            op(tower.end, Site, "output", Strip(insert))
+            op(tower.end, Site, "output", OnOutput(insert.strip))
     else:
         through = tower.through(block)
         project = FusedKeys(*through, attention.num_heads)

@@ -96,7 +96,7 @@ def test_single_precision_and_library_attention_classes() -> None:
     model = make("plain").float()
     own = library(model)
     classes = {type(block.attn) for block in (*own.visual.transformer.resblocks, *own.transformer.resblocks)}
-    assert classes == {nn.MultiheadAttention}
+    assert classes in ({nn.MultiheadAttention}, {Attention})  # later releases have the second
     images, ids = batch(model)
     torch.testing.assert_close(model(images.float(), ids), own.get_logits(images.float(), ids)[0], rtol=0, atol=1e-5)
 
@@ -157,7 +157,8 @@ def test_state_dict_loads_both_ways_and_names_what_is_missing() -> None:
 
 
 def test_copies_keep_to_themselves() -> None:
-    model = make("plain", zoo.adapter("lora", rank=2), zoo.adapter("vpt", num_tokens=2, deep=False))
+    prompts, after = zoo.adapter("vpt", num_tokens=2, deep=False), zoo.adapter("adapter", form="houlsby", rank=2)
+    model = make("plain", zoo.adapter("lora", rank=2), zoo.adapter("ssf"), prompts, after)
     images, ids = batch(model)
     before = model(images, ids)
     twin = copy.deepcopy(model)
@@ -167,8 +168,11 @@ def test_copies_keep_to_themselves() -> None:
             p.mul_(1.5)
     assert torch.equal(model(images, ids), before) and not torch.allclose(twin(images, ids), before)
     assert fingerprint(twin.backbone) != fingerprint(model.backbone) == fingerprint(copy.deepcopy(model.backbone))
-    twin.remove_adapter("lora")
-    twin.remove_adapter("vpt")
+    other = make("plain", zoo.adapter("lora", rank=2), zoo.adapter("ssf"), prompts, after)
+    other.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(images, ids), other(images, ids))
+    for name in list(twin.adapters):
+        twin.remove_adapter(name)
     torch.testing.assert_close(twin(images, ids), library(twin).get_logits(images, ids)[0])
 
 
@@ -320,7 +324,8 @@ def test_prefix_equals_more_keys_by_hand() -> None:
     scores = q @ torch.cat([keys.expand(2, -1, -1, -1), k], dim=2).mT / 4 + F.pad(own.attn_mask.double(), (4, 0))
     y = scores.softmax(-1) @ torch.cat([values.expand(2, -1, -1, -1), v], dim=2)
     expected = theirs.out_proj(y.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, x, x, need_weights=False, attn_mask=own.attn_mask.double())[0], expected)
+    found = attention(x, x, x, attn_mask=own.attn_mask.double())
+    torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, expected)
     assert not torch.allclose(model.features(texts=ids), own.encode_text(ids))
 
 

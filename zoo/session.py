@@ -106,6 +106,16 @@ class Stash:
 
 
 @dataclass(eq=False)
+class OnOutput:
+    """What changes an output without looking at the input; no closure, so that a copied model keeps to its own parts."""
+
+    fn: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fn(y)
+
+
+@dataclass(eq=False)
 class Session:
     """What one adapter asked for."""
 
@@ -185,17 +195,17 @@ class Session:
             self.op(point.module, op, LinearSite)
 
     def _norm(self, point: Point, verb: str, module: nn.Module) -> None:
-        self.op(point.module, self._make(point, verb, "output", lambda x, y: module(y), module))
+        self.op(point.module, self._make(point, verb, "output", OnOutput(module), module))
 
     def _condition(self, point: Point, verb: str, module: nn.Module) -> None:
         if verb == "before":
             self.op(point.module, self._make(point, verb, "input", module, module))
         else:
-            self.op(point.module, self._make(point, verb, "output", lambda x, y: module(y), module))
+            self.op(point.module, self._make(point, verb, "output", OnOutput(module), module))
 
     def _sublayer(self, point: Any, verb: str, module: nn.Module, source: str = "input") -> None:
         def change(side: str, at: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-            call = fn if side == "input" else lambda x, y: fn(y)
+            call = fn if side == "input" else OnOutput(fn)
             self.op(at, self._make(point, verb, side, call, module))
 
         if verb == "before":
