@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.attention import AttentionSite, Given, Insert, Pair, Prompts, parts
 from zoo.errors import AttachError
 from zoo.points import Point, TokensPoint
+from zoo.session import OnOutput
 from zoo.sites import BlockSite, Op, Site
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def record(
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
         op(block, BlockSite, "input", insert, per_row=False)
         if leave is not None:
-            strip = insert.strip if leave[1] == "input" else lambda x, y: insert.strip(y)
+            strip = insert.strip if leave[1] == "input" else OnOutput(insert.strip)
             op(leave[0], BlockSite if leave[1] == "output" else Site, leave[1], strip, per_row=False)
     elif verb == "prompt":
         heads = attention.q_proj.out_features // attention.head_dim

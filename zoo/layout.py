@@ -161,7 +161,7 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
         names.add(name)
     head = config["head"]
     if head is not None:
-        fields = {"num_classes": _WHOLE, "classes": _LIST + _NONE}
+        fields: dict[str, tuple[type, ...]] = {"num_classes": _WHOLE, "classes": _LIST + _NONE}
         if "kind" in head:  # left out for a linear head
             fields["kind"] = _TEXT
             if head["kind"] not in HEADS:
