@@ -17,6 +17,7 @@ more, zero behind the first frame.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from zoo.errors import ConfigError, DataError
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
+    from zoo.data import ImageDataset
     from zoo.sites import Site
 
 FIVE_B: dict[str, Any] = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
@@ -135,7 +137,7 @@ class CogVideoX(DiffusersBackbone):
     def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
         """The modulated norms of a block take and give two streams."""
         if type(module).__name__ != "CogVideoXLayerNormZero":
-            return kind
+            return super().site_kind(module, kind)
         from multimodal.diffusers_attention import TwoStreams
 
         return TwoStreams
@@ -151,6 +153,24 @@ class CogVideoX(DiffusersBackbone):
             "crop_pct": 1.0,
             "interpolation": "bicubic",
         }
+
+    def preprocess(self, train: bool, **options: Any) -> Any:
+        """PIL frames -> (F, 3, H, W) in [-1, 1]. `frames`: how many, by default as the checkpoint was trained; mirrored at random
+        in training, unless `augment` is "crop" or "none"."""
+        from multimodal.clips import Clip
+
+        frames = int(options.get("frames") or self.config.sample_frames)
+        return Clip(self.data_config(), frames, train, train and options.get("augment", "crop-flip") == "crop-flip")
+
+    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
+        """A folder of clips (`multimodal.clips`), with a subfolder for each split if there are several, or a torch data set."""
+        from multimodal.clips import ClipRows
+        from zoo.data import ImageDataset
+
+        if not isinstance(data, (str, Path)):
+            return super().open_dataset(data, split)
+        folder = Path(data).expanduser()
+        return ImageDataset(ClipRows(folder / split if split else folder), None)
 
     def scheduler(self) -> Any:
         """As `DiffusersBackbone.scheduler`; the 2B model was trained with its signal-to-noise ratio shifted by 3, the 5B by 1."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo.attention import AttentionSite, Bias, Given, parts
 from zoo.errors import AttachError
+from zoo.memory import recomputable
 from zoo.points import Point
 from zoo.sites import BlockSite, Op, Site
 
@@ -63,6 +64,23 @@ class ImageBlock(BlockSite):
     def write_output(self, output: Any, y: Tensor) -> Any:
         """The image in its place."""
         return output[0], y
+
+
+@dataclass(eq=False)
+class Activated(Site):
+    """diffusers' `GELU`, a projection and the function in one module: the function's output is recomputed, not the product."""
+
+    def replaces(self) -> bool:
+        """While outputs are recomputed."""
+        return bool(self.recompute) or super().replaces()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., 4 d), as the library does it."""
+        module: Any = self.module
+        return recomputable(module.gelu, module.proj(x))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return None
 
 
 def _masked(mask: Tensor | None) -> Bias:

@@ -23,6 +23,7 @@ from zoo.points import ConditionPoint, NormPoint, Point
 
 if TYPE_CHECKING:
     from zoo.session import Session
+    from zoo.sites import Site
 
 # What a configuration file calls the classes that families here describe
 FAMILIES = {
@@ -186,6 +187,19 @@ class DiffusersBackbone(Backbone):
             block, name, path, heads * width, heads, table=table or self.block_table, **options
         )
         return [_sized(p) for p in found if p.kind != "norm" or p.dim_out]
+
+    def elementwise_modules(self) -> list[nn.Module]:
+        """As `Backbone.elementwise_modules`, and the MLPs' activations."""
+        activations = [m for m in self.module.modules() if type(m).__name__ == "GELU" and hasattr(m, "proj")]
+        return [*super().elementwise_modules(), *activations]
+
+    def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
+        """An activation that holds the projection in front of it."""
+        if type(module).__name__ != "GELU" or not hasattr(module, "proj"):
+            return kind
+        from multimodal.diffusers_attention import Activated
+
+        return Activated
 
     def outside(self, dim: int, kind: str, role: str, name: str, path: str) -> list[Point]:
         """A point outside of the blocks, if the module has it."""

@@ -124,7 +124,7 @@ class Flux(DiffusersBackbone):
     def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
         """A block gives (text, image)."""
         if type(module).__name__ not in ("FluxTransformerBlock", "FluxSingleTransformerBlock"):
-            return kind
+            return super().site_kind(module, kind)
         from multimodal.diffusers_attention import ImageBlock
 
         return ImageBlock

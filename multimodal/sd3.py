@@ -132,7 +132,7 @@ class SD3(DiffusersBackbone):
     def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
         """A block gives (text, image)."""
         if type(module).__name__ != "JointTransformerBlock":
-            return kind
+            return super().site_kind(module, kind)
         from multimodal.diffusers_attention import ImageBlock
 
         return ImageBlock

@@ -57,21 +57,21 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     """
     from zoo.disk import write_file
 
-    name = _choose(model, adapter)
+    name = choose(model, adapter)
     lora: LoRA = model.adapters[name]  # type: ignore[assignment]
     folder = Path(folder)
     _check_folder(folder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, points in _by_module(lora.selected(model.points)).items():
+    for path, points in by_module(lora.selected(model.points)).items():
         module = model.backbone.get_submodule(path)
         if not isinstance(module, nn.Linear):
             raise MismatchError(
                 f"'{points[0].name}' is a {type(module).__name__}; it can be written in peft's format only where the library "
                 "has an nn.Linear. Save this adapter with model.save_adapter."
             )
-        scale = _write_module(tensors, path, module, [(p, lora.module_at(p)) for p in points])
+        scale = write_module(tensors, path, module, [(p, lora.module_at(p)) for p in points])
         ranks[path] = len(tensors[f"{PREFIX}{path}.lora_A.weight"])
         alphas[path] = scale * ranks[path]
     own_head = name if name in model.heads else "default"
@@ -97,19 +97,18 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     return folder
 
 
-def _choose(model: Model, wanted: str | None) -> str:
+def choose(model: Model, wanted: str | None) -> str:
+    """The name of the LoRA that is meant: the wanted or the only active one."""
     names = list(model.active) if wanted is None else [wanted]
     if wanted is not None and wanted not in model.adapters:
         raise UnknownNameError(f"The model has no adapter '{wanted}'. {nearest(wanted, model.adapters.keys())}")
     if len(names) != 1:
         what = "none is active" if not names else f"active are {', '.join(names)}"
-        raise ConfigError(
-            f"peft's format holds one adapter, and {what}. Name one: to_peft(model, folder, adapter=...)."
-        )
+        raise ConfigError(f"The format holds one adapter, and {what}. Name one with adapter=...")
     method = model.adapters[names[0]]
     if type(method) is not LoRA:
         raise ConfigError(
-            f"'{names[0]}' is a {type(method).__name__}; only 'lora' can be written in peft's LoRA format. Save it with "
+            f"'{names[0]}' is a {type(method).__name__}; only 'lora' can be written in this format. Save it with "
             "model.save_adapter."
         )
     return names[0]
@@ -126,7 +125,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _by_module(points: Iterable[LinearPoint]) -> dict[str, list[LinearPoint]]:
+def by_module(points: Iterable[LinearPoint]) -> dict[str, list[LinearPoint]]:
     """Points by the module that they are (slices of), slices in order of their rows."""
     found: dict[str, list[LinearPoint]] = {}
     for point in points:
@@ -134,7 +133,7 @@ def _by_module(points: Iterable[LinearPoint]) -> dict[str, list[LinearPoint]]:
     return {path: sorted(members, key=lambda p: p.start) for path, members in found.items()}
 
 
-def _write_module(
+def write_module(
     tensors: dict[str, Tensor], path: str, module: nn.Linear, members: list[tuple[LinearPoint, Any]]
 ) -> float:
     """Add A (R, in), B (out, R) and, for DoRA, the magnitudes (out,) of one module to `tensors`; returns its scale."""
@@ -268,7 +267,7 @@ def from_peft(
     if model is not None:
         if backbone is not None or options:
             raise ConfigError("Give from_peft a backbone (with options) to build, or a model that is there; not both.")
-        return _attach(model, saved, name)
+        return attach_saved(model, saved, name)
     if backbone is None:
         if not saved.backbone_name:
             raise ConfigError(
@@ -277,11 +276,12 @@ def from_peft(
             )
         backbone, options = saved.backbone_name, {**saved.backbone_kwargs, **options}
     built = load(backbone, **options)
-    _attach(built, saved, name)
+    attach_saved(built, saved, name)
     return built
 
 
-def _attach(model: Model, saved: PeftAdapter, name: str | None) -> str:
+def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
+    """Attach what was read, all or nothing, and return its name in the model."""
     from zoo.peft_translate import translate
 
     if saved.fingerprint and model.fingerprint and saved.fingerprint != model.fingerprint:
