@@ -28,9 +28,9 @@ ALL_LINEAR = {"targets": "all-linear", "rank": 2}
 def make(name: str, *adapters: Any) -> tuple[zoo.Model, tuple[Tensor, ...]]:
     """A tiny random member with adapters that are not at their start, and a batch of two."""
     model, batch = tiny_model(name)
+    torch.manual_seed(1)
     for adapter in adapters:
         model.add_adapter(adapter)
-    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters_to_train().values():
             parameter.add_(0.1 * torch.randn_like(parameter))
