@@ -103,12 +103,15 @@ class LibraryAttention(AttentionSite):
     @property
     def fused(self) -> bool:
         """Whether the library would call torch's fused product."""
-        return bool(self.module.config._attn_implementation != "eager")  # type: ignore[union-attr]
+        config = getattr(
+            self.module, "config", None
+        )  # older releases have none in T5, nor anything but the plain product
+        return config is not None and config._attn_implementation != "eager"
 
     @property
     def scale(self) -> float:
-        """1 in T5."""
-        return float(self.module.scaling)  # type: ignore[arg-type]
+        """1 in T5, whose older releases do not name it."""
+        return float(getattr(self.module, "scaling", 1.0))
 
     @property
     def dropout(self) -> float:
@@ -128,26 +131,38 @@ class T5Site(LibraryAttention):
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Any, ...]:
         """(output (B, M, d), position bias of the own keys, which later blocks use again, no weights)."""
         attention: Any = self.module
         width, index, cross = attention.key_value_proj_dim, attention.layer_idx, key_value_states is not None
-        batch, count, _ = hidden_states.shape
-        seen = past_key_values.get_seq_length(index) if past_key_values is not None else 0
         q = by_head(attention.q(hidden_states), width)
+        seen = past_key_values.get_seq_length(index) if past_key_values is not None else 0
         project = SplitKeys(None, attention.k, attention.v, width)
         k, v = keys_values(
             hidden_states if key_value_states is None else key_value_states, past_key_values, index, cross, project
         )
+        count = k.shape[2]
+        # In older releases of the library a bias that is handed on holds the mask, and nothing stands behind it
+        older = not hasattr(attention, "scaling")
         if position_bias is None:
+            position_bias = q.new_zeros(1, attention.n_heads, q.shape[2], count)
             if attention.has_relative_attention_bias:
-                position_bias = attention.compute_bias(count, k.shape[2], device=q.device, past_seen_tokens=seen)
-            else:
-                position_bias = q.new_zeros(1, attention.n_heads, count, k.shape[2])
-        assert position_bias is not None
-        bias = pair_bias(mask, position_bias, attention.is_causal, q, k.shape[2])
-        y = self.attend(q, k, v, batch, bias).transpose(1, 2).flatten(2)
-        return attention.o(y), position_bias, None
+                position_bias = _relative(attention, q.shape[2], count, seen)
+            if older and mask is not None:
+                position_bias = position_bias + mask[..., :count]
+        bias = pair_bias(None if older else mask, position_bias, not older and attention.is_causal, q, count)
+        y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
+        return (attention.o(y), position_bias) if older else (attention.o(y), position_bias, None)
+
+
+def _relative(attention: Any, queries: int, keys: int, seen: int) -> Tensor:
+    """The relative position bias (1, h, queries, keys) of queries behind `seen` others."""
+    if "past_seen_tokens" in inspect.signature(attention.compute_bias).parameters:
+        return attention.compute_bias(  # type: ignore[no-any-return]
+            queries, keys, device=attention.q.weight.device, past_seen_tokens=seen
+        )
+    whole = attention.compute_bias(seen + queries, keys, device=attention.q.weight.device)
+    return whole[:, :, seen:]  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)

@@ -111,9 +111,11 @@ def fresh(cls: type[Seq2Seq], name: str, options: dict[str, Any], visual: bool) 
     """Random weights."""
     try:
         config = getattr(library("transformers", "multimodal"), cls.config_class)(**options)
-        return network(cls, visual)(config)  # type: ignore[no-any-return]
+        module = network(cls, visual)(config)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"transformers does not take these options for '{name}': {error}") from error
+    module.tie_weights()  # which older releases leave out on the meta device
+    return module  # type: ignore[no-any-return]
 
 
 def from_source(

@@ -81,10 +81,11 @@ class JointT5Encoder(T5Stack):
         mask = additive(joint_mask(attention_mask, pairs, visual_mask), text.dtype)
         first: Any = self.block[0]
         bias = first.layer[0].SelfAttention.compute_bias(tokens, tokens, device=text.device)
-        bias = F.pad(bias.to(text.dtype), (0, pairs, 0, pairs))
+        # One sum for all blocks: older releases of the library take the mask to be in a bias that is given
+        bias = F.pad(bias.to(text.dtype), (0, pairs, 0, pairs)) + mask
         hidden = self.dropout(torch.cat([text, visual], dim=1))
         for block in self.block:
-            hidden = block(hidden, mask, bias)[0]
+            hidden = block(hidden, None, bias)[0]
         return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(hidden)))
 
 
@@ -146,6 +147,7 @@ def encode_bart(
         if encoder.training and encoder.layerdrop > 0 and torch.rand([]) < encoder.layerdrop:
             continue
         hidden = layer(hidden, added)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # as older releases of the library give it
     return BaseModelOutput(last_hidden_state=hidden)
 
 
