@@ -272,7 +272,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
                 assert torch.equal(model(*inputs), library_answer(name, model.backbone, inputs))
 
 
-@pytest.mark.parametrize("name", ["dit", "cogvideox", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cogvideox", "flux"))])
 def test_compiles_in_one_graph(name: str) -> None:
     model, batch = make(name, zoo.adapter("lora", rank=2))
     torch._dynamo.reset()
