@@ -38,7 +38,7 @@ from zoo.points import LinearPoint, Points
 from zoo.registry import register_adapter
 
 Part = tuple["LowRank", int, int]
-ALL_LINEAR = ("q", "k", "v", "o", "in", "out", "up", "down")
+ALL_LINEAR = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")
 
 
 class LowRank(nn.Module):
@@ -161,7 +161,7 @@ class LoRA(Adapter):
 
     Args:
         rank: r. alpha: numerator of the scale; None sets it to the rank, so that the scale is 1.
-        targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, up, down. The default is `in` on a
+        targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, gate, up, down. The default is `in` on a
             backbone without attention.
         dropout: on the input, while training.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
@@ -227,7 +227,7 @@ class LoRA(Adapter):
         return found
 
     def selected(self, points: Points) -> list[LinearPoint]:
-        """The target points; "all-linear" takes those of q, k, v, o, in, out, up and down that the backbone has."""
+        """The target points; "all-linear" takes those of q, k, v, o, in, out, gate, up and down that the backbone has."""
         if self.targets in ("all-linear", ("all-linear",)):
             have = points.roles("linear")
             return points.select(kind="linear", role=[r for r in ALL_LINEAR if r in have])
