@@ -313,6 +313,7 @@ def test_words_name_visual_tokens_from_the_end() -> None:
     assert words("What color, is it?").input_ids[-1] == words.eos_token_id
 
 
+@pytest.mark.slow
 def test_easy_vqa_is_readable(data_dir: Path) -> None:
     from multimodal.words import EASY_VQA, words_of
 

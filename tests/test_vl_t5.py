@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 import zoo
 from tests.straightforward_seq2seq import Straight
 from zoo import Adapter, registry
-from zoo.errors import AttachError, ConfigError
+from zoo.errors import AttachError, ConfigError, MissingPackageError
 from zoo.points import Points
 from zoo.registry import register_adapter
 from zoo.table import tiny_model
@@ -194,6 +196,18 @@ def test_lora_merges_saves_and_serves_samples(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True, "rank": 4}, {"targets": "all-linear"}], ids=str)
+def test_forms_of_lora(family: str, options: dict[str, Any]) -> None:
+    model, batch = tiny_model(family)
+    bare = model(*batch)
+    model.add_adapter(zoo.adapter("lora", **options))
+    torch.testing.assert_close(model.eval()(*batch), bare, rtol=1e-5, atol=1e-5)
+    assert model.probe(*batch) == []
+    stir(model, 0.1)
+    torch.testing.assert_close(model.family.run(model.merge(), *batch), model(*batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
 def test_memory_settings_give_the_same_gradients(family: str, method: str) -> None:
     found = []
@@ -338,6 +352,17 @@ def test_options_are_checked(family: str) -> None:
         zoo.load("transformers:/no-such-folder", pretrained=False)
 
 
+def test_importing_a_family_does_not_import_its_library() -> None:
+    code = "import sys, multimodal.vl_t5, multimodal.vl_bart, multimodal.generate; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match=r"adapter-zoo\[multimodal\]"):
+        zoo.load("vl-t5", pretrained=False)
+
+
 def test_shift_puts_the_start_word_in_front() -> None:
     model, _ = tiny_model("vl-t5")
     assert model.family.shift(torch.tensor([[7, 8, 1], [9, 1, -100]])).tolist() == [[0, 7, 8], [0, 9, 1]]
@@ -351,7 +376,8 @@ def test_shift_puts_the_start_word_in_front() -> None:
 def test_gated_mlps_have_a_gate() -> None:
     name, options = zoo.registry.family("vl-t5").tiny or ("", {})
     options = {**options, "feed_forward_proj": "gated-gelu", "d_kv": 6}  # heads that do not fill the width
-    model = zoo.load(name, zoo.adapter("lora", targets="gate,up,o"), pretrained=False, **options)
+    model = zoo.load(name, zoo.adapter("lora", targets="all-linear"), pretrained=False, **options)
+    assert "encoder.blocks.1.mlp.gate" in {p.name for p in model.adapters["lora"].selected(model.points)}
     assert [p.path for p in model.points.select("encoder.blocks.0.mlp.{gate,up}")] == [
         "encoder.block.0.layer.1.DenseReluDense.wi_0",
         "encoder.block.0.layer.1.DenseReluDense.wi_1",
