@@ -6,7 +6,9 @@ The recipe: Muon (`torch.optim.Muon`, torch 2.9 or newer) for the matrices of th
 warm-up, label smoothing, an exponential moving average of the weights, bf16 autocast. 2,700 clips are few, so each is heard
 differently every time: at one of five speeds (0.85 to 1.15, which moves the pitch, too), louder or softer, anywhere in the one
 second that the model hears, with noise behind it, with two bands of frequencies and two stretches of time masked (SpecAugment),
-and a part of the batches is mixed in pairs (mixup).
+and a part of the batches is mixed in pairs (mixup). All this grows from nothing
+to its full strength over the first 40 % of the steps: at full strength from the start, 100 steps of 32 clips left the loss at
+2.33 (chance is 2.30), with the clips as they are it came down to 2.05.
 
 The test split (300 clips, other recordings of the same six speakers) is read once, after the last epoch; the last weights of the
 moving average are the result, so no choice is made on it. A run stopped at any moment goes on from its last epoch with the same
@@ -59,30 +61,34 @@ def read_test(folder: Path, transform: AudioTransform) -> tuple[Tensor, Tensor]:
     return torch.stack([data[i][0] for i in range(len(data))]), torch.from_numpy(data.labels)
 
 
-def heard(clips: list[Tensor], frames: int, generator: torch.Generator) -> Tensor:
-    """Features of several lengths -> (n, frames, 128): placed, made louder or softer, with noise behind, masked."""
+def heard(clips: list[Tensor], frames: int, strength: float, generator: torch.Generator) -> Tensor:
+    """Features of several lengths -> (n, frames, 128): placed, made louder or softer, with noise behind, masked.
+
+    `strength` 0..1: with 0 a clip stands at the beginning, as in evaluation, and nothing is changed.
+    """
 
     def below(high: int) -> int:
         return int(torch.randint(max(1, high), (), generator=generator))
 
     n = len(clips)
     batch = torch.zeros(n, frames, 128)
-    # in decibels of power: from 10 softer to 6 louder, and noise 25 to 60 below the clip's mean level
-    gains = torch.empty(n).uniform_(-10, 6, generator=generator) * (math.log(10) / 10)
+    # in decibels of power: up to 8 softer or louder, and noise 25 to 60 below the clip's mean level
+    gains = torch.empty(n).uniform_(-8, 8, generator=generator) * (strength * math.log(10) / 10)
     for i, clip in enumerate(clips):
         t = min(len(clip), frames)
-        start, place = below(len(clip) - frames + 1), below(frames - t + 1)
+        start, place = below(len(clip) - frames + 1), below(round(strength * (frames - t)) + 1)
         energy = (clip[start : start + t].float() + gains[i]).exp()
         level = energy.mean() * 10 ** (-float(torch.empty(()).uniform_(2.5, 6, generator=generator)))
-        whole = torch.empty(frames, 128).exponential_(generator=generator) * level
-        # half of the clips stand in noise all along, the others in the zeros with which the model's preprocessing fills up
-        around = bool(torch.rand((), generator=generator) < 0.5)
+        noisy = float(torch.rand((), generator=generator)) < strength
+        whole = torch.empty(frames, 128).exponential_(generator=generator) * (level if noisy else 0.0)
+        # a part of the clips stands in noise all along, the others in the zeros with which the model's preprocessing fills up
+        around = noisy and bool(torch.rand((), generator=generator) < 0.4)
         own = (energy + whole[place : place + t]).clamp_min(2.0**-23).log()
         if around:
             batch[i] = whole.clamp_min(2.0**-23).log()
         batch[i, place : place + t] = own
         for _ in range(2):
-            width, height = below(max(1, t // 5)), below(25)
+            width, height = below(round(strength * t / 5)), below(round(strength * 25))
             left, low = below(frames - width + 1), below(128 - height + 1)
             batch[i, left : left + width] = 0.0
             batch[i, :, low : low + height] = 0.0
@@ -101,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
     parser.add_argument("--out", type=Path, default=Path("runs/ast-micro"))
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--mix", type=float, default=0.3, help="share of mixed batches; none in the last fifth")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -171,11 +177,13 @@ def main() -> None:
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = args.lr * max(rate, 1e-3)
             index = order[i * args.batch_size : (i + 1) * args.batch_size]
+            strength = min(1.0, step / (0.4 * total))
             speeds = torch.randint(len(SPEEDS), (len(index),), generator=generator)
-            batch = heard([clips[j][s] for j, s in zip(index.tolist(), speeds.tolist())], extract.max_length, generator)
+            chosen = [clips[j][s] for j, s in zip(index.tolist(), speeds.tolist())]
+            batch = heard(chosen, extract.max_length, strength, generator)
             x = extract.normalize(batch).to(device)
             y = F.one_hot(labels[index], 10).float().to(device)
-            if epoch < 0.8 * args.epochs and bool(torch.rand((), generator=generator) < args.mix):
+            if epoch < 0.8 * args.epochs and bool(torch.rand((), generator=generator) < strength * args.mix):
                 weight = float(torch.rand((), generator=generator))
                 x, y = (weight * v + (1 - weight) * v.roll(1, 0) for v in (x, y))
             with torch.autocast(device.type, torch.bfloat16):
