@@ -12,8 +12,9 @@ of two, and so on, and the way back fills in the tokens between: 2 log2(tokens) 
 time, 3 multiply-adds for each token in all. There is no loop over tokens, the work is linear in their number, and the
 only products formed are of decays in [0, 1], so nothing overflows, however long the sequence or large delta is.
 
-In memory: backward keeps the inputs alone and computes h again; states are taken one after another, so both passes
-need a few arrays of the size of u, whatever n is. On a CUDA GPU a Triton kernel does the same (`vision.selective_scan_triton`).
+In memory: backward keeps the inputs and computes h again. Long sequences are worked on in segments that fit a processor's cache,
+and states one after another, so both passes need a few small arrays beside the inputs and the output. On a CUDA GPU a Triton
+kernel does the same (`vision.selective_scan_triton`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
 
+WORKING = 2**19  # numbers of one array that is worked on at a time
+SHORTEST = 16  # tokens of a segment, at least
 _kernel: Callable[..., Tensor] | bool | None = True  # True: not looked for yet
 
 
@@ -205,8 +208,17 @@ def _plain(
     return y
 
 
+def _segments(u: Tensor) -> list[slice]:
+    """Tokens that are worked on at a time."""
+    size = max(SHORTEST, WORKING // max(1, u.shape[0] * u.shape[2]))
+    return [slice(start, start + size) for start in range(0, u.shape[1], size)]
+
+
 class _Scan(torch.autograd.Function):
-    """One state n after another: h is computed in forward, and again in backward, and never kept."""
+    """One segment and one state after another: h is computed in forward, and again in backward, and never kept.
+
+    What is kept besides the inputs is the state in front of each segment, (segments, batch, d, n).
+    """
 
     @staticmethod
     def forward(
@@ -220,50 +232,68 @@ class _Scan(torch.autograd.Function):
         bias: Tensor | None,
         softplus: bool,
     ) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C, D, bias)
+        segments, rates = _segments(u), A.to(_wide(u.dtype))
+        y = torch.empty_like(u, dtype=rates.dtype, memory_format=torch.contiguous_format)
+        states = y.new_zeros(len(segments) + 1, u.shape[0], *A.shape)
+        for k, at in enumerate(segments):
+            part, dt, _, b, c = _prepare(u[:, at], delta[:, at], A, B[:, at], C[:, at], bias, softplus)
+            x, out = dt * part, y[:, at]
+            if D is None:
+                out.zero_()
+            else:
+                torch.mul(part, D.to(part.dtype), out=out)
+            for n in range(A.shape[1]):
+                a, h = (dt * rates[:, n]).exp_(), _times(x, b[..., n])
+                h[:, 0].addcmul_(a[:, 0], states[k, ..., n])
+                scan_(a, h)
+                states[k + 1, ..., n] = h[:, -1]
+                out += _times(h, c[..., n])
         ctx.softplus = softplus
-        u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, softplus)
-        x = dt * u
-        y = torch.zeros_like(u) if D is None else u * D.to(u.dtype)
-        for n in range(A.shape[1]):
-            h = _times(x, B[..., n])
-            scan_((dt * A[:, n]).exp_(), h)
-            y += _times(h, C[..., n])
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, states[:-1].clone() if len(segments) > 1 else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
-        u, delta, A, B, C, skip, bias = saved
-        u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, ctx.softplus)
-        dtype, groups = u.dtype, B.shape[2]
-        grad = grad.to(dtype)
-        x = dt * u
-        dx, ddt = torch.zeros_like(u), torch.zeros_like(u)
-        dA, dB, dC = torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
-        for n in range(A.shape[1]):
-            a = (dt * A[:, n]).exp_()
-            h = _times(x, B[..., n])
-            scan_(a, h)
-            dC[..., n] = _sums(grad * h, groups)
-            g = _times(grad, C[..., n])  # of h_t, from y_t alone; then also from all that come later
-            scan_back_(torch.cat([a[:, 1:], a[:, :1]], dim=1), g)  # the last factor is not used
-            dB[..., n] = _sums(g * x, groups)
-            dx += _times(g, B[..., n])
-            a[:, 1:] *= h[:, :-1]  # d a_t = g_t h_{t-1}, and a itself is the derivative of exp
-            a[:, :1] = 0
-            a *= g
-            ddt.addcmul_(a, A[:, n])
-            dA[:, n] = (a * dt).sum(dim=(0, 1))
-        du = dx * dt
-        if skip is not None:
-            du.addcmul_(grad, skip.to(dtype))
-        ddt.addcmul_(dx, u)
-        if ctx.softplus:
-            before = delta.to(dtype)
-            ddt *= torch.sigmoid(before if bias is None else before + bias.to(dtype))
-        dD = None if skip is None else (grad * u).sum(dim=(0, 1))
-        dbias = None if bias is None else ddt.sum(dim=(0, 1))
-        grads = (du, ddt, dA, dB, dC, dD, dbias)
-        return (*(g if g is None else g.to(t.dtype) for g, t in zip(grads, saved)), None)
+        *inputs, states = ctx.saved_tensors
+        u, delta, A, B, C, D, bias = inputs
+        rates, segments, groups = A.to(_wide(u.dtype)), _segments(u), B.shape[2]
+        du, ddelta = (torch.empty(u.shape, dtype=rates.dtype, device=u.device) for _ in range(2))
+        dB, dC = (torch.empty(B.shape, dtype=rates.dtype, device=u.device) for _ in range(2))
+        dA = torch.zeros_like(rates)
+        dD, dbias = None if D is None else rates.new_zeros(len(A)), None if bias is None else rates.new_zeros(len(A))
+        later = rates.new_zeros(u.shape[0], *A.shape)  # what the segment behind adds to the gradient of the last state
+        for k, at in reversed(list(enumerate(segments))):
+            part, dt, _, b, c = _prepare(u[:, at], delta[:, at], A, B[:, at], C[:, at], bias, ctx.softplus)
+            x, out = dt * part, grad[:, at].to(rates.dtype)
+            dx, ddt = torch.zeros_like(part), torch.zeros_like(part)
+            for n in range(A.shape[1]):
+                a, h = (dt * rates[:, n]).exp_(), _times(x, b[..., n])
+                before = 0 if states is None else states[k, ..., n]
+                h[:, 0] += a[:, 0] * before
+                scan_(a, h)
+                dC[:, at, :, n] = _sums(out * h, groups)
+                g = _times(out, c[..., n])  # of h_t, from y_t alone; then also from all that come later
+                g[:, -1] += later[..., n]
+                scan_back_(torch.cat([a[:, 1:], a[:, :1]], dim=1), g)  # the last factor is not used
+                torch.mul(a[:, 0], g[:, 0], out=later[..., n])
+                dB[:, at, :, n] = _sums(g * x, groups)
+                dx += _times(g, b[..., n])
+                a[:, 1:] *= h[:, :-1]  # d a_t = g_t h_{t-1}, and a itself is the derivative of exp
+                a[:, 0] *= before
+                a *= g
+                ddt.addcmul_(a, rates[:, n])
+                dA[:, n] += (a * dt).sum(dim=(0, 1))
+            torch.mul(dx, dt, out=du[:, at])
+            if D is not None and dD is not None:
+                du[:, at].addcmul_(out, D.to(out.dtype))
+                dD += (out * part).sum(dim=(0, 1))
+            ddt.addcmul_(dx, part)
+            if ctx.softplus:
+                raw = delta[:, at].to(rates.dtype)
+                ddt *= torch.sigmoid(raw if bias is None else raw + bias.to(rates.dtype))
+            if dbias is not None:
+                dbias += ddt.sum(dim=(0, 1))
+            ddelta[:, at] = ddt
+        grads = (du, ddelta, dA, dB, dC, dD, dbias)
+        return (*(g if g is None else g.to(t.dtype) for g, t in zip(grads, inputs)), None)
