@@ -341,6 +341,14 @@ def test_fit_learns_tones(folder: Path) -> None:
     assert zoo.evaluate(model, test, progress=False)["accuracy"] == 1.0
 
 
+def test_spectrograms_are_mixed(folder: Path) -> None:
+    """A batch (B, T, mel) has no channel axis; mixing goes through one. An odd label shows that targets are mixed too."""
+    model = zoo.load("ast-micro", "linear", num_classes=2, pretrained=False, seed=0, **SMALL)
+    for options in ({"mixup": 0.8}, {"cutmix": 1.0}):
+        report = zoo.fit(model, open_audio(folder, split="train"), epochs=1, progress=False, **options)
+        assert math.isfinite(report.history[0]["loss"]) and "accuracy" not in report.history[0]
+
+
 def test_several_classes_for_each_sound(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     waves, labels = [], []

@@ -140,9 +140,16 @@ class Stepper:
         """Forward and backward of one part; the gradient is that of the mean over the whole batch."""
         labels = targets
         if self._mix is not None:
-            if not isinstance(inputs, Tensor):
-                raise ConfigError("mixup and cutmix mix inputs that are one tensor; this task's are several.")
-            inputs, targets = self._mix(inputs, targets)
+            if not isinstance(inputs, Tensor) or not 2 <= inputs.ndim <= 4:
+                raise ConfigError(
+                    "mixup and cutmix mix inputs that are one tensor of images or sounds; this task's are not."
+                )
+            shape = (
+                inputs.shape
+            )  # torchvision mixes (B, C, H, W): a spectrogram (B, T, mel) or a sound (B, n) has one channel
+            pictures = inputs.reshape(shape[0], *([1] * (4 - inputs.ndim)), *shape[1:])
+            pictures, targets = self._mix(pictures, targets)
+            inputs = pictures.reshape(shape)
         with autocast(self.device, self.settings.precision):
             loss, outputs = self.task.loss(self.model, inputs, targets, self.settings.label_smoothing)
             extra = self.hooks.extra_loss(outputs, targets)
