@@ -16,7 +16,7 @@ default that which the network was trained with. It is made once for each image 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from multimodal.answers import exact_match, normalized, vqa_accuracy
 from multimodal.cider import cider
 from multimodal.questions import Question, matrix, open_questions
 from multimodal.seq2seq import PREFIXES, Seq2Seq
-from multimodal.visual_features import GridFeatures
+from multimodal.visual_features import GridFeatures, opened
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.tasks import Task, call
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Generate", "Scores", "Written"]
 
 NONE = -100  # behind the end of an answer
+AT_A_TIME = 256  # pictures that features are made of together
 
 
 class Written(NamedTuple):
@@ -176,80 +177,35 @@ def decode(family: Any, ids: Tensor) -> list[str]:
 
 
 class Prepared:
-    """Questions as the network's input and target; features are made here, once for each image."""
+    """Questions as the network's input and target. Features are made here, once for each image, and images are read no more."""
 
     labels: Any = None
 
     def __init__(self, task: Generate, model: Model, dataset: ImageDataset, train: bool) -> None:
-        self.rows, self.train = dataset.rows, train
+        self.rows, self.train, self.task = dataset.rows, train, task
         self.name, self.blocks, self.window = dataset.rows.name, dataset.rows.blocks, dataset.rows.window
         family: Any = model.family
-        self.tokenizer, self.shift, self.task = family.tokenizer, _Shift(family), task
-        self.found: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.sees = family.feat_dim is not None
-        longest, captions = 0, False
-        pending: list[tuple[Any, Any]] = []
-        asked: set[Any] = set()
-        front = _front(task, model)
-        for index in dataset.indices:
+        self.tokenizer, self.shift = family.tokenizer, _Shift(family)
+        self.questions: dict[int, Question] = {}  # without their images
+        self.broken: dict[int, str] = {}
+        features = _Features(family, _front(task, model)) if family.feat_dim is not None else None
+        for index in map(int, dataset.indices):
             try:
-                question, _ = self.rows.read(int(index))
-            except DataError:
-                if dataset.on_error == "skip":
-                    continue
-                raise
-            captions = captions or question.text is None
-            longest = max(longest, len(_codes(QUESTION, (max(question.answers, key=len), *question.answers))))
-            if self.sees and question.key not in asked:
-                asked.add(question.key)
-                self._take(question, int(index), front, pending, family)
-        self._make(front, pending, family)
-        self.answer_length = task.answer_length or (40 if captions else 10)
-        self.width = max(longest, self.answer_length)
-
-    def _take(
-        self, question: Question, index: int, front: GridFeatures | None, pending: list[tuple[Any, Any]], family: Any
-    ) -> None:
-        where = self.rows.where(index)
-        if question.image is None:
-            raise DataError(f"{where}: a question without image or features, which '{family.name}' needs.")
-        if isinstance(question.image, tuple):
-            features, boxes = question.image
-            features = matrix(features, f"{where}: features")
-            boxes = torch.zeros(len(features), 4) if boxes is None else matrix(boxes, f"{where}: boxes", 4)
-            if len(boxes) != len(features):
-                raise DataError(f"{where}: {len(features)} features and {len(boxes)} boxes.")
-            self._keep(question.key, features, boxes, where, family)
-            return
-        if front is None:
-            raise DataError(
-                f"{where}: a question without features, which '{family.name}' reads. Give the data features and boxes, or say "
-                "what makes them of images: task=Generate(vision='clip-vit-b16')."
-            )
-        pending.append((question.key, question.image))
-        if len(pending) >= 256:
-            self._make(front, pending, family)
-
-    def _make(self, front: GridFeatures | None, pending: list[tuple[Any, Any]], family: Any) -> None:
-        if pending:
-            assert front is not None
-            features, boxes = front([image for _, image in pending])
-            for (key, _), f, b in zip(pending, features, boxes, strict=True):
-                self._keep(key, f, b, self.name, family)
-            pending.clear()
-
-    def _keep(self, key: Any, features: Tensor, boxes: Tensor, where: str, family: Any) -> None:
-        if features.shape[1] != family.feat_dim:
-            raise MismatchError(
-                f"{where}: features of width {features.shape[1]}, and '{family.name}' reads {family.feat_dim}. Load it with "
-                f"feat_dim={features.shape[1]}, or take the features of another network."
-            )
-        count = len(next(iter(self.found.values()))[0]) if self.found else len(features)
-        if len(features) != count:
-            raise DataError(
-                f"{where}: {len(features)} visual tokens, and {count} of the images before; give all as many."
-            )
-        self.found[key] = (features, boxes)
+                question, _ = self.rows.read(index)
+                if features is not None:
+                    features.take(question, self.rows.where(index))
+                self.questions[index] = replace(question, image=None)
+            except DataError as error:
+                if dataset.on_error != "skip":
+                    raise
+                self.broken[index] = str(error)
+        if features is not None:
+            features.make()
+        self.found = None if features is None else features.found
+        known = list(self.questions.values())
+        self.answer_length = task.answer_length or (40 if any(q.text is None for q in known) else 10)
+        codes = (len(_codes(QUESTION, (max(q.answers, key=len), *q.answers))) for q in known)
+        self.width = max(self.answer_length, *codes, 0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -260,7 +216,9 @@ class Prepared:
 
     def read(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """(inputs, target); see `Generate.open`."""
-        question, _ = self.rows.read(index)
+        if index in self.broken:
+            raise DataError(self.broken[index])
+        question = self.questions[index]
         kind = CAPTION if question.text is None else QUESTION
         prefix = self.task.prefix
         if prefix is None:
@@ -273,7 +231,7 @@ class Prepared:
         target[0, : len(labels)] = labels
         codes = _codes(kind, (chosen, *question.answers))
         target[1, : len(codes)] = torch.tensor(codes)
-        visual = self.found[question.key] if self.sees else ()
+        visual = () if self.found is None else self.found[question.key]
         return (ids, mask, self.shift(labels), *visual), target
 
     def _encode(self, text: str, length: int) -> tuple[Tensor, Tensor]:
@@ -302,6 +260,65 @@ class _Shift:
         moved = labels.roll(1)
         moved[0] = self.start
         return moved.masked_fill(moved == NONE, self.pad)
+
+
+class _Features:
+    """Visual input by image: from the data, or made of pictures, some at a time."""
+
+    def __init__(self, family: Any, front: GridFeatures | None) -> None:
+        self.family, self.front = family, front
+        self.found: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.pending: dict[Any, Any] = {}
+
+    def take(self, question: Question, where: str) -> None:
+        """See to it that there are features of the question's image.
+
+        Raises:
+            DataError: there is neither image nor features, or they are damaged.
+        """
+        key, image = question.key, question.image
+        if key in self.found or key in self.pending:
+            return
+        if image is None:
+            raise DataError(f"{where}: a question without image or features, which '{self.family.name}' needs.")
+        if isinstance(image, tuple):
+            features = matrix(image[0], f"{where}: features")
+            boxes = torch.zeros(len(features), 4) if image[1] is None else matrix(image[1], f"{where}: boxes", 4)
+            if len(boxes) != len(features):
+                raise DataError(f"{where}: {len(features)} features and {len(boxes)} boxes.")
+            self._keep(key, features, boxes, where)
+            return
+        if self.front is None:
+            raise DataError(
+                f"{where}: a question without features, which '{self.family.name}' reads. Give the data features and boxes, or "
+                "say what makes them of images: task=Generate(vision='clip-vit-b16')."
+            )
+        self.pending[key] = opened(image, where)
+        if len(self.pending) >= AT_A_TIME:
+            self.make()
+
+    def make(self) -> None:
+        """Make the features of all pictures that wait."""
+        if self.pending:
+            assert self.front is not None
+            features, boxes = self.front(list(self.pending.values()))
+            for key, f, b in zip(self.pending, features, boxes, strict=True):
+                self._keep(key, f, b, "the images")
+            self.pending.clear()
+
+    def _keep(self, key: Any, features: Tensor, boxes: Tensor, where: str) -> None:
+        wanted = self.family.feat_dim
+        if features.shape[1] != wanted:
+            raise MismatchError(
+                f"{where}: features of width {features.shape[1]}, and '{self.family.name}' reads {wanted}. Load it with "
+                f"feat_dim={features.shape[1]}, or take the features of another network."
+            )
+        count = len(next(iter(self.found.values()))[0]) if self.found else len(features)
+        if len(features) != count:
+            raise DataError(
+                f"{where}: {len(features)} visual tokens, and {count} of the images before; give all as many."
+            )
+        self.found[key] = (features, boxes)
 
 
 def _front(task: Generate, model: Model) -> GridFeatures | None:

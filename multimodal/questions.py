@@ -16,7 +16,7 @@ or what `multimodal.pairs.open_pairs` takes (captions), or any list or torch `Da
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Question:
         image: a PIL image or encoded bytes, or (features (N, feat_dim), boxes (N, 4) or None); None for a question about nothing.
         text: the question; None asks for a description.
         answers: one, or those of several people.
-        key: names the image: questions with equal keys share it.
+        key: names the image: questions with equal keys share it. None: it is this question's alone.
     """
 
     image: Any
@@ -150,7 +150,7 @@ class GivenQuestions(_Rows):
         if item.text is not None and not item.text.strip():
             raise DataError(f"{self.where(index)}: the question is empty.")
         _answers(list(item.answers), self.where(index))
-        return item, index
+        return item if item.key is not None else replace(item, key=("item", index)), index
 
 
 class Captions(_Rows):

@@ -274,6 +274,13 @@ class Seq2Seq(Backbone):
                 f"feat_dim={features.shape[-1]}, or take the features of another network."
             )
 
+    def check_routed(self, *inputs: Any) -> None:
+        """Raise ConfigError for ids (N,) that all samples share: with an adapter for each sample, give them as (B, N)."""
+        if any(isinstance(x, Tensor) and len(x) != len(inputs[0]) for x in inputs):
+            raise ConfigError(
+                "With adapters= every input needs a row for each sample: image_ids and object_ids (B, N)."
+            )
+
     def shift(self, labels: Tensor) -> Tensor:
         """Labels (B, T), -100 where there is none -> decoder input (B, T): the start word, then all but the last."""
         return self.module.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator, no-any-return]

@@ -139,14 +139,15 @@ class GridFeatures:
         parts = []
         for start in range(0, len(images), batch_size):
             chosen = images[start : start + batch_size]
-            ready = [transform(_opened(image, f"image {start + i}")) for i, image in enumerate(chosen)]
+            ready = [transform(opened(image, f"image {start + i}")) for i, image in enumerate(chosen)]
             parts.append(self.features(torch.stack(ready)))
         if not parts:
             raise DataError("There are no images to make features of.")
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _opened(image: Any, where: str) -> Image.Image:
+def opened(image: Any, where: str) -> Image.Image:
+    """A PIL image, encoded bytes or a path as an RGB image; DataError names `where`, or the path."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if isinstance(image, (bytes, bytearray, memoryview)):

@@ -205,6 +205,22 @@ def test_a_question_without_features_is_refused(folder: Path) -> None:
         zoo.evaluate(zoo.load("vit-micro", num_classes=0), folder, split="test", task="generate", progress=False)
 
 
+def test_what_cannot_be_read_is_named_or_skipped(folder: Path) -> None:
+    images = pq.read_table(folder / "test_images.parquet").to_pydict()
+    pq.write_table(pa.table({**images, "image": [images["image"][0], b"torn"]}), folder / "test_images.parquet")
+    network, task = model(), _task(front())
+    with pytest.raises(DataError, match=r"row 2: the image is corrupt"):
+        zoo.evaluate(network, folder, split="test", task=task, progress=False)
+    found = zoo.evaluate(network, open_questions(folder, split="test", on_error="skip"), task=task, progress=False)
+    assert found["images"] == 2 and found["skipped"] == 2
+
+
+def test_questions_without_keys_have_images_of_their_own() -> None:
+    items = [Question((torch.full((3, 24), float(i)), None), "what?", ("red",)) for i in range(2)]
+    dataset = _task(None).open(model(), items, train=False)
+    assert [dataset[i][0][3].unique().tolist() for i in range(2)] == [[0.0], [1.0]]
+
+
 def _task(vision: Any, **options: Any) -> Any:
     from multimodal.generate import Generate
 

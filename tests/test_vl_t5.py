@@ -193,6 +193,8 @@ def test_lora_merges_saves_and_serves_samples(family: str, tmp_path: Path) -> No
         model.set_active(name)
         alone.append(model(*batch)[row])
     torch.testing.assert_close(model(*batch, adapters=["two", "one"]), torch.stack(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="a row for each sample"):
+        model(*batch, torch.zeros(5, dtype=torch.long), adapters=["two", "one"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
