@@ -197,7 +197,8 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     """Fill `model.record`, from which cards are made (`zoo.cards` lists its keys)."""
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
-        record["task"] = trainer.task.hub or f"{model.family.modality}-classification"
+        # a classifier on two towers stands on the image tower
+        record["task"] = trainer.task.hub or f"{model.family.modality.split('-')[0]}-classification"
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}
