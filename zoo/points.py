@@ -16,13 +16,11 @@ the model installs what was recorded after `attach` has returned, all or nothing
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import AttachError, SelectionError, nearest
@@ -396,8 +394,3 @@ class Points(Sequence[Point]):
         rows += [(p.name, p.kind, p.role, str(p.dim_in), str(p.dim_out), " ".join(p.verbs)) for p in self._points]
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
-
-
-def is_meta(module: nn.Module) -> bool:
-    """Whether a module holds no memory (the meta device)."""
-    return any(p.device == torch.device("meta") for p in itertools.islice(module.parameters(), 1))

@@ -1,0 +1,117 @@
+"""A backbone with heads: which one is in use, and how it is made anew. The part of a model that knows features and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.adapter_base import Adapter
+from zoo.backbone import Backbone
+from zoo.errors import ConfigError
+from zoo.heads import make_head
+from zoo.sites import State
+
+
+class Headed(nn.Module):
+    """Base of `AdapterHost`."""
+
+    backbone: nn.Module
+    family: Backbone
+    adapters: nn.ModuleDict
+    heads: nn.ModuleDict
+    classes: list[str] | None
+    _state: State
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone."""
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use, in order of application."""
+        return self._state.active
+
+    def _active_adapters(self) -> list[Adapter]:
+        return [self.adapters[n] for n in self._state.active]  # type: ignore[misc]
+
+    @property
+    def head_name(self) -> str:
+        """Which head is in use: that of the last active adapter that has one of its own, else "default"."""
+        return next((n for n in reversed(self._state.active) if n in self.heads), "default")
+
+    @property
+    def head(self) -> nn.Module:
+        """The head in use; `nn.Identity` without classes."""
+        return self.heads[self.head_name]
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head in use; 0 without one."""
+        return int(getattr(self.head, "out_features", 0))
+
+    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear") -> None:
+        """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`."""
+        dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()
+        made_for: Any = dict(self.adapters.items()).get(name)
+        self.heads[name] = self._new_head(num_classes, dim, made_for, kind)
+        self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def set_head(self, head: nn.Linear, classes: Sequence[str] | None = None) -> None:
+        """Put a head (one of `zoo.heads`) in place of the one in use, with the names of its classes.
+
+        Raises:
+            ConfigError: it does not stand on features of this width, or has no name for each class.
+        """
+        dim = self._feature_dim(self._active_adapters())
+        if head.in_features != dim:
+            raise ConfigError(f"the head takes features of width {head.in_features}; the model gives {dim}.")
+        if classes is not None and len(classes) != head.out_features:
+            raise ConfigError(
+                f"the head has {head.out_features} outputs, and there are {len(classes)} names of classes."
+            )
+        self.heads[self._place_of_head()] = head.to(device=self.device, dtype=self.dtype)
+        self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def _place_of_head(self) -> str:
+        if self.head_name == "default" and self._feature_dim(self._active_adapters()) != self.family.feature_dim:
+            return self._state.active[-1]  # the bare backbone needs its own
+        return self.head_name
+
+    def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
+        dim = self.family.feature_dim
+        for adapter in adapters:
+            dim = adapter.feature_dim(dim)
+        return dim
+
+    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None, kind: str = "linear") -> nn.Module:
+        if num_classes < 0:
+            raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
+        if num_classes == 0:
+            return nn.Identity()
+        if not self.family.pools:
+            raise ConfigError(
+                f"'{self.family.name}' has no pooled features that a classifier could stand on: its own output comes out. Leave "
+                "num_classes out."
+            )
+        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
+        plain = kind == "linear" and own
+        head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
+        if self.device.type != "meta":
+            for part in head.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.trunc_normal_(part.weight, std=0.02)
+                    nn.init.zeros_(part.bias)
+            if adapter is not None and isinstance(head, nn.Linear) and not own:
+                adapter.init_head(head)
+        return head
