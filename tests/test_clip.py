@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import zoo
+import zoo.registry
 
 pytest.importorskip("open_clip")
 import open_clip
@@ -18,7 +19,7 @@ from clip_models import IMAGE, MICRO, TEXT, TIMM, batch, library, make
 from open_clip.transformer import Attention
 
 from multimodal.clip_attention import PackedAttention
-from zoo.errors import MismatchError
+from zoo.errors import ConfigError, MismatchError
 from zoo.fingerprint import fingerprint
 
 KINDS = pytest.mark.parametrize("kind", [*MICRO, *TIMM])
@@ -274,3 +275,12 @@ def test_every_method_works_or_is_refused_with_a_reason(method: str) -> None:
         assert [answers[s] for s in ("attach", "train", "save")] == ["yes"] * 3 and "cannot be merged" in answers[
             "merge"
         ]
+
+
+def test_a_classifier_takes_images_alone() -> None:
+    name, options = zoo.registry.family("clip").tiny
+    model = zoo.load(name, "lora", num_classes=3, pretrained=False, **options)
+    images, ids = model.family.tiny_batch()
+    assert model(images).shape == (2, 3)
+    with pytest.raises(ConfigError, match="The head takes features of width"):
+        model(images, ids)

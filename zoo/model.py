@@ -74,10 +74,20 @@ class Model(AdapterHost):
         Args:
             inputs: what the backbone takes; images (B, 3, H, W) for vision.
             adapters: one adapter name (or None for the bare backbone) for each sample, instead of the active ones.
+
+        Raises:
+            ConfigError: inputs that do not give what the head stands on (images and texts together, to a classifier).
         """
         if adapters is not None:
             return forward_routed(self, inputs, adapters, kwargs)
-        return self.head(self.features(*inputs, **kwargs))
+        features, head = self.features(*inputs, **kwargs), self.head
+        width = getattr(head, "in_features", features.shape[-1])
+        if features.shape[-1] != width:
+            raise ConfigError(
+                f"The head takes features of width {width}; these inputs give {tuple(features.shape)}. model.features(...) gives "
+                "what stands in front of the head, and zoo.load(..., num_classes=0) a model without one."
+            )
+        return head(features)
 
     def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Pooled features (B, d) with the active adapters, in front of the head."""
