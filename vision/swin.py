@@ -23,7 +23,20 @@ class Swin(TimmBackbone):
     family = "swin"
     timm_class = SwinTransformer
     timm_modules = ("swin_transformer",)
+    members = {
+        "swin-micro": {
+            "img_size": 32,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 48,
+            "depths": (2, 4, 2),
+            "num_heads": (2, 4, 8),
+            "num_classes": 100,
+            "drop_path_rate": 0.0,
+        }
+    }
     aliases = {
+        "swin-micro": "zoo:swin-micro",
         "swin-t": "timm:swin_tiny_patch4_window7_224",
         "swin-s": "timm:swin_small_patch4_window7_224",
         "swin-b": "timm:swin_base_patch4_window7_224",

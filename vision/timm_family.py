@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import timm
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
@@ -14,11 +16,22 @@ from zoo.points import Point
 if TYPE_CHECKING:
     from zoo.session import Session
 
+WEIGHTS = Path(__file__).parent / "weights"
+MEMBER_DATA = {  # of the members that come with the package: all of them were trained on CIFAR-100
+    "mean": (0.5071, 0.4866, 0.4409),
+    "std": (0.2673, 0.2564, 0.2762),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "license": "apache-2.0",
+}
+
 
 class TimmBackbone(Backbone):
     """A backbone built by `timm.create_model`; `timm:<name>` is any timm model of the family's class."""
 
     timm_class: ClassVar[type[nn.Module]]
+    weights_folder = WEIGHTS
+    members: ClassVar[dict[str, dict[str, Any]]] = {}  # what comes with the package: name -> options of timm's class
 
     @classmethod
     def accepts(cls, name: str) -> bool | str:
@@ -45,6 +58,9 @@ class TimmBackbone(Backbone):
             ConfigError: the pretrained weights cannot be had.
         """
         options = {k: v for k, v in kwargs.items() if v is not None}
+        member = name.removeprefix("zoo:")
+        if member in cls.members:
+            return cls._member(member, pretrained, options)
         try:
             module = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, **options)
         except TypeError as error:
@@ -61,6 +77,38 @@ class TimmBackbone(Backbone):
                 f"timm builds '{name}' as {type(module).__name__}; the family '{cls.family}' describes {cls.timm_class.__name__}."
             )
         return module
+
+    @classmethod
+    def _member(cls, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+        """A member that comes with the package; another number of classes gets a head of its own."""
+        device = options.pop("device", None)
+        try:
+            module = cls.timm_class(**{**cls.members[name], **options})
+        except TypeError as error:
+            raise ConfigError(f"timm does not take these options for '{name}': {error}") from error
+        module.pretrained_cfg = module.default_cfg = {  # type: ignore[assignment]
+            **MEMBER_DATA,
+            "input_size": (3, cls.members[name]["img_size"], cls.members[name]["img_size"]),
+            "num_classes": cls.members[name]["num_classes"],
+        }
+        if pretrained:
+            file = WEIGHTS / f"{name}.safetensors"
+            if not file.is_file():
+                raise ConfigError(
+                    f"The weights of '{name}' are not part of this installation ('{file.name}' is not in {WEIGHTS}). Pass "
+                    "pretrained=False for random ones."
+                )
+            weights, own = {k: v.float() for k, v in load_file(file).items()}, module.state_dict()
+            for key in [k for k in weights if k.startswith("head.")]:
+                if key not in own:
+                    del weights[key]
+                elif own[key].shape != weights[key].shape:
+                    weights[key] = own[key]
+            try:
+                module.load_state_dict(weights)
+            except RuntimeError as error:
+                raise ConfigError(f"the weights of '{name}' do not fit these options: {error}") from error
+        return module.to(device) if device is not None else module
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys and prompts (`zoo.attention`), queries (`vision.queries`)."""

@@ -5,28 +5,17 @@ Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tok
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from vision.timm_family import TimmBackbone
 from zoo.backbone import Row, find, make_linear
-from zoo.errors import ConfigError, MismatchError
+from zoo.errors import MismatchError
 from zoo.points import NormPoint, Point
 from zoo.registry import register_backbone
-
-WEIGHTS = Path(__file__).parent / "weights"
-MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
-MICRO_DATA = {
-    "mean": (0.5071, 0.4866, 0.4409),
-    "std": (0.2673, 0.2564, 0.2762),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-}
 
 
 @register_backbone
@@ -36,7 +25,9 @@ class ViT(TimmBackbone):
     family = "vit"
     timm_class = VisionTransformer
     timm_modules = ("vision_transformer", "deit")
-    weights_folder = WEIGHTS
+    members = {
+        "vit-micro": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 100}
+    }
     aliases = {
         "vit-micro": "zoo:vit-micro",
         "vit-ti16": "timm:vit_tiny_patch16_224",
@@ -74,40 +65,14 @@ class ViT(TimmBackbone):
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """A timm model, or the embedded `vit-micro`."""
-        if name != "zoo:vit-micro":
-            module = super().build(name, pretrained=pretrained, **kwargs)
-        else:
-            module = cls._micro(pretrained, kwargs)
+        """A timm model of pre-norm blocks, or the embedded `vit-micro`."""
+        module = super().build(name, pretrained=pretrained, **kwargs)
         odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, Block)), None)  # type: ignore[union-attr]
         if odd is not None:
             raise MismatchError(
                 f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__})."
             )
         return module
-
-    @classmethod
-    def _micro(cls, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-        options = {k: v for k, v in kwargs.items() if v is not None}
-        device = options.pop("device", None)
-        try:
-            module = VisionTransformer(**{**MICRO, "num_classes": 100, **options})
-        except TypeError as error:
-            raise ConfigError(f"timm does not take these options for 'vit-micro': {error}") from error
-        config: Any = {
-            **MICRO_DATA,
-            "input_size": (3, 32, 32),
-            "num_classes": 100,
-            "license": "apache-2.0",
-        }
-        module.pretrained_cfg = module.default_cfg = config
-        if pretrained:
-            weights = {k: v.float() for k, v in load_file(WEIGHTS / "vit-micro.safetensors").items()}
-            if options.get("num_classes", 100) != 100:
-                weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-                weights |= {k: v for k, v in module.state_dict().items() if k.startswith("head.")}
-            module.load_state_dict(weights)
-        return module.to(device) if device is not None else module
 
     @property
     def num_prefix(self) -> int:
