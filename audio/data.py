@@ -10,10 +10,9 @@ of 0 and 1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +24,10 @@ from torch.utils.data import Dataset
 
 from audio.sound import Sound, as_sound, decode
 from zoo.data.dataset import ImageDataset, OnError, Rows, Skipped, Transform
-from zoo.data.open import _class_names, _classes_json, _folder_name, _locate, _own_classes, _short_name
+from zoo.data.open import Readers, open_with
 from zoo.data.parquet import LABEL_COLUMNS, ParquetRows
 from zoo.data.sampling import few_shot
-from zoo.data.sources import TorchRows, check_labels
+from zoo.data.sources import FolderRows, TorchRows
 from zoo.errors import DataError, nearest
 
 __all__ = ["AudioFolderRows", "AudioParquetRows", "open_audio"]
@@ -70,20 +69,16 @@ def open_audio(
         DataError: no such source, an empty one, several splits, missing columns, labels outside the classes, too few for `shots`.
         MissingPackageError: files, without the package `soundfile`.
     """
-    names = _class_names(classes)
-    if isinstance(source, ImageDataset):
-        dataset = source if transform is None else source.with_transform(transform)
-    elif isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
-        rows = _torch_rows(cast("Dataset[Any]", source))
-        known = names if names is not None else _class_names(_own_classes(source))
-        if known is None and rows.labels is not None:
-            known = [str(i) for i in range(int(rows.labels.max()) + 1)]
-        if known is not None:
-            check_labels(rows, len(known))
-        dataset = ImageDataset(rows, known, transform=transform, on_error=on_error)
-    else:
-        dataset = _open_files(source, split, audio_column, label_column, names).with_transform(transform)
-        dataset.on_error = on_error
+    dataset = open_with(
+        Readers(AudioFolderRows, AudioParquetRows, _torch_rows, _no_hub),
+        source,
+        transform=transform,
+        split=split,
+        column=audio_column,
+        label_column=label_column,
+        classes=classes,
+        on_error=on_error,
+    )
     if only:
         dataset = dataset.select(_rows_with(dataset.rows, only)[dataset.indices].nonzero()[0])
         if not len(dataset):
@@ -91,92 +86,22 @@ def open_audio(
     return dataset if shots is None else few_shot(dataset, shots, seed)
 
 
-def _open_files(
-    source: str | Path | Sequence[str | Path],
-    split: str | None,
-    audio_column: str | None,
-    label_column: str | None,
-    names: list[str] | None,
-) -> ImageDataset:
-    found = _locate(source, split)
-    if isinstance(found, str):
-        raise DataError(
-            f"'{found}' is no file or folder. Sounds are read from local folders and Parquet files; download a data set of "
-            "the Hub as Parquet first (`hf download --repo-type dataset`)."
-        )
-    if isinstance(found, Path):
-        folder = AudioFolderRows(found, names if names is not None else _classes_json(found), name=_folder_name(found))
-        return ImageDataset(folder, folder.class_names)
-    schema = _schema(found[0])
-    label = label_column or next((n for n in AUDIO_LABELS if n in schema.names), None)
-    parquet = AudioParquetRows(
-        found,
-        image_column=_audio_column(schema, audio_column, found[0]),
-        label_column=label,
-        class_names=names if names is not None else _classes_json(found[0].parent, label),
-        name=_short_name(found),
-    )
-    return ImageDataset(parquet, parquet.class_names)
+class AudioFolderRows(FolderRows):
+    """A folder with one subfolder for each class, and audio files anywhere below it."""
 
-
-class AudioFolderRows:
-    """A folder with one subfolder for each class, and audio files anywhere below it.
-
-    Classes are the subfolders in alphabetical order, or `class_names`; then a subfolder of another name is an error.
-    """
-
-    blocks: np.ndarray | None = None
-    window = 1
-
-    def __init__(self, folder: Path, class_names: Sequence[str] | None = None, name: str = "") -> None:
-        self.folder, self.name = folder, name or folder.name
-        found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not found:
-            raise DataError(
-                f"{folder}: no class subfolders. Expected {folder.name}/<class>/<file>.wav, or Parquet files with an audio "
-                "column."
-            )
-        self.class_names = list(class_names) if class_names is not None else found
-        if unknown := [n for n in found if n not in self.class_names]:
-            raise DataError(
-                f"{folder / unknown[0]}: '{unknown[0]}' is not among the {len(self.class_names)} classes. "
-                f"{nearest(unknown[0], self.class_names)}"
-            )
-        files = [(file, self.class_names.index(name)) for name in found for file in _sounds_below(folder / name)]
-        if not files:
-            raise DataError(f"{folder}: no sound in its {len(found)} class folders ({', '.join(EXTENSIONS)}).")
-        self._paths = [file for file, _ in files]
-        self.labels: np.ndarray | None = np.asarray([label for _, label in files], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def where(self, index: int) -> str:
-        return self._paths[index]
-
-    def read(self, index: int) -> tuple[Sound, int]:
-        assert self.labels is not None
-        where = self.where(index)
-        try:
-            data = Path(where).read_bytes()
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror}).") from error
-        return decode(data, where), int(self.labels[index])
-
-
-def _sounds_below(folder: Path) -> list[str]:
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        found += [
-            str(Path(root) / f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
-        ]
-    return found
+    decode = staticmethod(decode)
+    extensions = EXTENSIONS
+    expected = "<class>/<file>.wav, or Parquet files with an audio column"
+    nothing = "no sound in its {} class folders"
 
 
 class AudioParquetRows(ParquetRows):
     """The rows of Parquet files with a column of encoded sounds. `targets` (n, classes) if the labels are lists."""
 
+    decode = staticmethod(decode)
+    columns = AUDIO_COLUMNS
+    label_columns = AUDIO_LABELS
+    thing, setting = "sound", "audio_column"
     targets: np.ndarray | None = None
 
     def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None) -> tuple[Any, list[str]]:
@@ -199,49 +124,15 @@ class AudioParquetRows(ParquetRows):
                 self.targets[row, place[label]] = 1.0
         return None, names
 
-    def read(self, index: int) -> tuple[Sound, Any]:  # type: ignore[override]
-        data = self.encoded(index)
-        if self.targets is not None:
-            return decode(data, self.where(index)), torch.from_numpy(self.targets[index])
-        assert self.labels is not None
-        return decode(data, self.where(index)), int(self.labels[index])
-
-    def encoded(self, index: int) -> bytes | None:
-        """The bytes of the file in a row."""
-        block = int(np.searchsorted(self._starts, index, side="right")) - 1
-        value = self._column(block)[index - self._starts[block]].as_py()
-        return cast("bytes | None", value.get("bytes") if isinstance(value, dict) else value)
+    def _target(self, index: int) -> Any:
+        return super()._target(index) if self.targets is None else torch.from_numpy(self.targets[index])
 
 
-def _schema(file: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(file)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error}). Copy or download it again.") from error
-
-
-def _audio_column(schema: pa.Schema, wanted: str | None, file: Path) -> str:
-    """The column of encoded sounds: the one that is named, or that has a usual name, or the only one of bytes."""
-    described = ", ".join(f"{f.name} ({f.type})" for f in schema)
-    if wanted is not None and wanted not in schema.names:
-        raise DataError(f"{file}: no column '{wanted}' (audio_column); columns: {described}.")
-    fitting = [f.name for f in schema if _holds_bytes(f.type)]
-    if wanted is not None and wanted not in fitting:
-        raise DataError(
-            f"{file}: column '{wanted}' is of type {schema.field(wanted).type}; expected encoded sounds (binary, or a struct "
-            "with 'bytes')."
-        )
-    usual = [n for n in AUDIO_COLUMNS if n in fitting]
-    if wanted or usual or len(fitting) == 1:
-        return wanted or [*usual, *fitting][0]
-    reason = "several columns could hold the sounds" if fitting else "no column holds encoded sounds"
-    raise DataError(f"{file}: {reason}; columns: {described}. Name it with audio_column=...")
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _no_hub(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise DataError(
+        f"'{name}' is no file or folder. Sounds are read from local folders and Parquet files; download a data set of "
+        "the Hub as Parquet first (`hf download --repo-type dataset`)."
+    )
 
 
 def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
@@ -251,7 +142,7 @@ def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
     keep = np.ones(len(rows), dtype=bool)
     for name, wanted in only.items():
         for file in rows.files:
-            if name not in (known := _schema(file).names):
+            if name not in (known := pq.read_schema(file).names):
                 raise DataError(
                     f"{file}: no column '{name}' (only); columns: {', '.join(known)}. {nearest(name, known)}"
                 )
@@ -265,19 +156,16 @@ def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
 
 
 class _SoundRows:
-    """A torch data set of waveforms, which are checked as they are read."""
+    """A torch data set of waveforms, which are checked as they are read. No `TorchRows`: those may be ready for the model."""
 
     blocks: np.ndarray | None = None
     window = 1
 
     def __init__(self, inner: TorchRows) -> None:
-        self.inner, self.name, self.labels = inner, inner.name, inner.labels
+        self.inner, self.name, self.labels, self.where = inner, inner.name, inner.labels, inner.where
 
     def __len__(self) -> int:
         return len(self.inner)
-
-    def where(self, index: int) -> str:
-        return self.inner.where(index)
 
     def read(self, index: int) -> tuple[Sound, Any]:
         wave, label = self.inner.read(index)

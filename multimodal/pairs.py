@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from zoo.data.dataset import ImageDataset, OnError, Transform, decode
 from zoo.data.open import _folder_name, _locate, _short_name
 from zoo.data.parquet import ParquetRows
-from zoo.data.sources import TorchRows
+from zoo.data.sources import TorchRows, read_file
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = ["Pair", "caption_classes", "open_pairs"]
@@ -80,7 +79,7 @@ def open_pairs(
                 f"'{source}' holds no captions: expected Parquet files with a column of captions, or a table "
                 f"({', '.join(TABLES)}) of image paths and captions."
             )
-        rows = ParquetPairs(found, image_column, caption_column, _short_name(found))
+        rows = ParquetPairs(found, image_column=image_column, label_column=caption_column, name=_short_name(found))
     return ImageDataset(rows, None, transform=transform, on_error=on_error)
 
 
@@ -101,21 +100,16 @@ def caption_classes(dataset: ImageDataset, templates: Sequence[str]) -> ImageDat
 class ParquetPairs(ParquetRows):
     """Rows of Parquet files with encoded images and captions."""
 
-    def __init__(self, files: Sequence[Path], image_column: str | None, caption_column: str | None, name: str) -> None:
-        try:
-            schema = pq.read_schema(files[0])
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{files[0]}: not a readable Parquet file ({error}). Copy or download it again.") from error
+    def _find_label(self, schema: pa.Schema, wanted: str | None) -> str:
         texts = [f.name for f in schema if _is_text(f.type)]
-        column = _column(files[0], caption_column, CAPTIONS, texts, schema.names, "caption_column")
-        super().__init__(files, image_column=image_column, label_column=column, name=name)
+        return _column(self.files[0], wanted, CAPTIONS, texts, schema.names, "caption_column")
 
     def _read_labels(self, schema: pa.Schema, class_names: Any) -> tuple[np.ndarray, list[str]]:
         values = [value for number in range(len(self.files)) for value in self._labels_of(number).to_pylist()]
         self.captions = [_captions(value, self.where(row)) for row, value in enumerate(values)]
         return np.zeros(len(values), dtype=np.int64), []
 
-    def read(self, index: int) -> tuple[Any, int]:  # type: ignore[override]
+    def read(self, index: int) -> tuple[Any, int]:
         """(`Pair`, index)."""
         image, _ = super().read(index)
         return Pair(image, self.captions[index]), index
@@ -161,11 +155,8 @@ class ListedPairs:
 
     def read(self, index: int) -> tuple[Pair, int]:
         """(`Pair`, index)."""
-        try:
-            data = self.paths[index].read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror}).") from error
-        return Pair(decode(data, self.where(index)), self.captions[index]), index
+        image = decode(read_file(self.paths[index]), self.where(index))
+        return Pair(image, self.captions[index]), index
 
 
 class TorchPairs(TorchRows):

@@ -333,3 +333,10 @@ def test_class_names_of_several_labellings(tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path), transform=to_tensor).classes == ["ant", "bee", "cow"]
     coarse = open_dataset(str(tmp_path), transform=to_tensor, label_column="coarse_label")
     assert coarse.classes == ["insect", "mammal"]
+    (tmp_path / "classes.json").write_text(json.dumps({"coarse": ["insect", "mammal"], "fine": ["ant", "bee", "cow"]}))
+    pq.write_table(table.rename_columns(["image", "fine_label", "coarse_label"]), tmp_path / "a.parquet")
+    assert open_dataset(str(tmp_path), transform=to_tensor).classes == [
+        "ant",
+        "bee",
+        "cow",
+    ]  # the guessed column counts too

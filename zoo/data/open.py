@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,36 +56,67 @@ def open_dataset(
         DataError: no such source, an empty one, several splits, missing columns, labels outside the classes, too few for `shots`.
         MissingPackageError: a Hub data set without the package `datasets`.
     """
+    dataset = open_with(
+        Readers(),
+        source,
+        transform=transform,
+        split=split,
+        column=image_column,
+        label_column=label_column,
+        classes=classes,
+        on_error=on_error,
+    )
+    return dataset if shots is None else few_shot(dataset, shots, seed)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads the rows of each kind of source. Here images; data sets of something else name their own."""
+
+    folder: type[FolderRows] = FolderRows
+    parquet: type[ParquetRows] = ParquetRows
+    torch: Callable[[Dataset[Any]], Rows] = TorchRows
+    hub: Callable[..., HubRows] = HubRows
+
+
+def open_with(
+    readers: Readers,
+    source: Any,
+    *,
+    transform: Transform | None,
+    split: str | None,
+    column: str | None,
+    label_column: str | None,
+    classes: Sequence[str] | None,
+    on_error: OnError,
+) -> ImageDataset:
+    """`open_dataset` with these readers; `column` is that of what they decode."""
     names = _class_names(classes)
-    rows: Rows
     if isinstance(source, ImageDataset):
-        dataset = source if transform is None else source.with_transform(transform)
-    elif isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
-        rows = TorchRows(cast("Dataset[Any]", source))
+        return source if transform is None else source.with_transform(transform)
+    if isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
+        rows = readers.torch(cast("Dataset[Any]", source))
         known = names if names is not None else _class_names(_own_classes(source))
         if known is None and rows.labels is not None:
             known = [str(i) for i in range(int(rows.labels.max()) + 1)]
         if known is not None:
             check_labels(rows, len(known))
-        dataset = ImageDataset(rows, known, transform=transform, on_error=on_error)
+        return ImageDataset(rows, known, transform=transform, on_error=on_error)
+    found = _locate(source, split)
+    files: FolderRows | ParquetRows | HubRows
+    if isinstance(found, str):
+        files = readers.hub(found, split, image_column=column, label_column=label_column, class_names=names)
+    elif isinstance(found, Path):
+        files = readers.folder(found, names if names is not None else _classes_json(found), name=_folder_name(found))
     else:
-        found = _locate(source, split)
-        if isinstance(found, str):
-            hub = HubRows(found, split, image_column=image_column, label_column=label_column, class_names=names)
-            dataset = ImageDataset(hub, hub.class_names, transform=transform, on_error=on_error)
-        elif isinstance(found, Path):
-            folder = FolderRows(found, names if names is not None else _classes_json(found), name=_folder_name(found))
-            dataset = ImageDataset(folder, folder.class_names, transform=transform, on_error=on_error)
-        else:
-            parquet = ParquetRows(
-                found,
-                image_column=image_column,
-                label_column=label_column,
-                class_names=names if names is not None else _classes_json(found[0].parent, label_column),
-                name=_short_name(found),
-            )
-            dataset = ImageDataset(parquet, parquet.class_names, transform=transform, on_error=on_error)
-    return dataset if shots is None else few_shot(dataset, shots, seed)
+        files = readers.parquet(
+            found,
+            image_column=column,
+            label_column=label_column,
+            class_names=names if names is not None else partial(_classes_json, found[0].parent),
+            name=_short_name(found),
+        )
+    return ImageDataset(files, files.class_names, transform=transform, on_error=on_error)
 
 
 def _own_classes(dataset: Any) -> Any:
@@ -187,7 +220,7 @@ def _class_names(classes: Any) -> list[str] | None:
     return names
 
 
-def _classes_json(folder: Path, column: str | None = None) -> list[str] | None:
+def _classes_json(folder: Path, column: str = "") -> list[str] | None:
     """`classes.json` in the folder, or above it if the folder is that of a split.
 
     A list of names, or an object of lists for several labellings: that whose key is in the label column's name (`coarse` for
@@ -200,7 +233,7 @@ def _classes_json(folder: Path, column: str | None = None) -> list[str] | None:
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: not readable as JSON ({error}).") from error
             if isinstance(names, dict) and names:
-                names = next((v for k, v in names.items() if k in (column or "")), next(iter(names.values())))
+                names = next((v for k, v in names.items() if k in column), next(iter(names.values())))
             if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
                 raise DataError(
                     f"{file}: expected a JSON list of class names, index = label (or an object of such lists)."

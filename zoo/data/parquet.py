@@ -11,14 +11,13 @@ import bisect
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from zoo.data.dataset import decode
 from zoo.errors import DataError, nearest
@@ -31,18 +30,29 @@ HOLD_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
 
+ClassNames = Sequence[str] | Callable[[str], list[str] | None] | None
+
 
 class ParquetRows:
     """The rows of `files`, one after the other.
 
+    Rows of something else than images override how it is decoded, how its column and that of the labels are usually called,
+    and its name in messages.
+
     Args:
         files: Parquet files with the same columns.
         image_column, label_column: their names; guessed if None.
-        class_names: names (a label is then an index or a name); otherwise from the files' own metadata, or from the labels.
+        class_names: names (a label is then an index or a name), or what finds them for a label column; otherwise from the
+            files' own metadata, or from the labels.
         hold_bytes: up to this size all encoded images are kept in memory.
         cache_bytes: of larger data sets, how many bytes of row groups are kept.
         name: a short name for reports.
     """
+
+    decode: Callable[[Any, str], Any] = staticmethod(decode)
+    columns: tuple[str, ...] = IMAGE_COLUMNS
+    label_columns: tuple[str, ...] = LABEL_COLUMNS
+    thing, setting = "image", "image_column"
 
     def __init__(
         self,
@@ -50,7 +60,7 @@ class ParquetRows:
         *,
         image_column: str | None = None,
         label_column: str | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames = None,
         hold_bytes: int = HOLD_BYTES,
         cache_bytes: int = CACHE_BYTES,
         name: str = "",
@@ -61,11 +71,51 @@ class ParquetRows:
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._pid = os.getpid()
         schema = self._reader(0).schema_arrow
-        self.image_column = _find_image(schema, image_column, self.files[0])
-        self.label_column = _find_label(schema, label_column, self.image_column, self.files[0])
+        self.image_column = self._find_column(schema, image_column)
+        self.label_column = self._find_label(schema, label_column)
         self._index(cache_bytes, hold_bytes)
+        if callable(class_names):
+            class_names = class_names(self.label_column)
         self.labels: np.ndarray | None
         self.labels, self.class_names = self._read_labels(schema, class_names)
+
+    def _find_column(self, schema: pa.Schema, wanted: str | None) -> str:
+        """The column of encoded images: the named one, or one with a usual name, or the only one of bytes."""
+        if wanted is not None:
+            self._require(wanted, schema, self.setting)
+            if not _holds_bytes(kind := schema.field(wanted).type):
+                raise DataError(
+                    f"{self.files[0]}: column '{wanted}' is of type {kind}; expected encoded {self.thing}s (binary, or a struct "
+                    "with 'bytes')."
+                )
+            return wanted
+        fitting = [f.name for f in schema if _holds_bytes(f.type)]
+        if usual := [n for n in self.columns if n in fitting] or (fitting if len(fitting) == 1 else []):
+            return usual[0]
+        several = f"several columns could hold the {self.thing}s"
+        reason = several if fitting else f"no column holds encoded {self.thing}s"
+        raise self._undecided(reason, schema, self.setting)
+
+    def _find_label(self, schema: pa.Schema, wanted: str | None) -> str:
+        if wanted is not None:
+            self._require(wanted, schema, "label_column")
+            return wanted
+        others = [n for n in schema.names if n != self.image_column]
+        fitting = [n for n in others if pa.types.is_integer(schema.field(n).type)]
+        if usual := [n for n in self.label_columns if n in others] or (fitting if len(fitting) == 1 else []):
+            return usual[0]
+        reason = "several columns could hold the labels" if fitting else "no column holds labels"
+        raise self._undecided(reason, schema, "label_column")
+
+    def _require(self, wanted: str, schema: pa.Schema, setting: str) -> None:
+        if wanted not in (names := schema.names):
+            raise DataError(
+                f"{self.files[0]}: no column '{wanted}' ({setting}); columns: {', '.join(names)}. {nearest(wanted, names)}"
+            )
+
+    def _undecided(self, reason: str, schema: pa.Schema, setting: str) -> DataError:
+        described = ", ".join(f"{f.name} ({f.type})" for f in schema)
+        return DataError(f"{self.files[0]}: {reason}; columns: {described}. Name it with {setting}=...")
 
     def _index(self, cache_bytes: int, hold_bytes: int) -> None:
         """Where each row group begins, and how much of them to keep."""
@@ -165,12 +215,16 @@ class ParquetRows:
         file = bisect.bisect_right(self._file_starts, index) - 1
         return f"{self.files[file]}, row {index - self._file_starts[file]}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        assert self.labels is not None
+    def read(self, index: int) -> tuple[Any, Any]:
         block = bisect.bisect_right(self._starts, index) - 1
         value = self._column(block)[index - self._starts[block]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        return decode(data, self.where(index)), int(self.labels[index])
+        return self.decode(data, self.where(index)), self._target(index)
+
+    def _target(self, index: int) -> Any:
+        """What goes with a row's image."""
+        assert self.labels is not None
+        return int(self.labels[index])
 
     def _column(self, block: int) -> pa.ChunkedArray:
         """The encoded images of a row group."""
@@ -206,56 +260,10 @@ class ParquetRows:
         return {**self.__dict__, "_readers": {}, "_cache": OrderedDict(), "_pid": -1}
 
 
-def _is_image(kind: pa.DataType) -> bool:
+def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _find_image(schema: pa.Schema, wanted: str | None, file: Path) -> str:
-    names = list(schema.names)
-    if wanted is not None:
-        _require(wanted, names, "image_column", file)
-        if not _is_image(schema.field(wanted).type):
-            raise DataError(
-                f"{file}: column '{wanted}' is of type {schema.field(wanted).type}; expected encoded images (binary, or a "
-                "struct with 'bytes')."
-            )
-        return wanted
-    fitting = [n for n in names if _is_image(schema.field(n).type)]
-    for name in IMAGE_COLUMNS:
-        if name in fitting:
-            return name
-    if len(fitting) == 1:
-        return fitting[0]
-    reason = "several columns could hold the images" if fitting else "no column holds encoded images"
-    raise DataError(f"{file}: {reason}; columns: {_described(schema)}. Name it with image_column=...")
-
-
-def _find_label(schema: pa.Schema, wanted: str | None, image: str, file: Path) -> str:
-    names = list(schema.names)
-    if wanted is not None:
-        _require(wanted, names, "label_column", file)
-        return wanted
-    for name in LABEL_COLUMNS:
-        if name in names and name != image:
-            return name
-    fitting = [n for n in names if n != image and pa.types.is_integer(schema.field(n).type)]
-    if len(fitting) == 1:
-        return fitting[0]
-    reason = "several columns could hold the labels" if fitting else "no column holds labels"
-    raise DataError(f"{file}: {reason}; columns: {_described(schema)}. Name it with label_column=...")
-
-
-def _require(wanted: str, names: list[str], setting: str, file: Path) -> None:
-    if wanted not in names:
-        raise DataError(
-            f"{file}: no column '{wanted}' ({setting}); columns: {', '.join(names)}. {nearest(wanted, names)}"
-        )
-
-
-def _described(schema: pa.Schema) -> str:
-    return ", ".join(f"{f.name} ({f.type})" for f in schema)
 
 
 def _hub_names(schema: pa.Schema, column: str) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,14 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 class FolderRows:
     """An image folder: one subfolder per class, images anywhere below it.
 
-    Classes are the subfolders in alphabetical order, or `class_names`; then a subfolder of another name is an error.
+    Classes are the subfolders in alphabetical order, or `class_names`; then a subfolder of another name is an error. Folders of
+    something else override how a file is decoded, the endings of its name, and what messages say.
     """
+
+    decode: Callable[[Any, str], Any] = staticmethod(decode)
+    extensions: tuple[str, ...] = EXTENSIONS
+    expected = "<class>/<image>, or Parquet files with an image column"
+    nothing = "the data set is empty; {} class folders hold no image"
 
     blocks: np.ndarray | None = None
     window = 1
@@ -35,9 +41,7 @@ class FolderRows:
         self.name = name or folder.name
         found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not found:
-            raise DataError(
-                f"{folder}: no class subfolders. Expected {folder.name}/<class>/<image>, or Parquet files with an image column."
-            )
+            raise DataError(f"{folder}: no class subfolders. Expected {folder.name}/{self.expected}.")
         self.class_names = list(class_names) if class_names is not None else found
         positions = {name: i for i, name in enumerate(self.class_names)}
         self._paths: list[str] = []
@@ -48,13 +52,11 @@ class FolderRows:
                     f"{folder / class_name}: '{class_name}' is not among the {len(positions)} classes. "
                     f"{nearest(class_name, positions)}"
                 )
-            files = _images_below(folder / class_name)
+            files = _files_below(folder / class_name, self.extensions)
             self._paths += files
             labels += [positions[class_name]] * len(files)
         if not self._paths:
-            raise DataError(
-                f"{folder}: the data set is empty; {len(found)} class folders hold no image ({', '.join(EXTENSIONS)})."
-            )
+            raise DataError(f"{folder}: {self.nothing.format(len(found))} ({', '.join(self.extensions)}).")
         self.labels: np.ndarray | None = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -63,23 +65,31 @@ class FolderRows:
     def where(self, index: int) -> str:
         return str(self.folder / self._paths[index])
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Any, int]:
         assert self.labels is not None
         where = self.where(index)
-        try:
-            data = Path(where).read_bytes()
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror}).") from error
-        return decode(data, where), int(self.labels[index])
+        return self.decode(read_file(where), where), int(self.labels[index])
 
 
-def _images_below(folder: Path) -> list[str]:
+def read_file(path: str | Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _files_below(folder: Path, extensions: tuple[str, ...]) -> list[str]:
     """Paths relative to the folder above `folder`, sorted."""
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         base = Path(root).relative_to(folder.parent)
-        found += [str(base / f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        found += [str(base / f) for f in sorted(files) if f.lower().endswith(extensions) and not f.startswith(".")]
     return found
 
 
