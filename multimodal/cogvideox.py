@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, timesteps
+from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, embedder, pixel_config, timesteps
 from zoo.backbone import Row
 from zoo.errors import ConfigError, DataError
 from zoo.registry import register_backbone
@@ -69,12 +69,8 @@ class CogVideoX(DiffusersBackbone):
         },
     )
     front = (
-        ("condition", "time", "condition.time", "time_embedding"),
-        ("linear", "time", "condition.time.in", "time_embedding.linear_1"),
-        ("linear", "time", "condition.time.out", "time_embedding.linear_2"),
-        ("condition", "offset", "condition.offset", "ofs_embedding"),
-        ("linear", "offset", "condition.offset.in", "ofs_embedding.linear_1"),
-        ("linear", "offset", "condition.offset.out", "ofs_embedding.linear_2"),
+        *embedder("time", "time_embedding"),
+        *embedder("offset", "ofs_embedding"),
         ("condition", "text", "condition.text", "patch_embed.text_proj"),
         ("linear", "text", "condition.text.proj", "patch_embed.text_proj"),
         ("linear", "patch", "patch_embed", "patch_embed.proj"),
@@ -144,15 +140,7 @@ class CogVideoX(DiffusersBackbone):
 
     def data_config(self) -> dict[str, Any]:
         """Pixels in [-1, 1] of (H, W) = 8 x the latents' height and width."""
-        height, width = int(self.config.sample_height) * 8, int(self.config.sample_width) * 8
-        half = (0.5, 0.5, 0.5)
-        return {
-            "input_size": (3, height, width),
-            "mean": half,
-            "std": half,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-        }
+        return pixel_config(int(self.config.sample_height) * 8, int(self.config.sample_width) * 8)
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL frames -> (F, 3, H, W) in [-1, 1]. `frames`: how many, by default as the checkpoint was trained; mirrored at random

@@ -42,6 +42,18 @@ FEED_FORWARD = (
     Row("linear", "down", "mlp.down", "ff.net.2"),
 )
 
+Outside = tuple[str, str, str, str]  # a point outside of the blocks: kind, role, name, module path
+
+
+def embedder(role: str, path: str, name: str = "") -> tuple[Outside, ...]:
+    """Points of an embedding by a small MLP, `condition.<name or role>`, and of its two projections."""
+    point = f"condition.{name or role}"
+    return (
+        ("condition", role, point, path),
+        ("linear", role, f"{point}.in", f"{path}.linear_1"),
+        ("linear", role, f"{point}.out", f"{path}.linear_2"),
+    )
+
 
 class DiffusersBackbone(Backbone):
     """A transformer of diffusers; `diffusers:<repository or folder>` is any one of the family's class."""
@@ -56,9 +68,9 @@ class DiffusersBackbone(Backbone):
     licences: ClassVar[dict[str, str]] = {}
     # The noise schedule that the checkpoints were trained with: a scheduler class of diffusers and its settings
     schedule: ClassVar[tuple[str, dict[str, Any]]] = ("DDPMScheduler", {})
-    # Points outside of the blocks, in front of them and behind: (kind, role, name, module path)
-    front: ClassVar[tuple[tuple[str, str, str, str], ...]] = ()
-    back: ClassVar[tuple[tuple[str, str, str, str], ...]] = ()
+    # Points in front of the blocks and behind
+    front: ClassVar[tuple[Outside, ...]] = ()
+    back: ClassVar[tuple[Outside, ...]] = ()
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -153,8 +165,7 @@ class DiffusersBackbone(Backbone):
     def data_config(self) -> dict[str, Any]:
         """Pixels in [-1, 1], eight for each latent along a side; a transformer of three channels works on pixels themselves."""
         size = int(self.config.sample_size) * (1 if self.latent_channels == 3 else 8)
-        half = (0.5, 0.5, 0.5)
-        return {"input_size": (3, size, size), "mean": half, "std": half, "crop_pct": 1.0, "interpolation": "bicubic"}
+        return pixel_config(size, size)
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL image -> pixels in [-1, 1]: the centre, flipped at random in training. No random crops: they would be generated."""
@@ -259,6 +270,12 @@ class DiffusersBackbone(Backbone):
                 f"{what} are {shape}; '{self.name}' takes {expected}, as its text encoder makes them "
                 "(pipeline.encode_prompt)."
             )
+
+
+def pixel_config(height: int, width: int) -> dict[str, Any]:
+    """The `data_config` of RGB pixels in [-1, 1]."""
+    half = (0.5, 0.5, 0.5)
+    return {"input_size": (3, height, width), "mean": half, "std": half, "crop_pct": 1.0, "interpolation": "bicubic"}
 
 
 def timesteps(value: Any, latents: Tensor) -> Tensor:

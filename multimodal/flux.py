@@ -11,20 +11,17 @@ a branch with one sublayer point, `mixer`. The library takes latents packed 2 x 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import DiffusersBackbone, timesteps
-from multimodal.sd3 import IMAGE, IMAGE_MLP, TEXT
+from multimodal.diffusers_family import embedder, pixel_config, timesteps
+from multimodal.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
 from zoo.backbone import Row
 from zoo.points import Point
 from zoo.registry import register_backbone
-
-if TYPE_CHECKING:
-    from zoo.sites import Site
 
 JOINT = (*IMAGE, *IMAGE_MLP, *TEXT, Row("block", "block", "", ""))
 SINGLE = (
@@ -43,7 +40,7 @@ SINGLE = (
 
 
 @register_backbone
-class Flux(DiffusersBackbone):
+class Flux(JointBackbone):
     """`flux-dev`, `flux-schnell`, or `diffusers:<repository or folder>` with a transformer of this class."""
 
     family = "flux"
@@ -63,23 +60,13 @@ class Flux(DiffusersBackbone):
     schedule = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True})
     front = (
         ("linear", "patch", "patch_embed", "x_embedder"),
-        ("condition", "time", "condition.time", "time_text_embed.timestep_embedder"),
-        ("linear", "time", "condition.time.in", "time_text_embed.timestep_embedder.linear_1"),
-        ("linear", "time", "condition.time.out", "time_text_embed.timestep_embedder.linear_2"),
-        ("condition", "guidance", "condition.guidance", "time_text_embed.guidance_embedder"),
-        ("linear", "guidance", "condition.guidance.in", "time_text_embed.guidance_embedder.linear_1"),
-        ("linear", "guidance", "condition.guidance.out", "time_text_embed.guidance_embedder.linear_2"),
-        ("condition", "pooled", "condition.pooled", "time_text_embed.text_embedder"),
-        ("linear", "pooled", "condition.pooled.in", "time_text_embed.text_embedder.linear_1"),
-        ("linear", "pooled", "condition.pooled.out", "time_text_embed.text_embedder.linear_2"),
-        ("condition", "text", "condition.text", "context_embedder"),
-        ("linear", "text", "condition.text.proj", "context_embedder"),
+        *TIME,
+        *embedder("guidance", "time_text_embed.guidance_embedder"),
+        *TEXTS,
     )
     block_table = JOINT
-    back = (
-        ("linear", "modulation", "final.modulation", "norm_out.linear"),
-        ("linear", "final", "final", "proj_out"),
-    )
+    two_streams = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    patch = 2
     elementwise = ("norm1.norm", "norm1_context.norm", "norm2", "norm2_context", "norm.norm", "act_mlp")
     tiny = (
         "flux-dev",
@@ -107,9 +94,7 @@ class Flux(DiffusersBackbone):
 
     def data_config(self) -> dict[str, Any]:
         """Pixels in [-1, 1], 1,024 along a side."""
-        half = (0.5, 0.5, 0.5)
-        size = (3, 1024, 1024)
-        return {"input_size": size, "mean": half, "std": half, "crop_pct": 1.0, "interpolation": "bicubic"}
+        return pixel_config(1024, 1024)
 
     def points(self) -> list[Point]:
         """Points of the embeddings, of the joint blocks, of the single ones, and of the final projection."""
@@ -121,64 +106,17 @@ class Flux(DiffusersBackbone):
             single += self.points_at(block, f"single.{i}", f"single_transformer_blocks.{i}", joint + i, SINGLE)
         return [*found[:behind], *single, *found[behind:]]
 
-    def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
-        """A block gives (text, image)."""
-        if type(module).__name__ not in ("FluxTransformerBlock", "FluxSingleTransformerBlock"):
-            return super().site_kind(module, kind)
-        from multimodal.diffusers_attention import ImageBlock
-
-        return ImageBlock
-
-    def run(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> Tensor:
-        """What the transformer answers.
-
-        Args:
-            inputs: latents (B, C, H, W), time steps (B,) or one for all, of the scheduler (0..1000), text embeddings
-                (B, L, d_text), pooled text (B, d_pooled). `guidance`: a number or (B,), 3.5 by default, for a model that was
-                distilled with it. Further keywords go to the library.
-
-        Returns:
-            (B, C, H, W): the prediction of the flow, noise - latents.
-
-        Raises:
-            DataError: other channels or widths, or an odd height or width.
-        """
-        return self._run(module, *inputs, **kwargs)
-
-    def _run(
-        self,
-        module: nn.Module,
-        latents: Any,
-        timestep: Any,
-        encoder_hidden_states: Any,
-        pooled_projections: Any,
-        guidance: Any = 3.5,
-        **rest: Any,
-    ) -> Tensor:
-        self.check_latents(latents, "B C H W", self.latent_channels, patch=2)
-        self.check_text(encoder_hidden_states, latents, int(self.config.joint_attention_dim))
-        self.check_text(pooled_projections, latents, int(self.config.pooled_projection_dim), "pooled_projections")
+    def _predict(self, module: nn.Module, latents: Tensor, steps: Tensor, guidance: Any = 3.5, **rest: Any) -> Tensor:
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
-        packed = F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-        strength = timesteps(guidance, latents).float() if self.config.guidance_embeds else None
         flow = module(
-            packed,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=timesteps(timestep, latents).to(latents.dtype) / 1000,
+            F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2),
+            timestep=steps.to(latents.dtype) / 1000,
             img_ids=_places(height, width, latents),
-            txt_ids=latents.new_zeros(encoder_hidden_states.shape[1], 3),
-            guidance=strength,
-            return_dict=False,
+            txt_ids=latents.new_zeros(rest["encoder_hidden_states"].shape[1], 3),
+            guidance=timesteps(guidance, latents).float() if self.config.guidance_embeds else None,
             **rest,
         )[0]
         return F.pixel_shuffle(flow.transpose(1, 2).unflatten(2, (height, width)), 2)
-
-    def tiny_batch(self) -> tuple[Tensor, ...]:
-        """Random latents, time steps, text and pooled text, a batch of two."""
-        text = torch.randn(2, 5, int(self.config.joint_attention_dim))
-        pooled = torch.randn(2, int(self.config.pooled_projection_dim))
-        return torch.randn(2, self.latent_channels, 8, 8), torch.tensor([3.0, 700.0]), text, pooled
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, timesteps
+from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, embedder, timesteps
 from zoo.backbone import Row
 from zoo.registry import register_backbone
 
@@ -42,19 +42,11 @@ class PixArt(DiffusersBackbone):
     schedule = ("DDPMScheduler", {"beta_schedule": "linear", "clip_sample": False})
     front = (
         ("linear", "patch", "patch_embed", "pos_embed.proj"),
-        ("condition", "time", "condition.time", "adaln_single.emb.timestep_embedder"),
-        ("linear", "time", "condition.time.in", "adaln_single.emb.timestep_embedder.linear_1"),
-        ("linear", "time", "condition.time.out", "adaln_single.emb.timestep_embedder.linear_2"),
-        ("condition", "size", "condition.size", "adaln_single.emb.resolution_embedder"),
-        ("linear", "size", "condition.size.in", "adaln_single.emb.resolution_embedder.linear_1"),
-        ("linear", "size", "condition.size.out", "adaln_single.emb.resolution_embedder.linear_2"),
-        ("condition", "size", "condition.aspect", "adaln_single.emb.aspect_ratio_embedder"),
-        ("linear", "size", "condition.aspect.in", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
-        ("linear", "size", "condition.aspect.out", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
+        *embedder("time", "adaln_single.emb.timestep_embedder"),
+        *embedder("size", "adaln_single.emb.resolution_embedder"),
+        *embedder("size", "adaln_single.emb.aspect_ratio_embedder", "aspect"),
         ("linear", "modulation", "modulation", "adaln_single.linear"),
-        ("condition", "text", "condition.text", "caption_projection"),
-        ("linear", "text", "condition.text.in", "caption_projection.linear_1"),
-        ("linear", "text", "condition.text.out", "caption_projection.linear_2"),
+        *embedder("text", "caption_projection"),
     )
     block_table = (
         Row("linear", "q", "attn.q", "attn1.to_q"),

@@ -8,18 +8,14 @@ Blocks of 3.5-medium have a second attention of the image alone, `blocks.i.dual`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, timesteps
+from multimodal.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
 from zoo.backbone import Row
 from zoo.points import Point
 from zoo.registry import register_backbone
-
-if TYPE_CHECKING:
-    from zoo.sites import Site
 
 MEDIUM: dict[str, Any] = {
     "num_layers": 24,
@@ -27,43 +23,6 @@ MEDIUM: dict[str, Any] = {
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }
-# What the text's stream of a block shares with Flux
-TEXT = (
-    Row("linear", "modulation", "text.modulation", "norm1_context.linear"),
-    Row("linear", "q", "text.attn.q", "attn.add_q_proj"),
-    Row("linear", "k", "text.attn.k", "attn.add_k_proj"),
-    Row("linear", "v", "text.attn.v", "attn.add_v_proj"),
-    Row("norm", "norm", "text.attn.q_norm", "attn.norm_added_q"),
-    Row("norm", "norm", "text.attn.k_norm", "attn.norm_added_k"),
-    Row("linear", "o", "text.attn.o", "attn.to_add_out"),
-    Row("sublayer", "attn", "text.attn", "attn.to_add_out", entry="norm1_context", exit="attn.to_add_out:output"),
-    Row("linear", "up", "text.mlp.up", "ff_context.net.0.proj"),
-    Row("linear", "down", "text.mlp.down", "ff_context.net.2"),
-    Row(
-        "sublayer",
-        "mlp",
-        "text.mlp",
-        "ff_context",
-        entry="ff_context:input",
-        exit="ff_context:output",
-        stream="norm2_context",
-    ),
-)
-IMAGE = (
-    Row("linear", "modulation", "modulation", "norm1.linear"),
-    Row("linear", "q", "attn.q", "attn.to_q"),
-    Row("linear", "k", "attn.k", "attn.to_k"),
-    Row("linear", "v", "attn.v", "attn.to_v"),
-    Row("norm", "norm", "attn.q_norm", "attn.norm_q"),
-    Row("norm", "norm", "attn.k_norm", "attn.norm_k"),
-    Row("attention", "attn", "attn.product", "attn"),
-    Row("linear", "o", "attn.o", "attn.to_out.0"),
-    Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="attn:output"),
-)
-IMAGE_MLP = (
-    *FEED_FORWARD,
-    Row("sublayer", "mlp", "mlp", "ff", entry="ff:input", exit="ff:output", stream="norm2"),
-)
 DUAL = (
     Row("linear", "q", "dual.q", "attn2.to_q"),
     Row("linear", "k", "dual.k", "attn2.to_k"),
@@ -77,7 +36,7 @@ DUAL = (
 
 
 @register_backbone
-class SD3(DiffusersBackbone):
+class SD3(JointBackbone):
     """`sd3-medium`, or `diffusers:<repository or folder>` with a transformer of this class."""
 
     family = "sd3"
@@ -88,20 +47,11 @@ class SD3(DiffusersBackbone):
     schedule = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
     front = (
         ("linear", "patch", "patch_embed", "pos_embed.proj"),
-        ("condition", "time", "condition.time", "time_text_embed.timestep_embedder"),
-        ("linear", "time", "condition.time.in", "time_text_embed.timestep_embedder.linear_1"),
-        ("linear", "time", "condition.time.out", "time_text_embed.timestep_embedder.linear_2"),
-        ("condition", "pooled", "condition.pooled", "time_text_embed.text_embedder"),
-        ("linear", "pooled", "condition.pooled.in", "time_text_embed.text_embedder.linear_1"),
-        ("linear", "pooled", "condition.pooled.out", "time_text_embed.text_embedder.linear_2"),
-        ("condition", "text", "condition.text", "context_embedder"),
-        ("linear", "text", "condition.text.proj", "context_embedder"),
+        *TIME,
+        *TEXTS,
     )
     block_table = (*IMAGE, *DUAL, *IMAGE_MLP, *TEXT, Row("block", "block", "", ""))
-    back = (
-        ("linear", "modulation", "final.modulation", "norm_out.linear"),
-        ("linear", "final", "final", "proj_out"),
-    )
+    two_streams = ("JointTransformerBlock",)
     elementwise = ("norm1.norm", "norm1_context.norm", "norm2", "norm2_context")
     tiny = (
         "sd3-medium",
@@ -128,54 +78,3 @@ class SD3(DiffusersBackbone):
         found = super().points_at(block, name, path, index, table)
         unread = {f"{name}.text.attn.q", f"{name}.text.attn.q_norm"} if block.context_pre_only else set()
         return [p for p in found if p.name not in unread]
-
-    def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
-        """A block gives (text, image)."""
-        if type(module).__name__ != "JointTransformerBlock":
-            return super().site_kind(module, kind)
-        from multimodal.diffusers_attention import ImageBlock
-
-        return ImageBlock
-
-    def run(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> Tensor:
-        """What the transformer answers.
-
-        Args:
-            inputs: latents (B, C, H, W), time steps (B,) or one for all, text embeddings (B, L, d_text), pooled text
-                (B, d_pooled). Further keywords go to the library.
-
-        Returns:
-            (B, C, H, W): the prediction of the flow, noise - latents.
-
-        Raises:
-            DataError: other channels or widths, or latents that are not of whole patches.
-        """
-        return self._run(module, *inputs, **kwargs)
-
-    def _run(
-        self,
-        module: nn.Module,
-        latents: Any,
-        timestep: Any,
-        encoder_hidden_states: Any,
-        pooled_projections: Any,
-        **rest: Any,
-    ) -> Tensor:
-        self.check_latents(latents, "B C H W", self.latent_channels)
-        self.check_text(encoder_hidden_states, latents, int(self.config.joint_attention_dim))
-        self.check_text(pooled_projections, latents, int(self.config.pooled_projection_dim), "pooled_projections")
-        return module(
-            latents,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=timesteps(timestep, latents),
-            return_dict=False,
-            **rest,
-        )[0]
-
-    def tiny_batch(self) -> tuple[Tensor, ...]:
-        """Random latents, time steps, text and pooled text, a batch of two."""
-        config, size = self.config, int(self.config.sample_size)
-        text = torch.randn(2, 5, int(config.joint_attention_dim))
-        pooled = torch.randn(2, int(config.pooled_projection_dim))
-        return torch.randn(2, self.latent_channels, size, size), torch.tensor([3.0, 700.0]), text, pooled
