@@ -47,16 +47,13 @@ def joint_mask(mask: Tensor, tokens: int, visual_mask: Tensor | None) -> Tensor:
     return torch.cat([mask, visual_mask.to(mask.dtype)], dim=1)
 
 
-class JointT5Encoder(T5Stack):
-    """T5's encoder, for text or for text and visual tokens."""
+class _JointEncoder:
+    """An encoder of the library, for text or for text and visual tokens."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.visual_embedding = _visual_embedding(
-            config, lambda: T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        )
+    embed_tokens: Any
+    visual_embedding: VisualEmbedding
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -70,15 +67,33 @@ class JointT5Encoder(T5Stack):
     ) -> Any:
         """`last_hidden_state` (B, L + N, d); the library's own output without `visual_features`."""
         if visual_features is None:
-            return super().forward(
+            return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         visual = self.visual_embedding(visual_features, boxes, image_ids, object_ids)
+        return self.joint(text, attention_mask, visual, visual_mask)
+
+    def joint(self, text: Tensor, mask: Tensor | None, visual: Tensor, visual_mask: Tensor | None) -> BaseModelOutput:
+        """The output for text (B, L, d), without positions, and visual tokens (B, N, d), with their masks."""
+        raise NotImplementedError
+
+
+class JointT5Encoder(_JointEncoder, T5Stack):  # type: ignore[misc]
+    """T5's encoder, for text or for text and visual tokens."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.visual_embedding = _visual_embedding(
+            config, lambda: T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        )
+
+    def joint(self, text: Tensor, mask: Tensor | None, visual: Tensor, visual_mask: Tensor | None) -> BaseModelOutput:
+        """See `_JointEncoder`."""
         tokens, pairs = text.shape[1], visual.shape[1]
-        if attention_mask is None:
-            attention_mask = text.new_ones(text.shape[:2])
-        mask = additive(joint_mask(attention_mask, pairs, visual_mask), text.dtype)
+        if mask is None:
+            mask = text.new_ones(text.shape[:2])
+        mask = additive(joint_mask(mask, pairs, visual_mask), text.dtype)
         first: Any = self.block[0]
         bias = first.layer[0].SelfAttention.compute_bias(tokens, tokens, device=text.device)
         # One sum for all blocks: older releases of the library take the mask to be in a bias that is given
@@ -89,33 +104,16 @@ class JointT5Encoder(T5Stack):
         return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(hidden)))
 
 
-class JointBartEncoder(BartEncoder):
+class JointBartEncoder(_JointEncoder, BartEncoder):  # type: ignore[misc]
     """BART's encoder, for text or for text and visual tokens."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.visual_embedding = _visual_embedding(config, lambda: nn.LayerNorm(config.d_model))
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        visual_features: Tensor | None = None,
-        boxes: Tensor | None = None,
-        image_ids: Tensor | None = None,
-        object_ids: Tensor | None = None,
-        visual_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`last_hidden_state` (B, L + N, d); the library's own output without `visual_features`."""
-        if visual_features is None:
-            return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
-        words = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        visual = self.visual_embedding(visual_features, boxes, image_ids, object_ids)
-        return encode_bart(self, words, attention_mask, visual=visual, visual_mask=visual_mask)
+    def joint(self, text: Tensor, mask: Tensor | None, visual: Tensor, visual_mask: Tensor | None) -> BaseModelOutput:
+        """See `_JointEncoder`."""
+        return encode_bart(self, text, mask, visual=visual, visual_mask=visual_mask)
 
 
 def encode_bart(
@@ -126,7 +124,7 @@ def encode_bart(
     prompts: Tensor | None = None,
     visual: Tensor | None = None,
     visual_mask: Tensor | None = None,
-) -> Any:
+) -> BaseModelOutput:
     """BART's encoder on [prompts ; words ; visual]; words (B, L, d) without positions, mask (B, L).
 
     Positions are those of the words; the embedding norm is for prompts and words.
