@@ -13,6 +13,7 @@ kernel, "plain" is the same without it, and `mamba_ssm` takes part where it is i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -58,12 +59,8 @@ def contestants(device: str) -> dict[str, Scan]:
     found: dict[str, Scan] = {"parallel": selective_scan, "sequential": sequential_scan}
     if device.startswith("cuda"):
         found["plain"] = lambda *t: _Scan.apply(*t, True)
-        try:
-            import mamba_ssm  # noqa: F401
-
+        if importlib.util.find_spec("mamba_ssm") is not None:
             found["mamba_ssm"] = mamba
-        except ImportError:
-            pass
     return found
 
 

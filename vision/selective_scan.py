@@ -189,17 +189,9 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     return both if length == pairs else torch.cat([both, first[:, -1:]], dim=1)
 
 
-def _plain(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-) -> Tensor:
-    """The scan without an autograd function of its own, for the compiler."""
+def _plain(*inputs: Any) -> Tensor:
+    """The scan of all that `selective_scan` takes, without an autograd function of its own, for the compiler."""
+    u, delta, A, B, C, D, bias, softplus = inputs
     u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, softplus)
     x = dt * u
     y = torch.zeros_like(u) if D is None else u * D.to(u.dtype)
@@ -214,6 +206,14 @@ def _segments(u: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, u.shape[1], size)]
 
 
+def _states(dt: Tensor, x: Tensor, rate: Tensor, b: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays and states (batch, tokens, d) of a segment, for one n, from the state (batch, d) in front of it."""
+    a, h = (dt * rate).exp_(), _times(x, b)
+    h[:, 0].addcmul_(a[:, 0], before)
+    scan_(a, h)
+    return a, h
+
+
 class _Scan(torch.autograd.Function):
     """One segment and one state after another: h is computed in forward, and again in backward, and never kept.
 
@@ -221,17 +221,8 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        u, delta, A, B, C, D, bias, softplus = inputs
         segments, rates = _segments(u), A.to(_wide(u.dtype))
         y = torch.empty_like(u, dtype=rates.dtype, memory_format=torch.contiguous_format)
         states = y.new_zeros(len(segments) + 1, u.shape[0], *A.shape)
@@ -243,9 +234,7 @@ class _Scan(torch.autograd.Function):
             else:
                 torch.mul(part, D.to(part.dtype), out=out)
             for n in range(A.shape[1]):
-                a, h = (dt * rates[:, n]).exp_(), _times(x, b[..., n])
-                h[:, 0].addcmul_(a[:, 0], states[k, ..., n])
-                scan_(a, h)
+                _, h = _states(dt, x, rates[:, n], b[..., n], states[k, ..., n])
                 states[k + 1, ..., n] = h[:, -1]
                 out += _times(h, c[..., n])
         ctx.softplus = softplus
@@ -263,15 +252,15 @@ class _Scan(torch.autograd.Function):
         dA = torch.zeros_like(rates)
         dD, dbias = None if D is None else rates.new_zeros(len(A)), None if bias is None else rates.new_zeros(len(A))
         later = rates.new_zeros(u.shape[0], *A.shape)  # what the segment behind adds to the gradient of the last state
+        if states is None:
+            states = torch.zeros_like(later)[None]
         for k, at in reversed(list(enumerate(segments))):
             part, dt, _, b, c = _prepare(u[:, at], delta[:, at], A, B[:, at], C[:, at], bias, ctx.softplus)
             x, out = dt * part, grad[:, at].to(rates.dtype)
             dx, ddt = torch.zeros_like(part), torch.zeros_like(part)
             for n in range(A.shape[1]):
-                a, h = (dt * rates[:, n]).exp_(), _times(x, b[..., n])
-                before = 0 if states is None else states[k, ..., n]
-                h[:, 0] += a[:, 0] * before
-                scan_(a, h)
+                before = states[k, ..., n]
+                a, h = _states(dt, x, rates[:, n], b[..., n], before)
                 dC[:, at, :, n] = _sums(out * h, groups)
                 g = _times(out, c[..., n])  # of h_t, from y_t alone; then also from all that come later
                 g[:, -1] += later[..., n]

@@ -166,18 +166,9 @@ class _Launch:
 
 class _TritonScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-    ) -> Tensor:
-        u, delta, A, B, C = (t.contiguous() for t in (u, delta, A, B, C))
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, D, bias, softplus = inputs
+        u, delta, A, B, C = (t.contiguous() for t in tensors)
         launch = _Launch(u, A, B, D is not None, bias is not None, softplus)
         y = torch.empty_like(u, dtype=torch.float32)
         carry = u.new_empty(launch.batch, launch.tiles, u.shape[2], A.shape[1], dtype=torch.float32)
