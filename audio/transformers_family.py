@@ -132,8 +132,9 @@ class TransformersAudio(Backbone):
         """Logits (or pooled features) of a merged module."""
         return module(*inputs).logits  # type: ignore[no-any-return]
 
-    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
+    @classmethod
+    def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
         """Sounds with labels, `audio.data.open_audio`."""
         from audio.data import open_audio
 
-        return open_audio(data, split=split)
+        return open_audio(data, split=split, **options)

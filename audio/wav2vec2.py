@@ -315,3 +315,7 @@ class Wav2Vec2(TransformersAudio):
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two random waveforms of a tenth of a second."""
         return (torch.randn(2, 1_600),)
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """Random waveforms of the length that the preprocessing gives."""
+        return (torch.randn(size, self.data_config()["samples"]),)

@@ -320,3 +320,8 @@ class CLIPBackbone(Backbone):
             ids[row, :length] = torch.randint(1, vocab - 2, (length,))
             ids[row, 0], ids[row, length - 1] = vocab - 2, vocab - 1
         return torch.randn(2, *self.data_config()["input_size"]), ids
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """Images and texts; a classifier stands on images alone."""
+        found = super().example_batch(size)
+        return found[:1] if classify else found

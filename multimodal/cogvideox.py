@@ -150,13 +150,14 @@ class CogVideoX(DiffusersBackbone):
         frames = int(options.get("frames") or self.config.sample_frames)
         return Clip(self.data_config(), frames, train, train and options.get("augment", "crop-flip") == "crop-flip")
 
-    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
+    @classmethod
+    def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
         """A folder of clips (`multimodal.clips`), with a subfolder for each split if there are several, or a torch data set."""
         from multimodal.clips import ClipRows
         from zoo.data import ImageDataset
 
         if not isinstance(data, (str, Path)):
-            return super().open_dataset(data, split)
+            return super().open_dataset(data, split, **options)
         folder = Path(data).expanduser()
         return ImageDataset(ClipRows(folder / split if split else folder), None)
 
@@ -258,3 +259,10 @@ class CogVideoX(DiffusersBackbone):
         text = torch.randn(2, int(self.config.max_text_seq_length), int(self.config.text_embed_dim))
         image = (torch.randn(2, 1, *video.shape[2:]),) if self.takes_image else ()
         return video, torch.tensor([3, 700]), text, *image
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """As `tiny_batch`, with as many frames as the checkpoint was trained on."""
+        video, *rest = super().example_batch(size)
+        frames = (int(self.config.sample_frames) - 1) // int(self.config.temporal_compression_ratio) + 1
+        frames += -frames % self.frame_patch
+        return torch.randn(size, frames, *video.shape[2:]), *rest

@@ -63,6 +63,7 @@ class DiffusersBackbone(Backbone):
     tiny_classes = None
     task = "diffuse"
     diffusers_class: ClassVar[str] = ""
+    text_tokens: ClassVar[int] = 0  # of the text embeddings that the library's pipeline makes, where that is fixed
     # Settings of the transformers that have an alias, so that they are built without a network
     configs: ClassVar[dict[str, dict[str, Any]]] = {}
     licences: ClassVar[dict[str, str]] = {}
@@ -166,6 +167,16 @@ class DiffusersBackbone(Backbone):
         """Pixels in [-1, 1], eight for each latent along a side; a transformer of three channels works on pixels themselves."""
         size = int(self.config.sample_size) * (1 if self.latent_channels == 3 else 8)
         return pixel_config(size, size)
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """As `tiny_batch`, with latents of the checkpoint's resolution and as many words as its pipeline hands over."""
+        latents, *rest = super().example_batch(size)
+        pixels = 1 if self.latent_channels == 3 else 8
+        height, width = (side // pixels for side in self.data_config()["input_size"][1:])
+        words = [
+            torch.randn(size, self.text_tokens, x.shape[2]) if x.ndim == 3 and self.text_tokens else x for x in rest
+        ]
+        return torch.randn(*latents.shape[:-2], height, width), *words
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL image -> pixels in [-1, 1]: the centre, flipped at random in training. No random crops: they would be generated."""

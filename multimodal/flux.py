@@ -57,6 +57,7 @@ class Flux(JointBackbone):
         "diffusers:black-forest-labs/FLUX.1-dev": "other",
         "diffusers:black-forest-labs/FLUX.1-schnell": "apache-2.0",
     }
+    text_tokens = 512
     schedule = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True})
     front = (
         ("linear", "patch", "patch_embed", "x_embedder"),

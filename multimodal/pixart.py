@@ -39,6 +39,7 @@ class PixArt(DiffusersBackbone):
         "diffusers:PixArt-alpha/PixArt-XL-2-1024-MS": {**SMALL, "sample_size": 128},
     }
     licences = dict.fromkeys(configs, LICENCE)
+    text_tokens = 300
     schedule = ("DDPMScheduler", {"beta_schedule": "linear", "clip_sample": False})
     front = (
         ("linear", "patch", "patch_embed", "pos_embed.proj"),
@@ -127,3 +128,8 @@ class PixArt(DiffusersBackbone):
         mask = torch.ones(2, 5)
         mask[0, 4] = 0
         return torch.randn(2, self.latent_channels, size, size), torch.tensor([3, 700]), torch.randn(2, 5, width), mask
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """As `tiny_batch`; the text is as long as the pipeline of PixArt-Sigma makes it, and the mask is of it."""
+        latents, steps, text, _ = super().example_batch(size)
+        return latents, steps, text, torch.ones(text.shape[:2])

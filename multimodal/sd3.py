@@ -44,6 +44,7 @@ class SD3(JointBackbone):
     aliases = {"sd3-medium": "diffusers:stabilityai/stable-diffusion-3-medium-diffusers"}
     configs = {"diffusers:stabilityai/stable-diffusion-3-medium-diffusers": MEDIUM}
     licences = {"diffusers:stabilityai/stable-diffusion-3-medium-diffusers": "other"}
+    text_tokens = 333
     schedule = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
     front = (
         ("linear", "patch", "patch_embed", "pos_embed.proj"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -139,7 +140,7 @@ def test_fit_eval_push_pull_merge(image_folder: Path, tmp_path: Path, monkeypatc
 
     merged = document("merge", "out", "--out", "merged.safetensors")
     assert merged["largest_difference"] < 1e-4
-    plain = timm.models.VisionTransformer(num_classes=2, **vision.vit.MICRO)
+    plain = timm.models.VisionTransformer(**{**vision.vit.ViT.members["vit-micro"], "num_classes": 2})
     plain.load_state_dict(load_file("merged.safetensors"))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(plain.eval()(images), model(images), rtol=1e-4, atol=1e-4)
@@ -162,6 +163,53 @@ def test_bench(tmp_path: Path) -> None:
     assert rows["lora"]["saved_bytes"] == model.saved_bytes(torch.randn(1, 3, 32, 32))
     assert rows["linear"]["saved_ratio"] < rows["lora"]["saved_ratio"] < 0.7
     assert Image.open(tmp_path / "b.png").size[0] > 500
+
+
+def test_bench_of_what_does_not_classify() -> None:
+    """A backbone without a head is measured on its own output; default methods that it does not take are left out."""
+    pytest.importorskip("diffusers")
+    found = document("bench", "dit-micro", "-b", 1, "--rounds", 1)
+    assert [r["method"] for r in found["methods"]] == ["library", "bitfit", "lora", "adapter"]
+    assert "head" in found["left_out"]["linear"] and "tokens points" in found["left_out"]["vpt"]
+    model = zoo.load("dit-micro", "lora", pretrained=False)
+    inputs = torch.randn(1, 3, 32, 32), torch.tensor([3]), torch.tensor([0])
+    assert found["methods"][2]["saved_bytes"] == model.saved_bytes(*inputs)
+    assert "nothing to train" in run("bench", "dit-micro", "-a", "linear", code=1).stderr
+
+
+def test_sounds_through_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured on random weights in one command is measured again in another: `--seed` makes them."""
+    soundfile = pytest.importorskip("soundfile")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Path("sounds", name).mkdir(parents=True)
+        for i in range(3):
+            soundfile.write(f"sounds/{name}/{i}.wav", 0.1 * generator.standard_normal(8000), 16_000)
+    random = ["--no-pretrained", "--seed", 3]
+    fitted = document(
+        "fit", "ast-micro", "lora", "--data", "sounds", "--test", "sounds", "--steps", 1, "-o", "out", *random
+    )
+    assert fitted["classes"] == 2 and fitted["test"]["images"] == 6
+    assert document("eval", "out", "--data", "sounds", *random)["loss"] == pytest.approx(
+        fitted["test"]["loss"], abs=1e-6
+    )
+    assert document("merge", "out", "--out", "m.safetensors", *random)["largest_difference"] < 1e-5
+    assert "fingerprint" in run("eval", "out", "--data", "sounds", "--no-pretrained", code=1).stderr
+    assert document("info", "ast-micro")["data"]["sampling_rate"] == 16_000
+    assert "sampling_rate 16,000" in run("info", "ast-micro").output
+
+
+def test_fit_for_what_the_backbone_is_for(image_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    train = ["--data", image_folder / "train", "--steps", 1, "-b", 4, "--no-pretrained", "-o", tmp_path / "out"]
+    fitted = document("fit", "dit-micro", "lora", *train)
+    assert (fitted["task"], fitted["classes"], fitted["trained_parameters"]) == ("diffuse", None, 7 * 2 * 8 * 2 * 160)
+    measured = document("eval", tmp_path / "out", "--data", image_folder / "test", "--no-pretrained")
+    assert measured["images"] == 12 and "accuracy" not in measured
+    assert "--shots" in run("fit", "dit-micro", "lora", *train, "--shots", 2, code=1).stderr
+    assert "classify" in run("fit", "dit-micro", "lora", *train, "--task", "clasify", code=1).stderr
 
 
 def test_fit_fails_before_it_trains(image_folder: Path, tmp_path: Path) -> None:

@@ -171,7 +171,10 @@ class Backbone:
         return [m for m in found if m is not None and not isinstance(m, (nn.ReLU, nn.Sigmoid, nn.Tanh))]
 
     def data_config(self) -> dict[str, Any]:
-        """`input_size` (3, H, W), `mean`, `std`, `interpolation`, `crop_pct` of the backbone's own preprocessing."""
+        """`input_size` (3, H, W), `mean`, `std`, `interpolation`, `crop_pct` of the backbone's own preprocessing.
+
+        Backbones of other inputs than images have words of their own (`sampling_rate`), or none.
+        """
         return {}
 
     def licence(self) -> str | None:
@@ -185,6 +188,13 @@ class Backbone:
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random inputs for the tiny member, a batch of two."""
         return (torch.randn(2, *self.data_config()["input_size"]),)
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """Inputs of the shapes that the network is made for, `size` of each; `classify`: what a classifier stands on.
+
+        By default the rows of `tiny_batch` again and again; a family whose tiny batch is smaller than the real ones says so.
+        """
+        return tuple(torch.cat([x] * -(-size // len(x)))[:size] for x in self.tiny_batch())
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """What a plain (merged) module of this family answers to the inputs of `features`."""
@@ -202,11 +212,12 @@ class Backbone:
         """The class of the site at a module, where ops must see another tensor of its call than the first one."""
         return kind
 
-    def open_dataset(self, data: Any, split: str | None = None) -> ImageDataset:
-        """Data of this backbone's kind; by default images with labels (`zoo.open_dataset`)."""
+    @classmethod
+    def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
+        """Data of this family's kind; by default images with labels (`zoo.open_dataset`, whose `options` these are)."""
         from zoo.data import open_dataset
 
-        return open_dataset(data, split=split)
+        return open_dataset(data, split=split, **options)
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
         """What makes an input of the backbone out of an item of a data set; by default out of a PIL image."""

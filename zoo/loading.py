@@ -39,7 +39,7 @@ def load(
         device: where to build; "meta" takes no memory and loads no weights.
         dtype: precision of the backbone and of the adapters.
         memory: "default", "low" or "min" (`zoo.memory`).
-        seed: of the adapters' and head's initial values.
+        seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
 
     Raises:
@@ -68,18 +68,20 @@ def load(
         if cls.point_options and registry.find_backbone(first.backbone_name) == (cls, own):
             points = {k: v for k, v in first.backbone_kwargs.items() if k in cls.point_options}
             backbone_kwargs = {**points, **backbone_kwargs}
-    model = load_backbone(
-        backbone,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        device=device,
-        dtype=dtype,
-        memory=memory,
-        **backbone_kwargs,
-    )
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        model = load_backbone(
+            backbone,
+            num_classes=num_classes,
+            pretrained=pretrained,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            **backbone_kwargs,
+        )
+        if seed is not None:
+            torch.manual_seed(seed)  # the same adapter and head on random weights and on pretrained ones
             if num_classes:
                 model.reset_head(num_classes)
         for source in sources:

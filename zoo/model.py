@@ -237,19 +237,39 @@ class Model(AdapterHost):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) of the images that the backbone takes."""
-        _, height, width = self.family.data_config()["input_size"]
+        """(H, W) of the images that the backbone takes. Raises ConfigError if it takes none."""
+        _, height, width = self._of_data("input_size", "image size")
         return height, width
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel that the preprocessing subtracts."""
-        return tuple(self.family.data_config()["mean"])
+        """Mean of each channel that the preprocessing subtracts; of a spectrogram one number. Raises ConfigError if none is."""
+        return self._of_channels("mean")
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel that the preprocessing divides by."""
-        return tuple(self.family.data_config()["std"])
+        """Standard deviation of each channel that the preprocessing divides by, as `mean`."""
+        return self._of_channels("std")
+
+    def _of_channels(self, key: str) -> tuple[float, ...]:
+        value = self._of_data(key, key)
+        return tuple(value) if isinstance(value, (tuple, list)) else (float(value),)
+
+    def _of_data(self, key: str, what: str) -> Any:
+        config = self.family.data_config()
+        if key not in config:
+            shapes = ", ".join(str(tuple(x.shape)) for x in self.family.example_batch(1))
+            known = f", model.family.data_config() has {', '.join(config)}" if config else ""
+            raise ConfigError(
+                f"'{self.backbone_name}' ({self.family.modality}) has no {what}. It takes inputs of the shapes {shapes} "
+                f"(model.example_batch()){known}."
+            )
+        return config[key]
+
+    def example_batch(self, size: int = 2) -> tuple[Tensor, ...]:
+        """Inputs of the shapes that the model is made for, on its device and in its precision: model(*model.example_batch())."""
+        found = self.family.example_batch(size, classify=bool(self.num_classes))
+        return tuple(x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for x in found)
 
     def extra_repr(self) -> str:
         """Backbone, adapters and counts in one line."""

@@ -76,7 +76,7 @@ class MultiLabel(Task):
     Targets are (num_classes,) of 0 and 1 (or probabilities).
     """
 
-    name, noun, monitor = "multilabel", "items", "map"
+    name, monitor, on_head = "multilabel", "map", True
 
     def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same number of classes."""

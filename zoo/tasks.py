@@ -36,6 +36,7 @@ class Task:
     noun: ClassVar[str] = "items"  # what an item of the data is called in reports
     hub: ClassVar[str | None] = None  # the Hub's name of the task
     monitor: ClassVar[str] = "loss"  # by which number of an evaluation the best epoch is chosen
+    on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
 
     def open(
         self, model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
@@ -72,7 +73,7 @@ class Task:
 class Classify(Task):
     """One of the head's classes for each item: cross-entropy; accuracy and top-5 accuracy."""
 
-    name, noun, monitor = "classify", "images", "accuracy"
+    name, monitor, on_head = "classify", "accuracy", True
 
     def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same classes."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, listing, run, share
+from zoo.cli import bench, catalog, evaluate, listing, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main"]
@@ -64,7 +64,7 @@ for _command, _name in (
     (catalog.points, "points"),
     (catalog.info, "info"),
     (run.fit, "fit"),
-    (run.evaluate, "eval"),
+    (evaluate.evaluate, "eval"),
     (share.push, "push"),
     (share.pull, "pull"),
     (share.merge, "merge"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoo.cli.common import JSON_HELP, console, count, print_json, size, table
-from zoo.errors import ConfigError
+from zoo.errors import AttachError, ConfigError, SelectionError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,16 +21,23 @@ if TYPE_CHECKING:
     from zoo.model import Model
 
 REFERENCE = "library"  # every weight trained, in the library's own module without anything of ours
-DEFAULT_METHODS = "linear,bitfit,lora,adapter,vpt"
+DEFAULT_METHODS = ("linear", "bitfit", "lora", "adapter", "vpt")
 
 
 def bench(
     backbone: Annotated[str, typer.Argument(help="A short name such as vit-b16, or timm:<model>.")] = "vit-micro",
-    adapters: Annotated[str, typer.Option("--adapters", "-a", help="Methods, comma-separated.")] = DEFAULT_METHODS,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            "--adapters",
+            "-a",
+            help=f"Methods, comma-separated; default: those of {', '.join(DEFAULT_METHODS)} that the backbone takes.",
+        ),
+    ] = None,
     memory: Annotated[str, typer.Option(help="Memory settings, comma-separated: default, low, min.")] = "default",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in a batch.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples in a batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Times each method is measured; more is steadier.")] = 10,
-    num_classes: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 100,
+    num_classes: Annotated[int, typer.Option(min=1, help="Classes of the head, of backbones that classify.")] = 100,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
     png: Annotated[Path | None, typer.Option(help="Also draw time against memory into this file.")] = None,
@@ -39,14 +48,21 @@ def bench(
     The reference is full fine-tuning of the library's own module, without anything of ours. Every round runs one training
     step of each method in turn, so a busy machine slows all of them alike; the ratio is the median over rounds of a
     method's time by the reference's in the same round. Saved bytes are what is kept for the backward pass, a count that
-    does not depend on the machine. Weights are random: they do not change the cost.
+    does not depend on the machine. Weights are random: they do not change the cost. Inputs are of the shapes that the
+    backbone is made for. One that classifies (images, sounds) gets a head; others are measured on their own output.
 
     \b
       zoo bench vit-b16
       zoo bench vit-b16 -a lora,vpt --memory default,low,min --png bench.png
       zoo bench swin-t -a lora -b 32 --device cuda --precision bf16 --json
+      zoo bench ast-micro
     """
-    methods = [m.strip() for m in adapters.split(",") if m.strip()]
+    left_out: dict[str, str] = {}
+    if adapters is None:
+        left_out = _refused(backbone, num_classes)
+        methods = [m for m in DEFAULT_METHODS if m not in left_out]
+    else:
+        methods = [m.strip() for m in adapters.split(",") if m.strip()]
     levels = [m.strip() for m in memory.split(",") if m.strip()]
     if not methods:
         raise ConfigError("--adapters names no method; for example: --adapters lora,vpt.")
@@ -54,7 +70,7 @@ def bench(
         backbone, methods, levels, batch_size, rounds, num_classes, device=device, precision=precision, quiet=as_json
     )
     report = {"backbone": backbone, "batch_size": batch_size, "rounds": rounds, "precision": precision, "methods": rows}
-    report |= machine(device)
+    report |= {"left_out": left_out, **machine(device)}
     if png is not None:
         draw(rows, png, f"{backbone}, batch {batch_size}, {report['device']}")
     if as_json:
@@ -80,8 +96,36 @@ def bench(
             right=["trainable", "saved", "saved / full", "step ms", "step / full"],
         )
     )
+    for method, reason in left_out.items():
+        out.print(f"left out: {method}: {reason}", markup=False, soft_wrap=True)
     if png is not None:
         out.print(f"drawn in {png}")
+
+
+def _head(backbone: str, num_classes: int) -> int:
+    """The width of the head: none where the backbone is for something else than classifying."""
+    from zoo import registry
+
+    cls, _ = registry.find_backbone(backbone)
+    return num_classes if cls.pools and cls.task == "classify" else 0
+
+
+def _refused(backbone: str, num_classes: int) -> dict[str, str]:
+    """Which of the default methods this backbone does not take, and why."""
+    import zoo
+
+    width, found = _head(backbone, num_classes), {}
+    model = zoo.load(backbone, pretrained=False, num_classes=0, device="meta")
+    for method in DEFAULT_METHODS:
+        try:
+            model.add_adapter(method)
+        except (AttachError, SelectionError) as error:
+            found[method] = str(error)
+            continue
+        if not width and not model.num_parameters(trainable=True):
+            found[method] = "it trains nothing but a head, and this backbone has none"
+        model.remove_adapter(model.active[-1])
+    return found
 
 
 def machine(device: str | None) -> dict[str, Any]:
@@ -127,7 +171,7 @@ def measure(
 
     Raises:
         UnknownNameError: an unknown backbone or method. AttachError: a method that this backbone refuses.
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision, or a method that has nothing to train.
     """
     import torch
 
@@ -135,20 +179,21 @@ def measure(
 
     if precision not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"precision '{precision}' is unknown; expected fp32, bf16 or fp16.")
-    where = best_device(device)
+    where, width = best_device(device), _head(backbone, num_classes)
     variants = [(m, level) for m in methods for level in levels]
     runs: list[_Run] = []
     status = console(stderr=True)
     with status.status(f"building {len(variants) + 1} models ...") if not quiet else nullcontext() as line:
         for method, level in variants:
             model = zoo.load(
-                backbone, adapter=method, num_classes=num_classes, pretrained=False, memory=level, seed=0, device=where
+                backbone, adapter=method, num_classes=width, pretrained=False, memory=level, seed=0, device=where
             )
             if not runs:
-                images = torch.randn(batch_size, 3, *model.image_size, device=where)
-                targets = torch.randint(num_classes, (batch_size,), device=where)
-                runs.append(_Run(REFERENCE, "", _plain(model), images, targets, precision))
-            runs.append(_Run(method, level, model, images, targets, precision))
+                batch = model.example_batch(batch_size)
+                targets = torch.randint(width, (batch_size,), device=where) if width else None
+                plain = _plain(model)
+                runs.append(_Run(REFERENCE, "", plain, partial(model.family.run, plain), batch, targets, precision))
+            runs.append(_Run(method, level, model, model, batch, targets, precision))
         for run in runs:  # the first steps allocate and choose kernels
             run.step()
             run.step()
@@ -175,7 +220,7 @@ def measure(
 
 
 def _plain(model: Model) -> nn.Module:
-    """The library's module with a classifier, every parameter trainable."""
+    """The library's module, with a classifier if the model has one, every parameter trainable."""
     with model.disable():
         return model.merge()
 
@@ -184,25 +229,34 @@ class _Run:
     """One model with its own optimizer, stepped on always the same batch."""
 
     def __init__(
-        self, method: str, level: str, model: nn.Module, images: Tensor, targets: Tensor, precision: str
+        self,
+        method: str,
+        level: str,
+        model: nn.Module,
+        call: Callable[..., Tensor],
+        batch: tuple[Tensor, ...],
+        targets: Tensor | None,
+        precision: str,
     ) -> None:
         import torch
 
         import zoo
 
-        self.method, self.level, self.model = method, level, model
-        self.images, self.targets = images, targets
+        self.method, self.level, self.call = method, level, call
+        self.batch, self.targets, self.device = batch, targets, batch[0].device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise ConfigError(f"'{method}' has nothing to train here: it trains a head, and this backbone has none.")
         self.trainable = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             if isinstance(model, zoo.Model):
-                self.saved_bytes = model.saved_bytes(images)
+                self.saved_bytes = model.saved_bytes(*batch)
             else:
                 self.saved_bytes = zoo.saved_bytes(
-                    lambda: model(images), [images, *model.parameters(), *model.buffers()]
+                    lambda: call(*batch), [*batch, *model.parameters(), *model.buffers()]
                 )
 
     def step(self) -> float:
@@ -210,17 +264,21 @@ class _Run:
         import torch
         from torch.nn import functional
 
-        cuda = self.images.device.type == "cuda"
+        cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.synchronize(self.images.device)
+            torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype is not None):
-            loss = functional.cross_entropy(self.model(self.images).float(), self.targets)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            output = self.call(*self.batch).float()
+            if self.targets is None:
+                loss = output.square().mean()
+            else:
+                loss = functional.cross_entropy(output, self.targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if cuda:
-            torch.cuda.synchronize(self.images.device)
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
 

@@ -175,14 +175,16 @@ def _backbone_info(name: str) -> dict[str, Any]:
 
     model = zoo.load(name, pretrained=False, num_classes=0, device="meta")
     cls, source = registry.find_backbone(name)
+    data = model.family.data_config()
     return {
         "backbone": name,
         "family": cls.family,
         "modality": cls.modality,
         "source": source,
         "parameters": model.num_parameters(),
-        "features": model.family.feature_dim,
-        "image_size": list(model.image_size) if cls.modality == "image" else None,
+        "features" if cls.pools else "outputs": model.family.feature_dim,
+        "image_size": list(model.image_size) if "input_size" in data else None,
+        "data": data if "input_size" not in data else {},
         "licence": model.family.licence(),
         "points": {kind: sum(p.kind == kind for p in model.points) for kind in model.points.kinds},
         "methods": [_try(model, method) for method in registry.list_adapters()],

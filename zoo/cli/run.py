@@ -1,4 +1,4 @@
-"""`zoo fit`, `zoo eval`, `zoo demo`: train, measure, and see it all in a few minutes."""
+"""`zoo fit`, `zoo demo`: train, and see it all in a few minutes."""
 
 from __future__ import annotations
 
@@ -8,83 +8,73 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from zoo.cli.common import JSON_HELP, console, count, print_json, settings, size, table
+from zoo.cli.common import console, count, print_json, settings, size, table
+from zoo.cli.evaluate import opened
+from zoo.cli.options import (
+    OUTPUT,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    SkipBroken,
+    WhatFor,
+    Workers,
+    data_option,
+    model_option,
+    training_option,
+)
 from zoo.errors import ConfigError, DataError, SaveError
 
 if TYPE_CHECKING:
     from zoo.adapter_base import Adapter
-    from zoo.data import ImageDataset
     from zoo.model import Model
-
-DATA, TRAINING, MODEL, OUTPUT = "Data", "Training", "Model", "Output"
-
-Json = Annotated[bool, typer.Option("--json", help=JSON_HELP, rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.", rich_help_panel=MODEL)
-]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=MODEL)]
-Workers = Annotated[int | None, typer.Option(help="Processes that load images.", rich_help_panel=DATA)]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Go on without images that cannot be read.", rich_help_panel=DATA)
-]
-
-
-def _data(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=DATA)
-
-
-def _training(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=TRAINING)
-
-
-def _model(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=MODEL)
 
 
 def fit(
     backbone: Annotated[str, typer.Argument(help="A short name such as vit-b16, or timm:<model>.")],
     adapters: Annotated[list[str], typer.Argument(help="Methods, or saved adapters to go on from.")],
-    data: Annotated[str, _data("Training images: a folder of class folders, Parquet files, or hf:owner/name.")],
+    data: Annotated[str, data_option("Training data: a folder of class folders, Parquet files, or hf:owner/name.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the adapter and its report.", rich_help_panel=OUTPUT)
     ],
-    val: Annotated[str | None, _data("Validation images, on which the best epoch is chosen.")] = None,
-    test: Annotated[str | None, _data("Test images, measured once at the end, for the card.")] = None,
-    split: Annotated[str | None, _data("Split of --data, where it has several.")] = None,
-    val_split: Annotated[str | None, _data("Split of --val; without --val, of --data.")] = None,
-    test_split: Annotated[str | None, _data("Split of --test; without --test, of --data.")] = None,
-    shots: Annotated[int | None, _data("Train on so many images of every class.")] = None,
+    val: Annotated[str | None, data_option("Validation data, on which the best epoch is chosen.")] = None,
+    test: Annotated[str | None, data_option("Test data, measured once at the end, for the card.")] = None,
+    split: Annotated[str | None, data_option("Split of --data, where it has several.")] = None,
+    val_split: Annotated[str | None, data_option("Split of --val; without --val, of --data.")] = None,
+    test_split: Annotated[str | None, data_option("Split of --test; without --test, of --data.")] = None,
+    shots: Annotated[int | None, data_option("Train on so many items of every class.")] = None,
     skip_broken: SkipBroken = False,
     workers: Workers = None,
     setting: Annotated[
-        list[str] | None, _model("A method's setting, e.g. rank=4; with several methods lora.rank=4.", "--set", "-s")
+        list[str] | None,
+        model_option("A method's setting, e.g. rank=4; with several methods lora.rank=4.", "--set", "-s"),
     ] = None,
-    memory: Annotated[str, _model("What is kept for the backward pass: default, low or min.")] = "default",
-    pretrained: Annotated[bool, _model("With the pretrained weights, or with random ones.")] = True,
-    image_size: Annotated[int | None, _model("Another image size than the backbone's own (ViT).")] = None,
+    memory: Annotated[str, model_option("What is kept for the backward pass: default, low or min.")] = "default",
+    pretrained: Annotated[bool, model_option("With the pretrained weights, or with random ones.")] = True,
+    image_size: Annotated[int | None, model_option("Another image size than the backbone's own (ViT, CLIP).")] = None,
+    task: WhatFor = None,
     device: Device = None,
     precision: Precision = "fp32",
-    epochs: Annotated[int, _training("Passes over the training images.", "--epochs", "-e")] = 10,
-    steps: Annotated[int | None, _training("Optimizer steps in all, instead of epochs.")] = None,
-    batch_size: Annotated[int, _training("Images of one optimizer step.", "--batch-size", "-b")] = 64,
-    lr: Annotated[float | None, _training("Learning rate; by default the method's own.")] = None,
-    weight_decay: Annotated[float | None, _training("Weight decay of matrices.")] = None,
-    optimizer: Annotated[str, _training("adamw, adam, sgd, nesterov or rmsprop.")] = "adamw",
-    schedule: Annotated[str, _training("cosine, linear or constant, after the warm-up.")] = "cosine",
-    warmup: Annotated[float, _training("Below 1 a part of all steps, else a number of steps.")] = 0.05,
+    epochs: Annotated[int, training_option("Passes over the training data.", "--epochs", "-e")] = 10,
+    steps: Annotated[int | None, training_option("Optimizer steps in all, instead of epochs.")] = None,
+    batch_size: Annotated[int, training_option("Samples of one optimizer step.", "--batch-size", "-b")] = 64,
+    lr: Annotated[float | None, training_option("Learning rate; by default the method's own.")] = None,
+    weight_decay: Annotated[float | None, training_option("Weight decay of matrices.")] = None,
+    optimizer: Annotated[str, training_option("adamw, adam, sgd, nesterov or rmsprop.")] = "adamw",
+    schedule: Annotated[str, training_option("cosine, linear or constant, after the warm-up.")] = "cosine",
+    warmup: Annotated[float, training_option("Below 1 a part of all steps, else a number of steps.")] = 0.05,
     layer_decay: Annotated[
-        float | None, _training("Learning rate of a block: lr * this ** (blocks behind it).")
+        float | None, training_option("Learning rate of a block: lr * this ** (blocks behind it).")
     ] = None,
-    clip: Annotated[float, _training("Largest norm of the gradient; 0 does not clip.")] = 1.0,
-    accumulate: Annotated[int, _training("Compute each batch in so many parts.")] = 1,
-    label_smoothing: Annotated[float, _training("From 0 to below 1.")] = 0.0,
-    mixup: Annotated[float, _training("Alpha of mixup; 0 is off.")] = 0.0,
-    cutmix: Annotated[float, _training("Alpha of CutMix; 0 is off.")] = 0.0,
-    augment: Annotated[str | None, _training("crop-flip, crop or none.")] = None,
-    patience: Annotated[int | None, _training("Stop after so many epochs without improvement.")] = None,
-    keep: Annotated[str | None, _training("best or last; default: best if there are validation images.")] = None,
-    seed: Annotated[int, _training("Of initial values, order and augmentation.")] = 0,
+    clip: Annotated[float, training_option("Largest norm of the gradient; 0 does not clip.")] = 1.0,
+    accumulate: Annotated[int, training_option("Compute each batch in so many parts.")] = 1,
+    label_smoothing: Annotated[float, training_option("From 0 to below 1.")] = 0.0,
+    mixup: Annotated[float, training_option("Alpha of mixup; 0 is off.")] = 0.0,
+    cutmix: Annotated[float, training_option("Alpha of CutMix; 0 is off.")] = 0.0,
+    augment: Annotated[str | None, training_option("crop-flip, crop or none; of sounds mask, shift or none.")] = None,
+    patience: Annotated[int | None, training_option("Stop after so many epochs without improvement.")] = None,
+    keep: Annotated[str | None, training_option("best or last; default: best if there are validation data.")] = None,
+    seed: Annotated[int, training_option("Of initial values, order and augmentation.")] = 0,
     checkpoints: Annotated[
         Path | None,
         typer.Option(help="Write checkpoints here; the same command goes on from them.", rich_help_panel=OUTPUT),
@@ -92,7 +82,7 @@ def fit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train adapters on images, and save them with their report and card.
+    """Train adapters on images (or on what the backbone takes), and save them with their report and card.
 
     \b
       zoo fit vit-micro lora --data photos/train --out out/
@@ -101,34 +91,56 @@ def fit(
       zoo fit vit-b16 vpt lora -s lora.rank=4 --data photos --shots 16 -o out/
       zoo fit swin-b spt --data hf:owner/name --split train -e 20 -o out/
       zoo fit vit-b16 out/ --data photos/more -o out2/     from a saved adapter
+      zoo fit ast-micro lora --data sounds/ --split train -o out/
+      zoo fit clip-vit-b32 lora --data captions/ --task contrast -o out/
 
     The folder can be measured (zoo eval), loaded (zoo.load(adapter="out/")), merged and pushed. On several GPUs:
     accelerate launch --module zoo.cli fit ...
     """
     import zoo
-    from zoo.data import open_dataset
+    from zoo import registry
 
     _check_free(out)
+    cls, _ = registry.find_backbone(backbone)
+    what = registry.task(task or ("classify" if cls.pools else cls.task))
+    backbone_options: dict[str, Any] = {}
+    if image_size is not None:
+        backbone_options["img_size" if cls.modality == "image" else "image_size"] = image_size
+
+    def load(classes: int | None) -> Model:
+        return zoo.load(
+            backbone,
+            adapter=_adapters(adapters, setting or []),
+            num_classes=classes,
+            pretrained=pretrained,
+            memory=memory,
+            seed=seed,
+            **backbone_options,
+        )
+
     on_error: Any = "skip" if skip_broken else "raise"
-    options: dict[str, Any] = {"seed": seed, "on_error": on_error}
-    train_set = open_dataset(data, split=split, shots=shots, **options)
-    classes = train_set.classes
-    if not classes:
-        raise DataError(f"The classes of '{data}' are not known. Give it class folders or a label column with names.")
-    val_set, test_set = (
-        open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
-        for source, part in ((val, val_split), (test, test_split))
-    )
-    backbone_options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    model = zoo.load(
-        backbone,
-        adapter=_adapters(adapters, setting or []),
-        num_classes=_new_head(adapters, len(classes)),
-        pretrained=pretrained,
-        memory=memory,
-        seed=seed,
-        **backbone_options,
-    )
+    others = ((val, val_split), (test, test_split))
+    classes: list[str] | None = None
+    if what.on_head:
+        options: dict[str, Any] = {"seed": seed, "on_error": on_error}
+        train_set = cls.open_dataset(data, split=split, shots=shots, **options)
+        if not (classes := train_set.classes):
+            raise DataError(
+                f"The classes of '{data}' are not known. Give it class folders or a label column with names."
+            )
+        val_set, test_set = (
+            cls.open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
+            for source, part in others
+        )
+        model = load(_new_head(adapters, len(classes)))
+    else:
+        if shots is not None:
+            raise ConfigError(f"--shots chooses items of every class, and '{what.name}' knows no classes.")
+        model = load(None)
+        train_set = opened(what, model, data, split, on_error, train=True, augment=augment)
+        val_set, test_set = (
+            opened(what, model, source or data, part, on_error) if source or part else None for source, part in others
+        )
     show = not (quiet or as_json)
     report = zoo.fit(
         model,
@@ -157,11 +169,19 @@ def fit(
         device=device,
         checkpoint=checkpoints,
         progress=show,
+        task=what,
     )
     measured = None
     if test_set is not None:
         measured = zoo.evaluate(
-            model, test_set, record="test", batch_size=batch_size, precision=precision, device=device, progress=show
+            model,
+            test_set,
+            record="test",
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            progress=show,
+            task=what,
         )
     if int(os.environ.get("RANK", "0")):
         return  # one of several processes: the first one writes
@@ -171,7 +191,8 @@ def fit(
         "out": str(out),
         "backbone": model.backbone_name,
         "adapters": {name: cast("Adapter", a).config() for name, a in model.adapters.items()},
-        "classes": len(classes),
+        "task": what.name,
+        "classes": len(classes) if classes else None,
         "trained_parameters": model.num_parameters(trainable=True),
         "saved_bytes": model.record.get("saved_bytes"),
         "epochs": len(report.history),
@@ -191,7 +212,9 @@ def _show_fit(result: dict[str, Any]) -> None:
     for level, value in (result["saved_bytes"] or {}).items():
         rows.append((f"kept for backward (memory={level})", size(value)))
     rows += [(k.replace("_", " "), f"{v:.4f}") for k, v in result["metrics"].items()]
-    rows += [(f"test {k}", f"{v:.4f}") for k, v in (result["test"] or {}).items() if k in ("accuracy", "top5", "loss")]
+    timings = ("seconds", "images_per_second")
+    test = {k: v for k, v in (result["test"] or {}).items() if isinstance(v, float) and k not in timings}
+    rows += [(f"test {k.replace('_', ' ')}", f"{v:.4f}") for k, v in test.items()]
     rows.append(("time", f"{result['seconds']:.0f} s, {result['steps']} steps"))
     out = console()
     out.print(table(["", ""], rows, right=[]))
@@ -231,106 +254,6 @@ def _new_head(names: list[str], classes: int) -> int | None:
 
     saved = [_resolve(n) for n in names if n not in registry.list_adapters()]
     return None if any(isinstance(s, Path) and read(s).num_classes == classes for s in saved) else classes
-
-
-def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="A saved folder, a Hub repository, an embedded adapter, or a backbone.")
-    ],
-    data: Annotated[str, _data("Images: a folder of class folders, Parquet files, or hf:owner/name.")],
-    split: Annotated[str | None, _data("Split of --data, where it has several.")] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Images in a batch.", rich_help_panel=MODEL)
-    ] = 64,
-    precision: Precision = "fp32",
-    device: Device = None,
-    workers: Workers = None,
-    skip_broken: SkipBroken = False,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also each class.", rich_help_panel=OUTPUT)] = False,
-    save: Annotated[
-        bool, typer.Option("--save", help="Write the numbers into the folder's card.", rich_help_panel=OUTPUT)
-    ] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Measure a saved adapter, or a backbone with its own classifier.
-
-    The backbone is built from the name in the folder, and the fingerprint of its weights is checked.
-
-    \b
-      zoo eval out/ --data photos/test
-      zoo eval out/ --data 'cifar10/test-*.parquet' --save      # the card then says so
-      zoo eval you/vit-b16-lora-photos --data photos/test --json
-      zoo eval vit-micro --data cifar100/ --split test
-    """
-    import zoo
-
-    model = _load(target)
-    dataset = _dataset(model, data, split, "skip" if skip_broken else "raise")
-    result = zoo.evaluate(
-        model,
-        dataset,
-        record="test" if save else "",
-        batch_size=batch_size,
-        precision=precision,
-        device=device,
-        workers=workers,
-        per_class=per_class,
-        progress=not (quiet or as_json),
-    )
-    if save:
-        folder = Path(target).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"--save writes into a folder, and '{target}' is none; pull it first: zoo pull {target} --out out/"
-            )
-        model.save_adapter(folder)
-    if as_json:
-        print_json({"target": target, "data": data, **result})
-        return
-    rows = [
-        (k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items() if k != "per_class"
-    ]
-    console().print(table(["", ""], rows))
-    if per_class:
-        shown = [(k, "-" if v is None else f"{v:.4f}") for k, v in result["per_class"].items()]
-        console().print(table(["class", "accuracy"], shown, right=["accuracy"]))
-
-
-def _load(target: str) -> Model:
-    """A saved adapter on its backbone, or a bare backbone with its classifier."""
-    import zoo
-    from zoo import registry
-    from zoo.errors import UnknownNameError, nearest
-
-    try:
-        return zoo.load(adapter=target).eval()
-    except ConfigError:
-        if target in registry.list_adapters():
-            raise ConfigError(
-                f"'{target}' is a method, not a trained adapter; train one: zoo fit vit-b16 {target} ..."
-            ) from None
-        raise
-    except UnknownNameError as error:
-        try:
-            registry.find_backbone(target)
-        except UnknownNameError:
-            from zoo.loading import embedded_adapters
-
-            known = [*embedded_adapters(), *registry.list_backbones()]
-            raise UnknownNameError(f"There is no saved adapter '{target}'. {nearest(target, known)}") from error
-        return zoo.load(target).eval()
-
-
-def _dataset(model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
-    """The data set; if it lacks some of the model's classes, with the model's labels."""
-    from zoo.data import open_dataset
-
-    dataset = open_dataset(data, split=split, on_error=on_error)
-    names = model.classes
-    if names and dataset.classes and dataset.classes != names and set(dataset.classes) <= set(names):
-        return open_dataset(data, split=split, on_error=on_error, classes=names)
-    return dataset
 
 
 def demo(

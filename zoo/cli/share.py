@@ -92,6 +92,8 @@ def download(repo: str, revision: str | None = None, hub_folder: Path | None = N
 def merge(
     target: Annotated[str, typer.Argument(help="A saved folder, a Hub repository, or an embedded adapter.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, ending in .safetensors.")],
+    pretrained: Annotated[bool, typer.Option(help="On the backbone's pretrained weights, or on random ones.")] = True,
+    seed: Annotated[int, typer.Option(help="Of random weights (--no-pretrained): that of zoo fit.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into its backbone's weights: a plain checkpoint of the library, nothing of ours left in it.
@@ -105,13 +107,13 @@ def merge(
     from safetensors.torch import save
 
     from zoo import disk, registry
-    from zoo.cli.run import _load
+    from zoo.cli.evaluate import load_target
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is '{out}'; expected a file that ends in .safetensors (pickles are not written).")
     if not is_folder(target) and target in registry.list_backbones():
         raise ConfigError(f"'{target}' is a backbone without an adapter; there is nothing to merge.")
-    model = _load(target)
+    model = load_target(target, pretrained, seed)
     plain = model.merge()
     gap = _gap(model, plain)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in plain.state_dict().items()}
@@ -136,7 +138,7 @@ def merge(
     out_ = console()
     out_.print(
         f"{out}: {count(facts['parameters'])} parameters, {size(facts['bytes'])}, a plain {facts['class']}; the largest "
-        f"difference of the logits on a random batch is {gap:.1e}"
+        f"difference of the outputs on a random batch is {gap:.1e}"
     )
     if name.startswith("timm:"):
         architecture = name.removeprefix("timm:").partition(".")[0]
@@ -145,9 +147,10 @@ def merge(
 
 
 def _gap(model: Any, plain: Any) -> float:
-    """The largest difference between the logits of both on a random batch."""
+    """The largest difference between the outputs of both on a random batch."""
     import torch
 
-    images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return float((model.eval()(images) - plain.eval()(images)).abs().max())
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        batch = model.example_batch()
+        return float((model.eval()(*batch) - model.family.run(plain.eval(), *batch)).abs().max())

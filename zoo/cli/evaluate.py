@@ -1,0 +1,151 @@
+"""`zoo eval`: measure a saved adapter or a backbone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoo.cli.common import console, print_json, table
+from zoo.cli.options import (
+    MODEL,
+    OUTPUT,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    SkipBroken,
+    WhatFor,
+    Workers,
+    data_option,
+    model_option,
+)
+from zoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zoo.data import ImageDataset
+    from zoo.model import Model
+    from zoo.tasks import Task
+
+
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="A saved folder, a Hub repository, an embedded adapter, or a backbone.")
+    ],
+    data: Annotated[str, data_option("Test data: a folder of class folders, Parquet files, or hf:owner/name.")],
+    split: Annotated[str | None, data_option("Split of --data, where it has several.")] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Samples in a batch.", rich_help_panel=MODEL)
+    ] = 64,
+    task: WhatFor = None,
+    pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
+    seed: Annotated[int, model_option("Of random weights (--no-pretrained): that of zoo fit.")] = 0,
+    precision: Precision = "fp32",
+    device: Device = None,
+    workers: Workers = None,
+    skip_broken: SkipBroken = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also each class.", rich_help_panel=OUTPUT)] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the numbers into the folder's card.", rich_help_panel=OUTPUT)
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved adapter, or a backbone with its own classifier.
+
+    The backbone is built from the name in the folder, and the fingerprint of its weights is checked.
+
+    \b
+      zoo eval out/ --data photos/test
+      zoo eval out/ --data 'cifar10/test-*.parquet' --save      # the card then says so
+      zoo eval you/vit-b16-lora-photos --data photos/test --json
+      zoo eval vit-micro --data cifar100/ --split test
+    """
+    import zoo
+    from zoo.tasks import resolve
+
+    model = load_target(target, pretrained, seed)
+    what = resolve(model, task)
+    on_error: Any = "skip" if skip_broken else "raise"
+    dataset = (_dataset if what.on_head else partial(opened, what))(model, data, split, on_error)
+    result = zoo.evaluate(
+        model,
+        dataset,
+        record="test" if save else "",
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        workers=workers,
+        per_class=per_class,
+        progress=not (quiet or as_json),
+        task=what,
+    )
+    if save:
+        folder = Path(target).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--save writes into a folder, and '{target}' is none; pull it first: zoo pull {target} --out out/"
+            )
+        model.save_adapter(folder)
+    if as_json:
+        print_json({"target": target, "data": data, **result})
+        return
+    rows = [
+        (k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items() if k != "per_class"
+    ]
+    console().print(table(["", ""], rows))
+    if per_class:
+        shown = [(k, "-" if v is None else f"{v:.4f}") for k, v in result["per_class"].items()]
+        console().print(table(["class", "accuracy"], shown, right=["accuracy"]))
+
+
+def load_target(target: str, pretrained: bool = True, seed: int = 0) -> Model:
+    """A saved adapter on its backbone, or a bare backbone with its classifier."""
+    import zoo
+    from zoo import registry
+    from zoo.errors import UnknownNameError, nearest
+
+    try:
+        return zoo.load(adapter=target, pretrained=pretrained, seed=seed).eval()
+    except ConfigError:
+        if target in registry.list_adapters():
+            raise ConfigError(
+                f"'{target}' is a method, not a trained adapter; train one: zoo fit vit-b16 {target} ..."
+            ) from None
+        raise
+    except UnknownNameError as error:
+        try:
+            registry.find_backbone(target)
+        except UnknownNameError:
+            from zoo.loading import embedded_adapters
+
+            known = [*embedded_adapters(), *registry.list_backbones()]
+            raise UnknownNameError(f"There is no saved adapter '{target}'. {nearest(target, known)}") from error
+        return zoo.load(target, pretrained=pretrained, seed=seed).eval()
+
+
+def opened(
+    what: Task,
+    model: Model,
+    data: str,
+    split: str | None,
+    on_error: Any,
+    train: bool = False,
+    augment: str | None = None,
+) -> ImageDataset:
+    """The data of a task that is not to classify."""
+    dataset = what.open(model, data, train=train, split=split, augment=augment)
+    dataset.on_error = on_error
+    return dataset
+
+
+def _dataset(model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
+    """The data set; if it lacks some of the model's classes, with the model's labels."""
+    open_dataset = model.family.open_dataset
+    dataset = open_dataset(data, split=split, on_error=on_error)
+    names = model.classes
+    if names and dataset.classes and dataset.classes != names and set(dataset.classes) <= set(names):
+        return open_dataset(data, split=split, on_error=on_error, classes=names)
+    return dataset

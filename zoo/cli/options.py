@@ -1,0 +1,41 @@
+"""Options that the commands which train and measure share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from zoo.cli.common import JSON_HELP
+
+DATA, TRAINING, MODEL, OUTPUT = "Data", "Training", "Model", "Output"
+
+Json = Annotated[bool, typer.Option("--json", help=JSON_HELP, rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.", rich_help_panel=MODEL)
+]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=MODEL)]
+Workers = Annotated[int | None, typer.Option(help="Processes that load the data.", rich_help_panel=DATA)]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Go on without items that cannot be read.", rich_help_panel=DATA)
+]
+WhatFor = Annotated[
+    str | None,
+    typer.Option(
+        help="classify, contrast, generate, diffuse ...; default: classify, else what the backbone is for.",
+        rich_help_panel=TRAINING,
+    ),
+]
+
+
+def data_option(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=DATA)
+
+
+def training_option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=TRAINING)
+
+
+def model_option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=MODEL)
