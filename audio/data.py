@@ -1,4 +1,4 @@
-"""Data sets of sounds with labels: folders of audio files, Parquet files with an audio column, any torch `Dataset`.
+"""Data sets of sounds with labels: folders of audio files, Parquet files with an audio column, data sets of the Hub.
 
     train = open_audio("fsdd/", split="train")
     train, test = (open_audio("esc10/", only={"fold": folds}) for folds in ([1, 2, 3], 4))
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from zoo.data.dataset import ImageDataset, OnError, Rows, Skipped, Transform
 from zoo.data.open import Readers, open_with
 from zoo.data.parquet import LABEL_COLUMNS, ParquetRows
 from zoo.data.sampling import few_shot
-from zoo.data.sources import FolderRows, TorchRows
+from zoo.data.sources import FolderRows, HubRows, TorchRows
 from zoo.errors import DataError, nearest
 
 __all__ = ["AudioFolderRows", "AudioParquetRows", "open_audio"]
@@ -54,9 +54,11 @@ def open_audio(
 
     Args:
         source: a folder (`<class>/<file>.wav`), Parquet files (a file, a folder, a pattern, a list) with a column of encoded
-            sounds, or any torch `Dataset` of (what `audio.sound.as_sound` takes, label).
+            sounds, the name of a Hub data set ("owner/name", or "hf:name"), or any torch `Dataset` of (what
+            `audio.sound.as_sound` takes, label).
         transform: `Sound` -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
-        split: a subfolder, or the beginning of the Parquet files' names; needed where there are several.
+        split: a subfolder, or the beginning of the Parquet files' names, or a split of a Hub data set; needed where there are
+            several.
         audio_column, label_column: columns of Parquet files; guessed if there is one candidate. Labels that are lists make a
             multi-label set.
         classes: all class names, in the order of the labels. By default `classes.json` beside the files, the names in the files'
@@ -67,10 +69,10 @@ def open_audio(
 
     Raises:
         DataError: no such source, an empty one, several splits, missing columns, labels outside the classes, too few for `shots`.
-        MissingPackageError: files, without the package `soundfile`.
+        MissingPackageError: files, without the package `soundfile`; a Hub data set, without `datasets`.
     """
     dataset = open_with(
-        Readers(AudioFolderRows, AudioParquetRows, _torch_rows, _no_hub),
+        Readers(AudioFolderRows, AudioParquetRows, _torch_rows, AudioHubRows),
         source,
         transform=transform,
         split=split,
@@ -90,7 +92,7 @@ class AudioFolderRows(FolderRows):
     """A folder with one subfolder for each class, and audio files anywhere below it."""
 
     decode = staticmethod(decode)
-    extensions = EXTENSIONS
+    extensions, noun = EXTENSIONS, "sounds"
     expected = "<class>/<file>.wav, or Parquet files with an audio column"
     nothing = "no sound in its {} class folders"
 
@@ -101,7 +103,7 @@ class AudioParquetRows(ParquetRows):
     decode = staticmethod(decode)
     columns = AUDIO_COLUMNS
     label_columns = AUDIO_LABELS
-    thing, setting = "sound", "audio_column"
+    thing, setting, noun = "sound", "audio_column", "sounds"
     targets: np.ndarray | None = None
 
     def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None) -> tuple[Any, list[str]]:
@@ -128,11 +130,11 @@ class AudioParquetRows(ParquetRows):
         return super()._target(index) if self.targets is None else torch.from_numpy(self.targets[index])
 
 
-def _no_hub(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise DataError(
-        f"'{name}' is no file or folder. Sounds are read from local folders and Parquet files; download a data set of "
-        "the Hub as Parquet first (`hf download --repo-type dataset`)."
-    )
+class AudioHubRows(HubRows):
+    """A data set of the Hub with a column of sounds, one split of it."""
+
+    decode = staticmethod(decode)
+    feature, setting, noun = "Audio", "audio_column", "sounds"
 
 
 def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
@@ -158,6 +160,7 @@ def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
 class _SoundRows:
     """A torch data set of waveforms, which are checked as they are read. No `TorchRows`: those may be ready for the model."""
 
+    noun = "sounds"
     blocks: np.ndarray | None = None
     window = 1
 

@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 class TransformersAudio(Backbone):
     """A `...Classification` model of transformers; `transformers:<repository or folder>` is any of the family's types."""
 
-    modality = "audio"
+    modality, noun = "audio", "sounds"
     # model_type of a configuration -> the library's classes of configuration and model
     library_classes: ClassVar[dict[str, tuple[str, str]]] = {}
     # source -> model_type and the fields in which its configuration differs from the library's defaults

@@ -42,7 +42,7 @@ class CogVideoX(DiffusersBackbone):
     """`cogvideox-2b`, `cogvideox-5b`, `cogvideox-5b-i2v`, or `diffusers:<repository or folder>` of this class (1.5 too)."""
 
     family = "cogvideox"
-    modality = "diffusion-video"
+    modality, noun = "diffusion-video", "clips"
     diffusers_class = "CogVideoXTransformer3DModel"
     aliases = {
         "cogvideox-2b": "diffusers:THUDM/CogVideoX-2b",

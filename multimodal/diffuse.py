@@ -59,7 +59,7 @@ class Diffuse(Task):
         seed: of the noise in evaluation and sampling.
     """
 
-    name, noun, monitor = "diffuse", "images", "loss"
+    name, monitor = "diffuse", "loss"
 
     def __init__(
         self,

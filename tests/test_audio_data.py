@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.data import Skipped
+from zoo.data import Skipped, collate
 from zoo.errors import ConfigError, DataError, MissingPackageError
 
 soundfile = pytest.importorskip("soundfile")
@@ -368,3 +371,76 @@ def test_several_classes_for_each_sound(tmp_path: Path) -> None:
     assert after["loss"] < before["loss"] and after["map"] > 0.9
     with pytest.raises(DataError, match=r"not among the 1 classes"):
         open_audio(tmp_path / "tags", classes=["low"])
+
+
+# -- the Hub, and words -----------------------------------------------------------------------------------------------
+
+
+class Table:
+    """As a data set of the library `datasets`: rows of (audio, text, label)."""
+
+    def __init__(self, sounds: list[Any]) -> None:
+        kind = sys.modules["datasets"]
+        self.sounds, self.encoded = sounds, False
+        self.features = {"audio": kind.Audio(), "text": object(), "label": kind.ClassLabel(names=["high", "low"])}
+
+    def cast_column(self, name: str, feature: Any) -> Table:
+        cast = Table(self.sounds)
+        cast.encoded = name == "audio" and isinstance(feature, type(self.features["audio"])) and not feature.decode
+        return cast
+
+    def __len__(self) -> int:
+        return len(self.sounds)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return [i % 2 for i in range(len(self))] if key == "label" else None
+        assert self.encoded  # bytes, which nothing has decoded
+        return {"audio": self.sounds[key], "text": "", "label": key % 2}
+
+
+@pytest.mark.parametrize("name", ["ann/tones", "hf:ann/tones", "hf://ann/tones", "hf://datasets/ann/tones"])
+def test_data_sets_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waves = [tone(f) for f in (2000, 200, 1500, 300)]
+    (tmp_path / "3.wav").write_bytes(encoded(waves[3]))
+    sounds = [{"bytes": encoded(w), "path": "x.wav"} for w in waves[:3]]
+    sounds.append({"bytes": None, "path": str(tmp_path / "3.wav")})
+    fake, asked = types.ModuleType("datasets"), []
+    for kind, setting in (("Audio", "decode"), ("Image", "decode"), ("ClassLabel", "names")):
+        setattr(fake, kind, dataclasses.make_dataclass(kind, [(setting, Any, dataclasses.field(default=True))]))
+
+    def load_dataset(name: str, split: str | None = None) -> Any:
+        asked.append((name, split))
+        return Table(sounds) if split else {"train": Table(sounds), "test": Table(sounds)}
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    data = open_audio(name, split="train")
+    assert asked == [("ann/tones", "train")]
+    assert data.classes == ["high", "low"] and [data[i][1] for i in range(4)] == [0, 1, 0, 1]
+    for wave, (sound, _) in zip(waves, (data[i] for i in range(4)), strict=True):
+        torch.testing.assert_close(sound.wave, torch.from_numpy(wave).float(), rtol=0, atol=1e-4)
+    with pytest.raises(DataError, match="splits train, test"):
+        open_audio(name)
+    with pytest.raises(DataError, match=r"audio_column 'text' is of type object; expected Audio"):
+        open_audio(name, split="train", audio_column="text")
+    with pytest.raises(DataError, match=r"image_column=.*audio, text, label"):
+        zoo.open_dataset(name, split="train")
+
+
+def test_reports_speak_of_sounds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = zoo.load("ast-micro", zoo.adapter("lora"), pretrained=False, num_classes=2, **SMALL)
+    train = open_audio(folder, split="train")
+    report = zoo.fit(model, train, epochs=1, batch_size=10, progress=True)
+    shown = "".join(capsys.readouterr())
+    assert "sounds/s" in str(report) and "sounds/s" in shown and "images" not in str(report) + shown
+    assert f"{len(train)} sounds" in repr(train)
+    with pytest.raises(DataError, match="asks for more sounds than"):
+        open_audio(folder, split="train", shots=1000)
+    with pytest.raises(ConfigError, match="sounds are less than one batch"):
+        zoo.fit(model, train, batch_size=1000, drop_last=True, progress=False)
+    for shape, what in (((7,), "Waveforms"), ((7, 4), "Spectrograms"), ((3, 7, 4), "Images"), ((2, 3, 7, 4), "Clips")):
+        with pytest.raises(DataError, match=f"^{what} of one batch have different shapes"):
+            collate([(torch.zeros(shape), 0), (torch.zeros(*shape[:-1], 5), 0)])
+    with pytest.raises(DataError, match=r"first: a\.wav: torn"):
+        collate([Skipped("a.wav", "torn")])

@@ -77,6 +77,7 @@ class Backbone:
 
     family: ClassVar[str] = ""
     modality: ClassVar[str] = "image"
+    noun: ClassVar[str] = "images"  # what the items of its data are called in messages and reports
     aliases: ClassVar[dict[str, str]] = {}
     block_table: ClassVar[Sequence[Row]] = ()
     # Modules inside a block whose output is an elementwise function of their input (norms are known by their points)

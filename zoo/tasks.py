@@ -33,7 +33,7 @@ class Task:
     """Base of all tasks. An instance may hold settings; it holds no state of a run."""
 
     name: ClassVar[str] = ""
-    noun: ClassVar[str] = "items"  # what an item of the data is called in reports
+    noun: ClassVar[str] = ""  # what the items of the data are called in reports; "": as the backbone calls them
     hub: ClassVar[str | None] = None  # the Hub's name of the task
     monitor: ClassVar[str] = "loss"  # by which number of an evaluation the best epoch is chosen
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
@@ -47,6 +47,10 @@ class Task:
             options = {"augment": augment} if train and augment is not None else {}
             dataset = dataset.with_transform(model.family.preprocess(train, **options))
         return dataset
+
+    def items(self, model: Model) -> str:
+        """What the items of the data are called: "images", "sounds", "pairs"."""
+        return self.noun or model.family.noun
 
     def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise a ZooError unless model and data fit together."""

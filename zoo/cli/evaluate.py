@@ -93,7 +93,9 @@ def evaluate(
         print_json({"target": target, "data": data, **result})
         return
     rows = [
-        (k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items() if k != "per_class"
+        (k.replace("_", " ").replace("images", what.items(model)), f"{v:.4f}" if isinstance(v, float) else v)
+        for k, v in result.items()
+        if k != "per_class"
     ]
     console().print(table(["", ""], rows))
     if per_class:

@@ -90,6 +90,11 @@ class ImageDataset(Dataset[Any]):
         return self.rows.name
 
     @property
+    def noun(self) -> str:
+        """What the items are called in messages: "images", if the rows do not say another word."""
+        return getattr(self.rows, "noun", "images")
+
+    @property
     def labels(self) -> np.ndarray | None:
         """(n,) int64 labels of this selection."""
         return None if self.rows.labels is None else self.rows.labels[self.indices]
@@ -132,7 +137,7 @@ class ImageDataset(Dataset[Any]):
 
     def __repr__(self) -> str:
         count = "unknown" if self.classes is None else len(self.classes)
-        return f"ImageDataset({self.name!r}, {len(self)} images, {count} classes)"
+        return f"ImageDataset({self.name!r}, {len(self)} {self.noun}, {count} classes)"
 
 
 def decode(data: bytes | bytearray | memoryview | None, where: str) -> Image.Image:
@@ -163,12 +168,21 @@ def collate(items: Sequence[Any]) -> tuple[Any, Tensor]:
     """For a torch DataLoader over an `ImageDataset`: (images (B, C, H, W), labels (B,)), without what was skipped.
 
     Raises:
-        DataError: images of different sizes, or still PIL images (no transform was given), or nothing is left.
+        DataError: inputs of different sizes, or still PIL images (no transform was given), or nothing is left.
     """
     kept = [item for item in items if not isinstance(item, Skipped)]
     if not kept:
-        raise DataError("No image of this batch could be read. Look at the data set; are most of its files damaged?")
+        raise DataError(f"Nothing of this batch could be read; first: {items[0].where}: {items[0].reason}")
     return stack(kept)
+
+
+# What tensors of 1, 2, 3 and 4 dimensions are, and how they become equally large
+_KINDS = {
+    1: ("Waveforms", "a cut or padding"),
+    2: ("Spectrograms", "a cut or padding"),
+    3: ("Images", "a resize and a crop"),
+    4: ("Clips", "a cut, a resize and a crop"),
+}
 
 
 def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
@@ -176,7 +190,7 @@ def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
     first = items[0]
     if not isinstance(first, (tuple, list)) or len(first) != 2:
         raise DataError(
-            f"The data set yields {type(first).__name__}; expected pairs (image, label). Wrap it so that dataset[i] gives both."
+            f"The data set yields {type(first).__name__}; expected pairs (input, label). Wrap it so that dataset[i] gives both."
         )
     if isinstance(first[0], Image.Image):
         raise DataError(
@@ -185,9 +199,10 @@ def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
         )
     if isinstance(first[0], Tensor) and any(item[0].shape != first[0].shape for item in items):
         shapes = sorted({tuple(item[0].shape) for item in items})
+        what, mend = _KINDS.get(first[0].ndim, ("Inputs", "a cut"))
         raise DataError(
-            f"Images of one batch have different shapes: {', '.join(map(str, shapes[:4]))}. End the transform with a resize "
-            "and a crop to one size; model.preprocess(train=True) does."
+            f"{what} of one batch have different shapes: {', '.join(map(str, shapes[:4]))}. End the transform with {mend} to one "
+            "size; model.preprocess(train=True) does."
         )
     inputs, targets = default_collate([tuple(item) for item in items])
     return inputs, targets if isinstance(targets, Tensor) else torch.as_tensor(targets)

@@ -136,7 +136,7 @@ def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Pat
         return files
     text = str(source)
     if text.startswith("hf:"):
-        return text[3:]
+        return text[3:].removeprefix("//").removeprefix("datasets/")  # as the Hub's own addresses have it
     path = Path(text).expanduser()
     if path.is_file():
         return [path]

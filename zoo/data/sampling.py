@@ -26,7 +26,7 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
         short = [f"{classes[c]} ({counts[c]})" for c in np.flatnonzero(counts < shots)]
         listed = ", ".join(short[:8]) + (f" and {len(short) - 8} more" if len(short) > 8 else "")
         raise DataError(
-            f"{dataset.name}: shots={shots} asks for more images than these classes have: {listed}. "
+            f"{dataset.name}: shots={shots} asks for more {dataset.noun} than these classes have: {listed}. "
             f"The largest possible value is {counts.min()}."
         )
     random = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def split_train_val(dataset: ImageDataset, fraction: float = 0.1, seed: int = 0)
     chosen[np.concatenate(val)] = True
     if not chosen.any():
         raise DataError(
-            f"{dataset.name}: no class has two images, so none can be set aside. Pass val=..., or keep='last'."
+            f"{dataset.name}: no class has two {dataset.noun}, so none can be set aside. Pass val=..., or keep='last'."
         )
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
@@ -94,7 +93,13 @@ def _files_below(folder: Path, extensions: tuple[str, ...]) -> list[str]:
 
 
 class HubRows:
-    """A data set of the Hub, read by the `datasets` library (the extra `data`), one split of it."""
+    """A data set of the Hub, read by the `datasets` library (the extra `data`), one split of it.
+
+    Data sets of something else than images override how it is decoded and what the library calls such a column.
+    """
+
+    decode: Callable[[Any, str], Any] = staticmethod(decode)
+    feature, setting = "Image", "image_column"  # the library's class of the column, and what messages call its name
 
     blocks: np.ndarray | None = None
     window = 1
@@ -125,11 +130,17 @@ class HubRows:
                 raise DataError(f"'{name}' has the splits {', '.join(loaded)}; choose one with split=...")
             loaded = next(iter(loaded.values()))
         features = loaded.features
-        images = [k for k, f in features.items() if isinstance(f, datasets.Image)]
+        kind: Any = getattr(datasets, self.feature)
+        fitting = [k for k, f in features.items() if isinstance(f, kind)]
         classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
-        self.image_column = _column(name, image_column, images, list(features), "image_column")
+        self.image_column = _column(name, image_column, fitting, list(features), self.setting)
+        if self.image_column not in fitting:
+            found = type(features[self.image_column]).__name__
+            raise DataError(
+                f"'{name}': {self.setting} '{self.image_column}' is of type {found}; expected {self.feature}."
+            )
         self.label_column = _column(name, label_column, classes, list(features), "label_column")
-        self._data = loaded.cast_column(self.image_column, datasets.Image(decode=False))
+        self._data = loaded.cast_column(self.image_column, kind(decode=False))
         names = getattr(features[self.label_column], "names", None)
         labels = np.asarray(loaded[self.label_column])
         if not len(labels):
@@ -147,13 +158,13 @@ class HubRows:
     def where(self, index: int) -> str:
         return f"{self.name}, row {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Any, int]:
         assert self.labels is not None
         value = self._data[int(index)][self.image_column]
         data, path = value.get("bytes"), value.get("path")
         if data is None and path and Path(path).is_file():
-            data = Path(path).read_bytes()
-        return decode(data, self.where(index)), int(self.labels[index])
+            data = read_file(path)
+        return self.decode(data, self.where(index)), int(self.labels[index])
 
 
 def _column(name: str, wanted: str | None, fitting: list[str], known: list[str], setting: str) -> str:

@@ -179,7 +179,7 @@ def run(
     result = counter.result()
     if not result["images"]:
         raise DataError(
-            f"{dataset.name}: not one image could be read; first: {skipped[0][1] if skipped else 'none there'}"
+            f"{dataset.name}: none of the {task.items(model)} could be read; first: {skipped[0][1] if skipped else 'none there'}"
         )
     for name, metric in further.items():
         found = metric.compute()

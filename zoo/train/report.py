@@ -24,13 +24,13 @@ class Report:
         best: the epoch whose weights the model now holds, with the metrics of that epoch and "chosen" ("best" or "last").
         stopped: "finished" or "early".
         steps: optimizer steps done.
-        images: images trained on, over all epochs.
+        images: images (or other items) trained on, over all epochs.
         seconds: of training and evaluation together, over all resumed parts.
         images_per_second: training alone, over all processes.
         parameters: how many numbers were trained.
         skipped: places of images that could not be read (only with on_error="skip").
         settings: the arguments of the run.
-        data: names and sizes of the data sets.
+        data: names and sizes of the data sets, and what their "items" are called.
         out: where report.json and curves.png are.
     """
 
@@ -114,6 +114,7 @@ class Report:
     def __str__(self) -> str:
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
         return (
-            f"{len(self.history)} epochs, {self.steps} steps, {self.images_per_second:.0f} images/s, {self.seconds:.0f} s; "
+            f"{len(self.history)} epochs, {self.steps} steps, {self.images_per_second:.0f} {self.data.get('items', 'images')}/s, "
+            f"{self.seconds:.0f} s; "
             f"epoch {self.best.get('epoch', 0)} ({self.best.get('chosen', 'last')}): {numbers}"
         )

@@ -56,6 +56,7 @@ class Trainer:
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
+        self.items = task.items(model)
         self.store, self.every = Store(folder, processes.main), every
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
         self.listeners = [c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)]
@@ -72,7 +73,7 @@ class Trainer:
         )
         if not self.plan.batches:
             raise ConfigError(
-                f"drop_last=True leaves nothing: {len(train)} images are less than one batch of {settings.batch_size}."
+                f"drop_last=True leaves nothing: {len(train)} {self.items} are less than one batch of {settings.batch_size}."
             )
         self.total = settings.steps or settings.epochs * self.plan.batches
         self.epochs = math.ceil(self.total / self.plan.batches)
@@ -188,7 +189,7 @@ class Trainer:
             elapsed = time.perf_counter() - began
             run.training_seconds += elapsed
             run.epoch_seconds += elapsed
-            bar.move(task, f"{plan.batch_size / elapsed:.0f} images/s")
+            bar.move(task, f"{plan.batch_size / elapsed:.0f} {self.items}/s")
             if self.every and run.step % self.every == 0 and run.batch < batches:
                 self.stepper.check_pending()
                 self._save()
@@ -216,7 +217,8 @@ class Trainer:
         self.stepper.sums.zero_()
         if self.val is not None:
             self._choose(record)
-        self.bar.line(_line(record, self.epochs, best=run.best is not None and run.best["epoch"] == record["epoch"]))
+        best = run.best is not None and run.best["epoch"] == record["epoch"]
+        self.bar.line(_line(record, self.epochs, best, self.items))
         for listener in self.listeners:
             getattr(listener, "log", listener)(dict(record))
 
@@ -281,6 +283,7 @@ class Trainer:
         data: dict[str, Any] = {
             "train": self.train.name,
             "train_images": len(self.train),
+            "items": self.items,
             "classes": self.model.num_classes,
         }
         if self.val is not None:
@@ -348,10 +351,10 @@ def _data_identity(dataset: ImageDataset) -> list[Any]:
     return [len(dataset), None if labels is None else zlib.crc32(labels.tobytes()), dataset.classes]
 
 
-def _line(record: dict[str, Any], epochs: int, best: bool) -> str:
+def _line(record: dict[str, Any], epochs: int, best: bool, items: str) -> str:
     parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
     for title, prefix in (("training", ""), ("validation", "val_")):
         if f"{prefix}loss" in record:
             accuracy = f", accuracy {100 * record[f'{prefix}accuracy']:.1f} %" if f"{prefix}accuracy" in record else ""
             parts.append(f"{title}: loss {record[f'{prefix}loss']:.4f}{accuracy}")
-    return "   ".join([*parts, f"{record['images_per_second']:.0f} images/s", *(["best so far"] if best else [])])
+    return "   ".join([*parts, f"{record['images_per_second']:.0f} {items}/s", *(["best so far"] if best else [])])
