@@ -327,11 +327,12 @@ def _front(task: Generate, model: Model) -> GridFeatures | None:
     vision = task.vision if task.vision is not None else family.front_end
     if vision is None or family.feat_dim is None or isinstance(vision, GridFeatures):
         return vision if family.feat_dim is not None else None
-    if isinstance(vision, str):
+    name, options = vision if isinstance(vision, tuple) else (vision, {})
+    if isinstance(name, str):
         from zoo.loading import load_backbone
 
-        vision = load_backbone(vision, num_classes=0, device=model.device)
-    return GridFeatures(vision)
+        name = load_backbone(name, num_classes=0, device=model.device)
+    return GridFeatures(name, **options)
 
 
 def _check_family(model: Model) -> None:

@@ -61,7 +61,8 @@ class Seq2Seq(Backbone):
     classes: ClassVar[tuple[str, str]]  # without visual input (the library's), with it (`multimodal.vl_models`)
     # alias target -> (repository of the weights, configuration)
     members: ClassVar[dict[str, tuple[str | None, dict[str, Any]]]]
-    front_ends: ClassVar[dict[str, str]] = {}  # alias -> alias of the image backbone that it was trained with
+    # alias -> the image backbone that it was trained with, and how `GridFeatures` took its tokens
+    front_ends: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = {}
     vocabularies: ClassVar[dict[int, int]]  # size without visual words -> size with them
     encoder_path: ClassVar[str]
     decoder_path: ClassVar[str]
@@ -256,7 +257,7 @@ class Seq2Seq(Backbone):
         return module(ids, mask, answer, use_cache=False, **given).logits  # type: ignore[no-any-return]
 
     @property
-    def front_end(self) -> str | None:
+    def front_end(self) -> tuple[str, dict[str, Any]] | None:
         """The image backbone whose grid features the network was trained with, if it is one of the zoo."""
         return self.front_ends.get(self.name)
 
@@ -338,3 +339,9 @@ class Seq2Seq(Backbone):
         if self.feat_dim is None:
             return ids, mask, answer
         return ids, mask, answer, torch.randn(2, 5, self.feat_dim), torch.rand(2, 5, 4)
+
+    def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
+        """A question of 20 tokens, an answer of 10, and the 36 regions of an image that the authors' features have."""
+        question, answer = (torch.randint(3, self.feature_dim, (size, length)) for length in (20, 10))
+        seen = () if self.feat_dim is None else (torch.randn(size, 36, self.feat_dim), torch.rand(size, 36, 4))
+        return question, torch.ones_like(question), answer, *seen

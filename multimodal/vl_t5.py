@@ -85,7 +85,7 @@ class VLT5Backbone(Seq2Seq):
         "zoo:t5-base": ("google-t5/t5-base", {**BASE, "feat_dim": None}),
         "zoo:vl-t5-micro": (None, MICRO),
     }
-    front_ends = {"vl-t5-micro": "vit-micro"}
+    front_ends = {"vl-t5-micro": ("vit-micro", {"pool": (4, 4), "reduce": "mean"})}
     vocabularies = {32128: 32200}
     encoder_path, decoder_path, blocks_path = "encoder", "decoder", "block"
     word_key = "shared.weight"
