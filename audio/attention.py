@@ -5,34 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Given, Insert, Pair, Prompts, parts
+from zoo.attention import AttentionSite, Given, Insert, Prompts, SplitKeys, by_head, mask_bias, recorder
 from zoo.errors import AttachError
 from zoo.points import Point, TokensPoint
 from zoo.session import OnOutput
-from zoo.sites import BlockSite, Op, Site
+from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
     from zoo.session import Session
-
-
-@dataclass(eq=False)
-class SplitKeys:
-    """norm -> key and value projections -> keys and values (`Prompts.project`)."""
-
-    norm: nn.Module | None
-    k: nn.Module
-    v: nn.Module
-    num_heads: int
-
-    def __call__(self, tokens: Tensor) -> Pair:
-        """(n, T, d) -> two of (n, h, T, c)."""
-        normed = tokens if self.norm is None else self.norm(tokens)
-        keys, values = (p(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.k, self.v))
-        return keys, values
 
 
 @dataclass(eq=False)
@@ -63,18 +45,10 @@ class SplitAttention(AttentionSite):
         """x (B, N, d) -> (B, N, d). Extra keys are seen by every query, masked or not."""
         attention: Any = self.module
         q, k, v = (
-            p(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            by_head(p(hidden_states), attention.head_dim)
             for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-
-        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
-            if attention_mask is None:
-                return None
-            rows = index is not None and len(attention_mask) > 1
-            mask = attention_mask.index_select(0, index) if rows else attention_mask  # type: ignore[arg-type]
-            return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
-
-        y = self.attend(q, k, v, len(hidden_states), bias).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, len(hidden_states), mask_bias(attention_mask)).transpose(1, 2).flatten(2)
         return (attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj)(y), None
 
 
@@ -101,13 +75,9 @@ def record(
     Raises:
         AttachError: queries of their own.
     """
-
-    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, per_row: bool) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), per_row=per_row)
-        session.op(site_module, made, kind)
-
+    op = recorder(session, point, verb, module)
     if verb == "extend":
-        op(attention, SplitAttention, "forward", Given(module), per_row=True)
+        op(attention, SplitAttention, "forward", Given(module))
     elif verb == "prompt" and options["keep"]:
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
@@ -116,10 +86,9 @@ def record(
             strip = insert.strip if leave[1] == "input" else OnOutput(insert.strip)
             op(leave[0], BlockSite if leave[1] == "output" else Site, leave[1], strip, per_row=False)
     elif verb == "prompt":
-        heads = attention.q_proj.out_features // attention.head_dim
-        project = SplitKeys(norm, attention.k_proj, attention.v_proj, heads)
+        project = SplitKeys(norm, attention.k_proj, attention.v_proj, attention.head_dim)
         through = (*(() if norm is None else (norm,)), attention.k_proj, attention.v_proj)
-        op(attention, SplitAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)
+        op(attention, SplitAttention, "forward", Prompts(session.owner, module, through, project))
     else:
         raise AttachError(
             f"'{verb}' is not available at '{point.name}': tokens that only query are described for timm's attentions."

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, FusedAttention, FusedKeys, Given, Insert, Prompts, heads, parts
+from zoo.attention import AttentionSite, FusedAttention, FusedKeys, Given, Insert, Prompts, heads, mask_bias, recorder
 from zoo.errors import AttachError, MismatchError
 from zoo.points import Point, TokensPoint
 from zoo.session import OnOutput
-from zoo.sites import BlockSite, Op, Site
+from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
     from multimodal.clip_towers import Tower
@@ -165,11 +165,6 @@ def widen(mask: Tensor, extra: int, at: int) -> Tensor:
 class PackedSite(AttentionSite):
     """`PackedAttention` with extra keys and values, and with prompts that flow through a masked tower."""
 
-    @property
-    def sources(self) -> tuple[Op, ...]:
-        """Active ops that give keys and values."""
-        return tuple(op for op in self.forwards if op.verb != "flow")
-
     def extended(self, query: Tensor, *_: Any, attn_mask: Tensor | None = None, **__: Any) -> Any:  # type: ignore[override]
         """query (B, N, d) -> as `PackedAttention.forward`. Extra keys are seen by every query."""
         attention: Any = self.module
@@ -177,14 +172,7 @@ class PackedSite(AttentionSite):
         mask = attention.mask(attn_mask, len(q), q.dtype)
         if mask is not None and mask.shape[-1] < query.shape[1]:
             mask = widen(mask, query.shape[1] - mask.shape[-1], 1)
-
-        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
-            if mask is None:
-                return None
-            own = mask.index_select(0, index) if index is not None and mask.dim() == 4 else mask
-            return F.pad(own, (extra, 0))
-
-        return attention.finish(self.attend(q, k, v, len(q), bias))
+        return attention.finish(self.attend(q, k, v, len(q), mask_bias(mask)))
 
 
 def record(
@@ -198,29 +186,25 @@ def record(
     block: Any = tower.blocks[point.block]  # type: ignore[index]
     attention = block.attn
     kind: type[AttentionSite] = PackedSite if isinstance(attention, PackedAttention) else FusedAttention
-
-    def op(at: nn.Module, site: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=name, modules=parts(module), per_row=per_row)
-        session.op(at, made, site)
-
+    op = recorder(session, point, verb, module)
     if verb not in ("extend", "prompt"):
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family 'clip'.")
     # Where one token alone is read, prompts that leave the last block are read by nobody.
     pooled = pooled and tower.averaged
     if verb == "extend":
-        op(attention, kind, "forward", Given(module), per_row=True)
+        op(attention, kind, "forward", Given(module))
     elif keep or (pooled and block is tower.blocks[-1]):
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
-        op(block, BlockSite, "input", insert)
+        op(block, BlockSite, "input", insert, per_row=False)
         if tower.causal:  # the mask is that of the words alone
             for each in tower.blocks:
-                op(each.attn, kind, "forward", None, "flow")
+                op(each.attn, kind, "forward", None, "flow", per_row=False)
         if not pooled and tower.end_side == "input":
-            op(tower.end, Site, "input", insert.strip)
+            op(tower.end, Site, "input", insert.strip, per_row=False)
         elif not pooled:
-            op(tower.end, Site, "output", OnOutput(insert.strip))
+            op(tower.end, Site, "output", OnOutput(insert.strip), per_row=False)
     else:
         through = tower.through(block)
         project = FusedKeys(*through, attention.num_heads)
-        op(attention, kind, "forward", Prompts(session.owner, module, through, project), per_row=True)
+        op(attention, kind, "forward", Prompts(session.owner, module, through, project))

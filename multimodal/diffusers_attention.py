@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Bias, Given, parts
+from zoo.attention import AttentionSite, Given, mask_bias, recorder
 from zoo.errors import AttachError
 from zoo.memory import recomputable
 from zoo.points import Point
-from zoo.sites import BlockSite, Op, Site
+from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
     from zoo.session import Session
@@ -83,17 +82,6 @@ class Activated(Site):
         return None
 
 
-def _masked(mask: Tensor | None) -> Bias:
-    """What `attend` adds to the scores: the library's mask (B, h, 1 or N, L), 0 for extra keys."""
-
-    def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        return F.pad(mask if index is None else mask.index_select(0, index), (extra, 0))
-
-    return bias
-
-
 @dataclass(eq=False)
 class Extended(AttentionSite):
     """What the processors share."""
@@ -113,6 +101,20 @@ class Extended(AttentionSite):
         """(B, N, h c) -> (B, h, N, c), normed."""
         tokens = projected.unflatten(-1, (int(self.module.heads), -1)).transpose(1, 2)  # type: ignore[arg-type]
         return tokens if norm is None else norm(tokens)
+
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x (B, N, d), keys and values of the context (B, L, d_c) or of x, each (B, h, N or L, c)."""
+        attention: Any = self.module
+        context = x if context is None else context
+        q, k = self.split(attention.to_q(x), attention.norm_q), self.split(attention.to_k(context), attention.norm_k)
+        return q, k, self.split(attention.to_v(context))
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by the text's own projections, (B, L, d) -> each (B, h, L, c)."""
+        attention: Any = self.module
+        q = self.split(attention.add_q_proj(text), attention.norm_added_q)
+        k = self.split(attention.add_k_proj(text), attention.norm_added_k)
+        return q, k, self.split(attention.add_v_proj(text))
 
     def mask(self, mask: Tensor | None, keys: int, batch: int) -> Tensor | None:
         """The library's mask, prepared as its processors do it."""
@@ -140,14 +142,10 @@ class Plain(Extended):
         **_: Any,
     ) -> Tensor:
         """(B, N, d), with the context (B, L, d_c) of cross attention -> (B, N, d)."""
-        attention: Any = self.module
         batch = len(hidden_states)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = self.split(attention.to_q(hidden_states), attention.norm_q)
-        k = self.split(attention.to_k(context), attention.norm_k)
-        v = self.split(attention.to_v(context))
-        mask = self.mask(attention_mask, context.shape[1], batch)
-        return self.out(self.attend(q, k, v, batch, _masked(mask)))
+        q, k, v = self.project(hidden_states, encoder_hidden_states)
+        mask = self.mask(attention_mask, k.shape[2], batch)
+        return self.out(self.attend(q, k, v, batch, mask_bias(mask)))
 
 
 @dataclass(eq=False)
@@ -163,16 +161,13 @@ class TextAndVideo(Extended):
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """Video (B, N, d) and text (B, L, d) -> the same."""
-        attention: Any = self.module
         batch, text = len(hidden_states), encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q = self.split(attention.to_q(x), attention.norm_q)
-        k = self.split(attention.to_k(x), attention.norm_k)
-        v = self.split(attention.to_v(x))
+        q, k, v = self.project(x)
         if image_rotary_emb is not None:
             q, k = (_turned(t, text, image_rotary_emb) for t in (q, k))
         mask = self.mask(attention_mask, x.shape[1], batch)
-        y = self.out(self.attend(q, k, v, batch, _masked(mask)))
+        y = self.out(self.attend(q, k, v, batch, mask_bias(mask)))
         return y[:, text:], y[:, :text]
 
 
@@ -206,16 +201,12 @@ class ImageAndText(Extended):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Image (B, N, d) and text (B, L, d) -> the same; or the image alone."""
         attention: Any = self.module
-        q = self.split(attention.to_q(hidden_states), attention.norm_q)
-        k = self.split(attention.to_k(hidden_states), attention.norm_k)
-        v = self.split(attention.to_v(hidden_states))
+        q, k, v = self.project(hidden_states)
         text = encoder_hidden_states
         if text is None:
-            return self.out(self.attend(q, k, v, len(q), _masked(None)))
-        q = torch.cat([q, self.split(attention.add_q_proj(text), attention.norm_added_q)], dim=2)
-        k = torch.cat([k, self.split(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
-        v = torch.cat([v, self.split(attention.add_v_proj(text))], dim=2)
-        y = self.attend(q, k, v, len(q), _masked(None))
+            return self.out(self.attend(q, k, v, len(q), mask_bias(None)))
+        q, k, v = (torch.cat(both, dim=2) for both in zip((q, k, v), self.project_text(text)))
+        y = self.attend(q, k, v, len(q), mask_bias(None))
         image = hidden_states.shape[1]
         said = y[:, :, image:].transpose(1, 2).flatten(2)
         said = said if attention.context_pre_only else attention.to_add_out(said)  # the last block's is read by nobody
@@ -236,17 +227,13 @@ class Flux(Extended):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Image (B, N, d) and text (B, L, d) -> the same; or a sequence (B, L + N, d), not yet projected."""
         attention: Any = self.module
-        q = self.split(attention.to_q(hidden_states), attention.norm_q)
-        k = self.split(attention.to_k(hidden_states), attention.norm_k)
-        v = self.split(attention.to_v(hidden_states))
+        q, k, v = self.project(hidden_states)
         said = encoder_hidden_states
         if said is not None:
-            q = torch.cat([self.split(attention.add_q_proj(said), attention.norm_added_q), q], dim=2)
-            k = torch.cat([self.split(attention.add_k_proj(said), attention.norm_added_k), k], dim=2)
-            v = torch.cat([self.split(attention.add_v_proj(said)), v], dim=2)
+            q, k, v = (torch.cat(both, dim=2) for both in zip(self.project_text(said), (q, k, v)))
         if image_rotary_emb is not None:
             q, k = _turned(q, 0, image_rotary_emb), _turned(k, 0, image_rotary_emb)
-        y = self.attend(q, k, v, len(q), _masked(attention_mask))
+        y = self.attend(q, k, v, len(q), mask_bias(attention_mask))
         if said is None:
             return y.transpose(1, 2).flatten(2)
         text = said.shape[1]
@@ -276,5 +263,4 @@ def record(session: Session, point: Point, module: nn.Module) -> None:
             f"{', '.join(KINDS)} alone. Put the library's own processor back (after fuse_qkv_projections(): "
             "unfuse_qkv_projections()), or leave the point out of the targets."
         )
-    op = Op(session.owner, "forward", Given(module), point.name, verb="extend", modules=parts(module))
-    session.op(attention, op, KINDS[processor])
+    recorder(session, point, "extend", module)(attention, KINDS[processor], "forward", Given(module))

@@ -22,34 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Bias, Given, Pair, Prompts, parts
+from zoo.attention import AttentionSite, Bias, Given, Pair, Prompts, SplitKeys, by_head, mask_bias, recorder
 from zoo.errors import AttachError
 from zoo.points import Point
-from zoo.sites import Op, Site
+from zoo.sites import Site
 
 if TYPE_CHECKING:
     from multimodal.seq2seq import Seq2Seq
     from zoo.session import Session
-
-
-def by_head(projected: Tensor, width: int) -> Tensor:
-    """(B, N, h c) -> (B, h, N, c), a view; width = c."""
-    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
-
-
-@dataclass(eq=False)
-class SplitKeys:
-    """norm -> k and v projections -> keys and values (`Prompts.project`); without a norm where a block has none in front."""
-
-    norm: nn.Module | None
-    k: nn.Module
-    v: nn.Module
-    width: int
-
-    def __call__(self, tokens: Tensor) -> Pair:
-        """(n, T, d) -> two of (n, h, T, c)."""
-        normed = tokens if self.norm is None else self.norm(tokens)
-        return by_head(self.k(normed), self.width), by_head(self.v(normed), self.width)
 
 
 def keys_values(states: Tensor, cache: Any, index: int, cross: bool, project: Callable[[Tensor], Pair]) -> Pair:
@@ -84,16 +64,7 @@ def pair_bias(mask: Tensor | None, position: Tensor | None, causal: bool, q: Ten
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         mask = position if mask is None else position + mask
-
-    def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
-        added = mask
-        if added is None:
-            return None
-        if index is not None and len(added) > 1:
-            added = added.index_select(0, index)
-        return F.pad(added, (extra, 0), value=added.dtype == torch.bool)
-
-    return bias
+    return mask_bias(mask)
 
 
 @dataclass(eq=False)
@@ -277,15 +248,12 @@ def record(
         AttachError: `pooled` prompts of one block, or an attention of another release of the library.
     """
     kind = family.attention_site
-
-    def op(site_module: nn.Module, site: type[Site], fn: Any, per_row: bool, named: str = verb) -> None:
-        made = Op(session.owner, "forward", fn, point.name, verb=named, modules=parts(module), per_row=per_row)
-        session.op(site_module, made, site)
-
+    op = recorder(session, point, verb, module)
     if keep:
-        op(family.encoder, family.encoder_site, module, False, "prompt, pooled" if pooled else verb)
+        entry = "prompt, pooled" if pooled else verb
+        op(family.encoder, family.encoder_site, "forward", module, entry, per_row=False)
         if pooled:
-            op(family.decoder, DecoderSite, module, False)
+            op(family.decoder, DecoderSite, "forward", module, per_row=False)
         return
     attention = point.module if verb == "extend" else family.self_attention(point.module)
     if "past_key_values" not in inspect.signature(type(attention).forward).parameters:
@@ -294,7 +262,7 @@ def record(
             "pip install -U transformers"
         )
     if verb == "extend":
-        op(attention, kind, Given(module), True)
+        op(attention, kind, "forward", Given(module))
         return
     if pooled:
         raise AttachError(
@@ -303,4 +271,4 @@ def record(
         )
     project = family.prompt_keys(point.module)
     through = tuple(m for m in (project.norm, project.k, project.v) if m is not None)
-    op(attention, kind, Prompts(session.owner, module, through, project), True)
+    op(attention, kind, "forward", Prompts(session.owner, module, through, project))

@@ -20,10 +20,10 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.attention import AttentionSite, FusedKeys, Given, Prompts, heads, parts, prepend
+from zoo.attention import AttentionSite, FusedKeys, Given, Prompts, heads, prepend, recorder
 from zoo.memory import recomputable
 from zoo.points import Point, TokensPoint
-from zoo.sites import BlockSite, Op, Site
+from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
     from vision.timm_family import TimmBackbone
@@ -63,11 +63,6 @@ class WindowSite(AttentionSite):
     def fused(self) -> bool:
         """Also where timm by default keeps Swin from the fused product: with more keys it saves time and half the bytes."""
         return bool(self.module.fused_attn) or use_fused_attn()
-
-    @property
-    def sources(self) -> tuple[Op, ...]:
-        """Active ops that give keys and values."""
-        return tuple(op for op in self.forwards if op.verb != "flow")
 
     def extended(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B * W, N, d), mask (W, N, N) or None -> (B * W, N, d)."""
@@ -213,12 +208,7 @@ def record(
     """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
     backbone: Any = family.module
     attention: Any = block.attn
-
-    def op(at: nn.Module, kind: type[Site], where: str, fn: Any, name: str = verb, per_row: bool = False) -> None:
-        excludes = ("replace",) if name == "flow" else ()
-        made = Op(session.owner, where, fn, point.name, name, modules=parts(module), per_row=per_row, excludes=excludes)
-        session.op(at, made, kind)
-
+    op = recorder(session, point, verb, module)
     last = backbone.layers[-1].blocks[-1]
     if not keep and not (pooled and block is last):
         source: Any = Given(module)
@@ -226,17 +216,18 @@ def record(
             through = (block.norm1, attention.qkv, nn.Identity())
             project = FusedKeys(*through, attention.num_heads)  # type: ignore[arg-type]
             source = Prompts(session.owner, module, through, project)  # type: ignore[arg-type]
-        op(attention, WindowSite, "forward", source, per_row=True)
-        op(block, WindowBlock, "forward", None, "windows", per_row=True)
+        op(attention, WindowSite, "forward", source)
+        op(block, WindowBlock, "forward", None, "windows")
         return
     assert isinstance(point, TokensPoint)
     flow = Flow(module)
+    passing: dict[str, Any] = {"verb": "flow", "per_row": False, "excludes": ("replace",)}
     for number, stage in enumerate(backbone.layers):
         if keep and number and not isinstance(stage.downsample, nn.Identity):
-            op(stage.downsample, Site, "watch_input", Merge(flow, stage.downsample))
+            op(stage.downsample, Site, "watch_input", Merge(flow, stage.downsample), per_row=False)
         for each in stage.blocks:
             if keep or each is last:
-                op(each.attn, WindowSite, "forward", None, "flow")
-                op(each, WindowBlock, "forward", Pass(flow, each is block, each is not last or pooled), "flow")
+                op(each.attn, WindowSite, "forward", None, **passing)
+                op(each, WindowBlock, "forward", Pass(flow, each is block, each is not last or pooled), **passing)
     if pooled:
-        op(backbone.norm, Site, "input", flow.join)
+        op(backbone.norm, Site, "input", flow.join, per_row=False)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zoo.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, parts
+from zoo.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, recorder
 from zoo.points import Point, TokensPoint
-from zoo.sites import BlockSite, Op, Site
+from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
     from vision.timm_family import TimmBackbone
@@ -32,15 +32,11 @@ def record(
     """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
     attention: Any = block.attn
     backbone: Any = family.module
-
-    def op(site_module: nn.Module, kind: type[Site], where: str, fn: Any, per_row: bool) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), per_row=per_row)
-        session.op(site_module, made, kind)
-
+    op = recorder(session, point, verb, module)
     # Where the class token alone is read, prompts leaving the last block are read by nobody.
     pooled = pooled and (backbone.global_pool != "token" or backbone.attn_pool is not None)
     if verb == "extend":
-        op(attention, FusedAttention, "forward", Given(module), per_row=True)
+        op(attention, FusedAttention, "forward", Given(module))
     elif keep or (pooled and block is backbone.blocks[-1]):
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
@@ -50,4 +46,4 @@ def record(
     else:
         through: tuple[Any, ...] = (block.norm1, attention.qkv, attention.k_norm)
         project = FusedKeys(block.norm1, attention.qkv, attention.k_norm, attention.num_heads)  # type: ignore[arg-type]
-        op(attention, FusedAttention, "forward", Prompts(session.owner, module, through, project), per_row=True)
+        op(attention, FusedAttention, "forward", Prompts(session.owner, module, through, project))

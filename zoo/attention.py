@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ from torch import Tensor, nn
 
 from zoo.memory import recomputable
 from zoo.sites import Op, Site, site_at
+
+if TYPE_CHECKING:
+    from zoo.points import Point
+    from zoo.session import Session
 
 Pair = tuple[Tensor, Tensor]  # keys and values, each (1 or B, h, T, c)
 Bias = Callable[[int, int, "Tensor | None"], "Tensor | None"]  # (extra keys, images, which of them) -> what is added
@@ -143,6 +147,41 @@ def heads(projected: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def by_head(projected: Tensor, width: int) -> Tensor:
+    """(B, N, h c) -> (B, h, N, c), a view; width = c."""
+    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+@dataclass(eq=False)
+class SplitKeys:
+    """norm -> key and value projections -> keys and values (`Prompts.project`); norm None: there is none in front."""
+
+    norm: nn.Module | None
+    k: nn.Module
+    v: nn.Module
+    width: int
+
+    def __call__(self, tokens: Tensor) -> Pair:
+        """(n, T, d) -> two of (n, h, T, c)."""
+        normed = tokens if self.norm is None else self.norm(tokens)
+        return by_head(self.k(normed), self.width), by_head(self.v(normed), self.width)
+
+
+def mask_bias(mask: Tensor | None) -> Bias:
+    """What `AttentionSite.attend` adds for a mask of the own keys, (M or 1, K) or (1 or B, 1 or h, M or 1, K).
+
+    The mask is additive, or true where a key is seen. Extra keys are seen by every query.
+    """
+
+    def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        own = mask if index is None or mask.dim() < 4 or len(mask) == 1 else mask.index_select(0, index)
+        return F.pad(own, (extra, 0), value=own.dtype == torch.bool)
+
+    return bias
+
+
 def parts(module: nn.Module) -> tuple[nn.Module, ...]:
     """An adapter's module, and those that it shares with others."""
     return (module, *getattr(module, "shared", ()))
@@ -192,8 +231,8 @@ class AttentionSite(Site):
 
     @property
     def sources(self) -> tuple[Op, ...]:
-        """Active ops that give keys and values."""
-        return self.forwards
+        """Active ops that give keys and values; others (`flow`) say that prompts pass as tokens."""
+        return tuple(op for op in self.forwards if op.verb != "flow")
 
     # -- extra keys and values --------------------------------------------------------------------------------------
 
@@ -305,18 +344,9 @@ class FusedAttention(AttentionSite):
         gate = None if gate is None else gate(x).sigmoid()
         q, k, v = heads(attention.qkv(x), attention.num_heads)
         q, k = attention.q_norm(q), attention.k_norm(k)
-
-        def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
-            mask = attn_mask
-            if is_causal:
-                mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
-            if mask is None:
-                return None
-            if index is not None and mask.dim() == 4 and len(mask) > 1:
-                mask = mask.index_select(0, index)
-            return F.pad(mask, (extra, 0), value=mask.dtype == torch.bool)
-
-        y = self.attend(q, k, v, batch, bias).transpose(1, 2).flatten(2)
+        if is_causal:
+            attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+        y = self.attend(q, k, v, batch, mask_bias(attn_mask)).transpose(1, 2).flatten(2)
         y = attention.norm(y)
         y = y if gate is None else y * gate
         return attention.proj_drop(attention.proj(y))
@@ -334,3 +364,12 @@ def _state_of(tensors: list[Tensor], dtype: torch.dtype) -> Any:
         return (precision, [(id(t), t.data_ptr(), t._version) for t in tensors])
     except RuntimeError:  # made in inference mode, or wrapped by a functional transform
         return None
+
+
+def recorder(session: Session, point: Point, verb: str, module: nn.Module) -> Callable[..., None]:
+    """What records the ops that a verb with this module makes at a point: `op(at, kind, where, fn)`, and options of `Op`."""
+
+    def op(at: nn.Module, kind: type[Site], where: str, fn: Any, verb: str = verb, **options: Any) -> None:
+        session.op(at, Op(session.owner, where, fn, point.name, verb, modules=parts(module), **options), kind)
+
+    return op
