@@ -237,6 +237,22 @@ class AdapterHost(Headed):
             where.refresh()
 
     @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A failure inside takes out the adapters that came in, and puts back heads, classes and who was active."""
+        before, heads = list(self.adapters), dict(self.heads.items())
+        classes, active = self.classes, self._state.active
+        try:
+            yield
+        except BaseException:
+            for name in [n for n in self.adapters if n not in before]:
+                self.remove_adapter(name)
+            for name, head in heads.items():
+                self.heads[name] = head
+            self.classes = classes
+            self.set_active(*active)
+            raise
+
+    @contextmanager
     def disable(self) -> Iterator[None]:
         """A context without any adapter: the bare backbone and the default head."""
         active = self._state.active

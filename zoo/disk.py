@@ -263,10 +263,9 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
         ConfigError, UnknownNameError: a method or setting that this version does not have.
     """
     _check_backbone(model, saved)
-    heads, classes, active = dict(model.heads.items()), model.classes, model.active
     added: list[str] = []
     own_head = head and saved.has_head and bool(model.adapters)
-    try:
+    with model._all_or_nothing():
         for i, entry in enumerate(saved.adapters):
             last = i == len(saved.adapters) - 1
             name = entry.name if entry.name not in model.adapters else None
@@ -284,14 +283,6 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
                 model.reset_head(saved.num_classes, kind=saved.head_kind)
             _fill(model.head, saved.head_tensors(), "head", model, saved)
             model.classes = saved.classes
-    except BaseException:
-        for name in added:
-            model.remove_adapter(name)
-        for name, module in heads.items():
-            model.heads[name] = module
-        model.classes = classes
-        model.set_active(*active)
-        raise
     if not model.record:
         model.record = dict(saved.record)
     return added

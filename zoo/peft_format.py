@@ -290,10 +290,9 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             f"model's is {model.fingerprint}. Load the weights that it was trained on ('{saved.backbone_name}')."
         )
     lora, parts, head = translate(saved, model)
-    heads, classes, active = dict(model.heads.items()), model.classes, model.active
     shared = bool(model.adapters)  # then the head belongs to the new adapter alone
-    before = set(model.adapters)
-    try:
+    before, classes = set(model.adapters), model.classes
+    with model._all_or_nothing():
         model.add_adapter(lora, name, num_classes=len(head["weight"]) if head and shared else None)
         added = next(n for n in model.adapters if n not in before)
         for point, values in parts.items():
@@ -304,12 +303,4 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             model.head.load_state_dict(head)
             model.classes = saved.classes if saved.classes or not shared else classes
             model.train(model.training)
-    except BaseException:
-        for key in [n for n in model.adapters if n not in before]:
-            model.remove_adapter(key)
-        for key, module in heads.items():
-            model.heads[key] = module
-        model.classes = classes
-        model.set_active(*active)
-        raise
     return added
