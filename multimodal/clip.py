@@ -300,8 +300,11 @@ class CLIPBackbone(Backbone):
         }
 
     def licence(self) -> str | None:
-        """MIT for OpenAI's weights; open_clip does not state those of others."""
-        return "mit" if self.pretrained and self.own_name.endswith("/openai") else None
+        """MIT for OpenAI's weights, Apache-2.0 for ours; open_clip does not state those of others."""
+        if not self.pretrained:
+            return None
+        own = "apache-2.0" if self.own_name.startswith("zoo:") else None
+        return "mit" if self.own_name.endswith("/openai") else own
 
     def hub_id(self) -> str | None:
         """Hub repository of the checkpoint, as open_clip states it."""
