@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +53,8 @@ def create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     try:
         options = _options(open_clip, architecture, tag, pretrained, options)
-        module: nn.Module = open_clip.create_model(architecture, **options)
+        with _silent_about_random_weights(pretrained):
+            module: nn.Module = open_clip.create_model(architecture, **options)
     except TypeError as error:
         raise ConfigError(f"open_clip does not take these options for '{name}': {error}") from error
     except Exception as error:
@@ -62,6 +66,22 @@ def create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             "(open_clip.list_pretrained()), or pass pretrained=False for random weights."
         ) from error
     return module
+
+
+@contextmanager
+def _silent_about_random_weights(pretrained: bool) -> Iterator[None]:
+    """open_clip warns, on the root logger, that random weights are random; those who asked for them need no warning."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded for model")
+
+    root = logging.getLogger()
+    if not pretrained:
+        root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
 
 
 def _options(open_clip: Any, architecture: str, tag: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,3 +246,23 @@ def test_tokenizers_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip, "get_tokenizer", offline)
     with pytest.raises(ConfigError, match=r"no network.*token ids"):
         zoo.load("siglip-b16", device="meta").family.tokenize("a cat")  # type: ignore[attr-defined]
+
+
+def test_random_weights_that_were_asked_for_are_no_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one message of open_clip is kept back, and only around the call."""
+    real = open_clip.create_model
+
+    def create(*arguments: Any, **options: Any) -> Any:
+        logging.warning("another one")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    filters = list(logging.getLogger().filters)
+    small: dict[str, Any] = {"vision_cfg": IMAGE, "text_cfg": TEXT, "embed_dim": 24}
+    for options in ({"device": "meta"}, {"pretrained": False}):
+        zoo.load("open_clip:ViT-B-32", **options, **small)
+    assert caplog.messages == ["another one"] * 2 and logging.getLogger().filters == filters
+    real("ViT-B-32", load_weights=False, device="meta")
+    assert caplog.messages[2].startswith("No pretrained weights loaded")
