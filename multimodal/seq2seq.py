@@ -7,6 +7,9 @@
 All from `visual_features` on may be left out: then it is the library's text network. `decoder_input_ids` are the answer, one
 place to the right (`shift`). Names: the aliases, which have a visual embedding and the released files' vocabulary, or
 `transformers:<repository or folder>`, which has them if its configuration says so or `feat_dim=` is given.
+
+Tables of embeddings are no points: words, positions, the order of images (`visual_embedding.img_order_embedding`). They are
+neither projections nor norms, so only `full` trains them; the visual embedding as a whole is the condition `encoder.visual`.
 """
 
 from __future__ import annotations

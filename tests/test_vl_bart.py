@@ -20,6 +20,7 @@ from zoo.table import tiny_model
 pytest.importorskip("transformers", reason="the extra 'multimodal' is not installed")
 
 FAMILIES = ("vl-t5", "vl-bart")
+TOWERS = ("encoder", "decoder")
 
 
 def random(family: str, **more: Any) -> Any:
@@ -171,3 +172,26 @@ def test_trained_with_its_dropout() -> None:
     expected = plain(ids, mask, answer, use_cache=False).logits
     torch.manual_seed(0)
     assert torch.equal(model(ids, mask, answer), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        ("vl-t5", {f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for stack in TOWERS}),
+        ("vl-bart", {f"model.{stack}.embed_positions.weight" for stack in TOWERS}),
+    ],
+)
+def test_only_full_tuning_trains_tables(family: str, positions: set[str]) -> None:
+    """Every parameter is that of a linear or a norm point, but for words, positions and the order of images."""
+    model, batch = tiny_model(family)
+    modules = [p.module for p in model.points if p.kind in ("linear", "norm")]
+    covered = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    rest = {name for name, p in model.backbone.named_parameters() if id(p) not in covered}
+    orders = {n for n in rest if n.endswith("visual_embedding.img_order_embedding.weight")}
+    assert len(orders) == 1 and {n for n in rest if "shared" not in n} == positions | orders
+    model.add_adapter("full")
+    loss = model.train()(*batch, torch.tensor([0, 1, 1, 0, 1])).logsumexp(-1).sum()  # two images
+    loss.backward()
+    gradients = {k: p.grad for k, p in model.parameters_to_train().items()}
+    (order,) = [g for k, g in gradients.items() if k.endswith("img_order_embedding.weight")]
+    assert order is not None and bool(order[:2].any(dim=1).all())

@@ -124,7 +124,8 @@ class HubRows:
         try:
             loaded = datasets.load_dataset(name, split=split)
         except Exception as error:
-            raise DataError(f"The Hub data set '{name}' (split {split!r}) could not be loaded: {error}") from error
+            reason = f"{error} ({error.__cause__})" if error.__cause__ is not None else str(error)
+            raise DataError(f"The Hub data set '{name}' (split {split!r}) could not be loaded: {reason}") from error
         if isinstance(loaded, dict):
             if len(loaded) > 1:
                 raise DataError(f"'{name}' has the splits {', '.join(loaded)}; choose one with split=...")
