@@ -62,6 +62,7 @@ class DiffusersBackbone(Backbone):
     pools = False
     tiny_classes = None
     task = "diffuse"
+    loads_in_dtype = True
     diffusers_class: ClassVar[str] = ""
     text_tokens: ClassVar[int] = 0  # of the text embeddings that the library's pipeline makes, where that is fixed
     # Settings of the transformers that have an alias, so that they are built without a network
@@ -93,8 +94,10 @@ class DiffusersBackbone(Backbone):
         return known == cls.diffusers_class
 
     @classmethod
-    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+    def build(cls, name: str, *, pretrained: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
         """The library's transformer; `kwargs` are settings of its class and replace those of the checkpoint.
+
+        `dtype`: in which the checkpoint is read, where that is exact (`multimodal.diffusers_weights`).
 
         Raises:
             ConfigError: a setting that the class does not have or take, or weights that cannot be had.
@@ -103,7 +106,7 @@ class DiffusersBackbone(Backbone):
         options = {k: v for k, v in kwargs.items() if v is not None}
         made = getattr(library("diffusers", "multimodal"), cls.diffusers_class)
         if pretrained:
-            return cls._load(made, name, options)
+            return cls._load(made, name, options, dtype)
         config = cls.configs.get(name)
         if config is None:
             found, _ = source_config(name.removeprefix("diffusers:"))
@@ -117,11 +120,13 @@ class DiffusersBackbone(Backbone):
             raise ConfigError(f"diffusers does not take these options for '{name}': {error}") from error
 
     @classmethod
-    def _load(cls, made: Any, name: str, options: dict[str, Any]) -> nn.Module:
+    def _load(cls, made: Any, name: str, options: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+        from multimodal.diffusers_weights import load
+
         source = name.removeprefix("diffusers:")
         _, folder = source_config(source)
         try:
-            return made.from_pretrained(source, **({"subfolder": folder} if folder else {}), **options)
+            return load(made, source, folder, options, dtype)
         except Exception as error:
             raise ConfigError(
                 f"The pretrained weights of '{name}' could not be loaded: {type(error).__name__}: {str(error)[:300]}. Check the "

@@ -88,6 +88,7 @@ class Backbone:
     # Whether `features` are pooled (B, d), which a classifier can stand on; false where the network's own output comes out
     # (an image of noise, scores of words), and `num_classes` is refused
     pools: ClassVar[bool] = True
+    loads_in_dtype: ClassVar[bool] = False  # whether `build` takes `dtype=` and reads the checkpoint in it
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
     # Options of `zoo.load` that say which points there are: a saved adapter brings those that it was attached with
     point_options: ClassVar[tuple[str, ...]] = ()

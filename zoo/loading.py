@@ -37,7 +37,7 @@ def load(
         num_classes: width of a new head; None keeps the checkpoint's own (or the saved adapter's); 0 means features.
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
-        dtype: precision of the backbone and of the adapters.
+        dtype: precision of the backbone and of the adapters; large checkpoints are read in it, without a float32 copy.
         memory: "default", "low" or "min" (`zoo.memory`).
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
@@ -114,7 +114,8 @@ def load_backbone(
             module = cls.build(own, pretrained=False, **kwargs)
         module = module.to("meta")
     else:
-        module = cls.build(own, pretrained=pretrained, **kwargs)
+        precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
+        module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
     family = cls(module, name)
     family.pretrained = pretrained and not meta
     family.configure(**kwargs)
