@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import fit
 from torch import Tensor, nn
-from train_parts import difference, easy_data, tiny_model, weights
+from train_parts import difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.errors import ConfigError, MismatchError, SaveError, WeightsError

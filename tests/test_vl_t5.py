@@ -1,62 +1,25 @@
-"""VL-T5 and VL-BART, what both have in common; what is BART's own stands in test_vl_bart.py."""
+"""VL-T5 and VL-BART, what both have in common. See also test_seq2seq_methods.py; BART's own stands in test_vl_bart.py."""
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from seq2seq_models import FAMILIES, library, stir, straight, twin
 from torch import Tensor
 
 import zoo
-from tests.straightforward_seq2seq import Straight
 from zoo import Adapter, registry
-from zoo.errors import AttachError, ConfigError, MissingPackageError
+from zoo.errors import ConfigError, MissingPackageError
 from zoo.points import Points
 from zoo.registry import register_adapter
 from zoo.table import tiny_model
-
-pytest.importorskip("transformers", reason="the extra 'multimodal' is not installed")
-
-FAMILIES = ("vl-t5", "vl-bart")
-ALL = zoo.adapter("lora", targets="q,k,v,o,up,down,visual")
-
-
-def library(family: str) -> Any:
-    import transformers
-
-    return {"vl-t5": transformers.T5ForConditionalGeneration, "vl-bart": transformers.BartForConditionalGeneration}[
-        family
-    ]
-
-
-def straight(model: Any, **more: Any) -> Straight:
-    state = {k: v.detach() for k, v in model.backbone.state_dict().items()}
-    return Straight(state, 4, model.family.family == "vl-t5", **more)
-
-
-def twin(model: Any) -> Any:
-    """The library's own network with the same weights, without visual embedding."""
-    plain = library(model.family.family)(copy.deepcopy(model.backbone.config))
-    unused = plain.load_state_dict(model.backbone.state_dict(), strict=False)
-    assert not unused.missing_keys and all("visual_embedding" in k for k in unused.unexpected_keys)
-    return plain.requires_grad_(False).eval()  # torch picks its attention kernel by whether a gradient is wanted
-
-
-@torch.no_grad()
-def stir(model: Any, scale: float = 0.2) -> Any:
-    """Random adapter values, so that everything takes part."""
-    for parameter in model.parameters_to_train().values():
-        parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return model.eval()
-
 
 # -- equal to the library ------------------------------------------------------------------------------------------------
 
@@ -114,157 +77,6 @@ def test_visual_tokens_can_be_masked(family: str) -> None:
     same = model(ids, mask, answer, features, boxes, None, None, hidden)
     torch.testing.assert_close(same, model(ids, mask, answer, changed, boxes, None, None, hidden))
     torch.testing.assert_close(same, model(ids, mask, answer, features[:, :3], boxes[:, :3]), rtol=1e-4, atol=1e-5)
-
-
-# -- methods -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compatibility(family: str) -> None:
-    cells = {c.method: c for c in zoo.compatibility([family])}
-    for method in ("full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3", "vpt"):
-        cell = cells[method]
-        assert (cell.attach, cell.train, cell.save) == ("yes", "yes", "yes"), cell
-    assert not [c for c in cells.values() for step in c.as_dict().values() if str(step).startswith("defect")]
-    merged = {m for m, c in cells.items() if c.merge == "yes"}
-    assert {"full", "bitfit", "norm", "lora", "ia3"} <= merged
-    assert ("ssf" in merged) == (family == "vl-bart")  # T5 has no shift that SSF's could be put into
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        ALL,
-        zoo.adapter("adapter", form="houlsby", rank=4),
-        zoo.adapter("adapter", form="adaptformer", rank=4),
-        zoo.adapter("adapter", form="parallel", rank=4),
-    ],
-    ids=lambda a: getattr(a, "form", a.method),
-)
-def test_identity_at_the_start_nothing_dead_and_removal(family: str, adapter: Any) -> None:
-    model, batch = tiny_model(family)
-    before, bare = copy.deepcopy(model.backbone.state_dict()), model(*batch)
-    model.add_adapter(adapter, "a")
-    assert torch.equal(model.eval()(*batch), bare)
-    assert model.probe(*batch) == []
-    stir(model)
-    assert not torch.allclose(model(*batch), bare)
-    model.remove_adapter("a")
-    assert torch.equal(model(*batch), bare)
-    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sequential_adapter_stands_in_front_of_the_residual_sum(family: str) -> None:
-    """`y <- y + A(y)` on what a sublayer gives: here by changing the output projection, which for a linear A is the same."""
-    model, batch = tiny_model(family)
-    model.add_adapter(
-        zoo.adapter("adapter", form="houlsby", rank=4, activation="none", targets="decoder.blocks.1.cross")
-    )
-    stir(model)
-    expected = straight(model)
-    part = model.adapters["adapter"].get_submodule("decoder.blocks.1.cross")
-    change = torch.eye(32) + part.adapter_up.weight.detach() @ part.adapter_down.weight.detach()
-    path = model.points["decoder.blocks.1.cross.o"].path
-    state = expected.state
-    old = state.get(f"{path}.bias", torch.zeros(32))
-    state[f"{path}.weight"] = change @ state[f"{path}.weight"]
-    shift = part.adapter_up.weight @ part.adapter_down.bias + part.adapter_up.bias
-    state[f"{path}.bias"] = change @ old + shift.detach()
-    torch.testing.assert_close(model(*batch), expected(*batch), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_merges_saves_and_serves_samples(family: str, tmp_path: Path) -> None:
-    model, batch = tiny_model(family)
-    model.add_adapter(ALL, "one")
-    stir(model)
-    torch.testing.assert_close(model.family.run(model.merge(), *batch), model(*batch), rtol=1e-5, atol=1e-5)
-    again, _ = tiny_model(family)
-    zoo.disk.attach(again, zoo.disk.read(model.save_adapter(tmp_path / "a")))
-    assert torch.equal(again.eval()(*batch), model(*batch))
-
-    bare = model.backbone(batch[0], batch[1], batch[2], visual_features=batch[3], boxes=batch[4])
-    assert not torch.equal(bare.logits[0], twin(model)(*batch[:3]).logits[0])
-    model.add_adapter("prefix", "two", activate=False)
-    alone = []
-    for name, row in (("two", 0), ("one", 1)):
-        model.set_active(name)
-        alone.append(model(*batch)[row])
-    torch.testing.assert_close(model(*batch, adapters=["two", "one"]), torch.stack(alone), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigError, match="a row for each sample"):
-        model(*batch, torch.zeros(5, dtype=torch.long), adapters=["two", "one"])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True, "rank": 4}, {"targets": "all-linear"}], ids=str)
-def test_forms_of_lora(family: str, options: dict[str, Any]) -> None:
-    model, batch = tiny_model(family)
-    bare = model(*batch)
-    model.add_adapter(zoo.adapter("lora", **options))
-    torch.testing.assert_close(model.eval()(*batch), bare, rtol=1e-5, atol=1e-5)
-    assert model.probe(*batch) == []
-    stir(model, 0.1)
-    torch.testing.assert_close(model.family.run(model.merge(), *batch), model(*batch), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
-def test_memory_settings_give_the_same_gradients(family: str, method: str) -> None:
-    found = []
-    for memory in ("default", "low", "min"):
-        model, batch = tiny_model(family)
-        torch.manual_seed(0)
-        model.add_adapter(method)
-        stir(model)
-        model.memory = memory
-        (model.train()(*batch) - 1).square().mean().backward()
-        found.append({k: p.grad for k, p in model.parameters_to_train().items()})
-    for other in found[1:]:
-        for key, gradient in found[0].items():
-            torch.testing.assert_close(other[key], gradient, rtol=1e-5, atol=1e-6)
-
-
-# -- prefixes and prompts against the formulas ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefixes_have_no_position_and_no_mask(family: str) -> None:
-    model, batch = tiny_model(family)
-    model.add_adapter(zoo.adapter("prefix", num_tokens=3))
-    assert model.probe(*batch) == []
-    stir(model, 1.0)
-    prefix = {}
-    for point in model.points.select(kind="attention"):
-        part = model.adapters["prefix"].module_at(point)
-        prefix[point.path] = (part.keys.detach(), part.values.detach())
-    assert len(prefix) == 2 + 2 * 2
-    torch.testing.assert_close(model(*batch), straight(model, prefix=prefix)(*batch), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(*batch[:3]), straight(model, prefix=prefix)(*batch[:3]), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["deep", "flow", "stay"])
-def test_prompts_stand_in_front_of_the_text(family: str, form: str) -> None:
-    model, batch = tiny_model(family)
-    pool = "all" if form == "stay" else "patches"
-    adapter = model.add_adapter(zoo.adapter("vpt", num_tokens=3, deep=form == "deep", pool=pool))
-    assert model.probe(*batch) == []
-    stir(model, 0.5)
-    prompts = [p.detach() for p in adapter.parameters()]
-    assert len(prompts) == (2 if form == "deep" else 1)
-    other = straight(model, prompts=prompts, flow=form != "deep", stay=form == "stay")
-    torch.testing.assert_close(model(*batch), other(*batch), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(*batch[:3]), other(*batch[:3]), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_of_one_block_cannot_stay(family: str) -> None:
-    model, _ = tiny_model(family)
-    with pytest.raises(AttachError, match="deep=False"):
-        model.add_adapter(zoo.adapter("vpt", pool="all"))
-    assert not model.adapters
 
 
 # -- generation ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import zoo
+from zoo.train import Report
 
 CLASSES = 4
 
@@ -44,3 +45,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference between two sets of weights."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def fit(model: zoo.Model, train: Any, val: Any = None, **options: Any) -> Report:
+    return zoo.fit(model, train, val, **{"epochs": 2, "batch_size": 16, "lr": 3e-3, "progress": False, **options})
