@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.backbone import Backbone
+from zoo.backbone import Backbone, told
 from zoo.errors import ConfigError, nearest
 from zoo.library import library, pretrained_config
 
@@ -127,6 +127,15 @@ class TransformersAudio(Backbone):
             return {}
         found = pretrained_config(self.source, "preprocessor_config.json")
         return {} if isinstance(found, str) else found
+
+    def hub_task(self, num_classes: int) -> str | None:
+        """Sounds have one task on the Hub; features have none."""
+        return "audio-classification" if num_classes else None
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`, from a file of sound."""
+        lines = ['sound = model.preprocess()(soundfile.read("sound.wav"))', told("sound", self, num_classes)]
+        return ["import soundfile"], lines
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Logits (or pooled features) of a merged module."""

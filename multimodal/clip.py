@@ -315,6 +315,18 @@ class CLIPBackbone(Backbone):
             return architecture.removeprefix("hf-hub:")
         return (clip_build.tag_config(architecture, tag).get("hf_hub") or "").strip("/") or None
 
+    def hub_task(self, num_classes: int) -> str | None:
+        """A classifier stands on the image tower; without one images are compared with texts."""
+        return "image-classification" if num_classes else "zero-shot-image-classification"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`; without a classifier, scores of texts."""
+        imports, lines = super().usage(num_classes)
+        if not num_classes:
+            texts = '["a photo of a cat", "a photo of a dog"]'
+            lines[-1] = f"scores = model(image[None], {texts}).softmax(-1)  # (1, 2)"
+        return imports, lines
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two images and two texts as token ids: start, words, end (the highest id), padding."""
         vocab, context = int(self.module.vocab_size), self.context_length  # type: ignore[arg-type]

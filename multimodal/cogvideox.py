@@ -43,6 +43,7 @@ class CogVideoX(DiffusersBackbone):
 
     family = "cogvideox"
     modality, noun = "diffusion-video", "clips"
+    sample, request = "frames", '("a cat crosses a lawn").frames[0]'
     diffusers_class = "CogVideoXTransformer3DModel"
     aliases = {
         "cogvideox-2b": "diffusers:THUDM/CogVideoX-2b",
@@ -160,6 +161,18 @@ class CogVideoX(DiffusersBackbone):
             return super().open_dataset(data, split, **options)
         folder = Path(data).expanduser()
         return ImageDataset(ClipRows(folder / split if split else folder), None)
+
+    def hub_task(self, num_classes: int) -> str | None:
+        """Videos of a text, or of an image and a text."""
+        return "image-to-video" if self.takes_image else "text-to-video"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `DiffusersBackbone.usage`, with the image where the model takes one."""
+        imports, lines = super().usage(num_classes)
+        if not imports or not self.takes_image:
+            return imports, lines
+        lines = ['frames = pipeline(model)(image=Image.open("photo.jpg"), prompt="a cat crosses a lawn").frames[0]']
+        return ["from PIL import Image", *imports], lines
 
     def scheduler(self) -> Any:
         """As `DiffusersBackbone.scheduler`; the 2B model was trained with its signal-to-noise ratio shifted by 3, the 5B by 1."""

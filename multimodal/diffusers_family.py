@@ -64,6 +64,8 @@ class DiffusersBackbone(Backbone):
     task = "diffuse"
     loads_in_dtype = True
     diffusers_class: ClassVar[str] = ""
+    # What the pipeline gives and how it is called, for cards
+    sample, request = "image", '("a photo of a cat").images[0]'
     text_tokens: ClassVar[int] = 0  # of the text embeddings that the library's pipeline makes, where that is fixed
     # Settings of the transformers that have an alias, so that they are built without a network
     configs: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -182,6 +184,16 @@ class DiffusersBackbone(Backbone):
             torch.randn(size, self.text_tokens, x.shape[2]) if x.ndim == 3 and self.text_tokens else x for x in rest
         ]
         return torch.randn(*latents.shape[:-2], height, width), *words
+
+    def hub_task(self, num_classes: int) -> str | None:
+        """Images of a text, if the family does not say otherwise."""
+        return "text-to-image"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`: the library's pipeline around the model, where the checkpoint has one."""
+        if self.hub_id() is None:
+            return [], ["prediction = model(*model.example_batch())  # multimodal.pipelines makes a pipeline of it"]
+        return ["from multimodal.pipelines import pipeline"], [f"{self.sample} = pipeline(model){self.request}"]
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL image -> pixels in [-1, 1]: the centre, flipped at random in training. No random crops: they would be generated."""

@@ -66,6 +66,7 @@ class DiT(DiffusersBackbone):
         "diffusers:facebook/DiT-XL-2-256": "cc-by-nc-4.0",
         "diffusers:facebook/DiT-XL-2-512": "cc-by-nc-4.0",
     }
+    request = "([207]).images[0]"
     schedule = ("DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False})
     front = (("linear", "patch", "patch_embed", "pos_embed.proj"),)
     block_table = (
@@ -105,6 +106,17 @@ class DiT(DiffusersBackbone):
             )
         module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
         return module
+
+    def hub_task(self, num_classes: int) -> str | None:
+        """What the Hub calls images without a text."""
+        return "unconditional-image-generation"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `DiffusersBackbone.usage`; a model of pixels needs no pipeline."""
+        if self.latent_channels != 3:
+            return super().usage(num_classes)
+        lines = ["images = generate(model, [0, 1], guidance=2.0)  # of these classes, in [0, 1]"]
+        return ["from multimodal.sampling import generate"], lines
 
     @property
     def num_classes(self) -> int:

@@ -333,6 +333,26 @@ class Seq2Seq(Backbone):
         """Licence of the weights of the aliases: those of T5 and BART, and our own; None for others."""
         return "apache-2.0" if self.pretrained and not self._foreign and self.name in self.aliases else None
 
+    def hub_task(self, num_classes: int) -> str | None:
+        """Questions about images, or text alone."""
+        return "text-generation" if self.feat_dim is None else "visual-question-answering"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`: what is answered to a question."""
+        imports, lines = ["from multimodal.generate import Generate"], []
+        question, seen = "what is in the picture?", "None"
+        if self.feat_dim is None:
+            question = "translate English to German: The house is small."
+        elif self.front_end is not None:
+            imports, seen = ["from PIL import Image", *imports], 'Image.open("photo.jpg")'
+        else:
+            imports, seen = ["import torch", *imports], "(features, boxes)"
+            lines = [
+                f"features, boxes = torch.randn(36, {self.feat_dim}), torch.rand(36, 4)  # in place of a detector's"
+            ]
+        prefix = "" if self.feat_dim else 'prefix=""'
+        return imports, [*lines, f'answers = Generate({prefix}).answer(model, [{seen}], ["{question}"])']
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """A question with padding, an answer, features and boxes, for two."""
         ids = torch.randint(3, self.feature_dim, (2, 7))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import types
+import wave
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import zoo
-from zoo import cards, disk
-from zoo.errors import SaveError
+from zoo import cards, disk, registry
+from zoo.errors import MissingPackageError, SaveError
 from zoo.layout import CARD
 
 SMALL = {"pretrained": False, "depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
@@ -45,7 +49,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def assert_no_placeholder(text: str) -> None:
-    body = text.split("---\n", 2)[2]
+    body = re.sub(r"```python\n.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)
     assert not re.search(
         r"more information|todo|tbd|\bNone\b|\bnan\b|\[[^\]]*\](?!\()|<[^>]+>|\{|\}", body, re.IGNORECASE
     )
@@ -70,7 +74,7 @@ def test_a_full_card(model: zoo.Model) -> None:
         "Backbone",
         "Licence",
     ]
-    assert 'import zoo\nmodel = zoo.load(adapter="ann/vit-lora")\n' in found["How to load"]
+    assert '\nmodel = zoo.load(adapter="ann/vit-lora")\n' in found["How to load"]
     assert "| accuracy | test | 91.24 % |" in found["Results"] and "| loss | test | 0.31 |" in found["Results"]
     assert "### Three seeds" in found["Results"] and "| 1 | 0.92 |" in found["Results"]
     assert "CIFAR-10 (`uoft-cs/cifar10`): 2,000 train, 10,000 test" in found["Data"]
@@ -157,19 +161,124 @@ def test_the_card_of_a_folder(model: zoo.Model, tmp_path: Path) -> None:
         cards.write_card(model, tmp_path / CARD / "below.md")
 
 
-def test_the_loading_lines_run(model: zoo.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.save_adapter(tmp_path / "out")
-    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / CARD).read_text(), re.DOTALL)
+def executed(model: zoo.Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the Python of the card makes, in a folder with a photo and a sound; weights are random, for want of a network."""
+    model.save_adapter(folder / "out")
+    code = re.search(r"```python\n(.*?)```", (folder / "out" / CARD).read_text(), re.DOTALL)
     assert code is not None
-    real = zoo.load
+    real, pretrained = zoo.load, model.family.pretrained
 
     def load_random(**options: Any) -> zoo.Model:
-        torch.manual_seed(0)
-        return real(**options, pretrained=False)  # no network here
+        again = real(**options, pretrained=False, seed=5)
+        again.family.pretrained = pretrained
+        return again
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(zoo, "load", load_random)
+    Image.new("RGB", (40, 50), "red").save("photo.jpg")
+    with wave.open("sound.wav", "wb") as file:
+        file.setparams((1, 2, 16_000, 8_000, "NONE", ""))
+        file.writeframes(bytes(range(250)) * 64)
     names: dict[str, Any] = {}
     exec(code[1], names)
-    x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(names["model"](x), model(x))
+    assert torch.equal(names["model"].backbone.state_dict().popitem()[1], model.backbone.state_dict().popitem()[1])
+    return names
+
+
+def small(family: str, name: str | None = None, num_classes: int | None = None, **more: Any) -> zoo.Model:
+    """A random adapted member of a family, of the size of its tiny one, with a seed that can be given again."""
+    tiny, options = registry.family(family).tiny or ("", {})
+    try:
+        return zoo.load(name or tiny, "lora", num_classes=num_classes, pretrained=False, seed=5, **{**options, **more})
+    except MissingPackageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "groupmamba", "clip", "ast", "wav2vec2"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_lines_run(family: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if registry.family(family).modality == "audio":
+        pytest.importorskip("soundfile")
+    model = small(family, num_classes=classes)
+    names = executed(model, tmp_path, monkeypatch)
+    if family == "clip" and not classes:
+        assert names["scores"].shape == (1, 2)
+        torch.testing.assert_close(names["scores"].sum(), torch.tensor(1.0))
+        return
+    item = names["sound" if "sound" in names else "image"]
+    result = names["logits" if classes else "features"]
+    assert result.shape == (1, classes or model.family.feature_dim)
+    assert torch.equal(result, model(item[None]))
+    written = re.search(r"# \((.*)\)$", (tmp_path / "out" / CARD).read_text(), re.MULTILINE)
+    assert written is not None and written[1] == f"1, {result.shape[1]}"
+
+
+@pytest.mark.parametrize("seen", ["photo", "features", "nothing"])
+def test_the_lines_of_networks_that_write(seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    if seen == "photo":
+        model = zoo.load("vl-t5-micro", "lora", pretrained=False, seed=5)
+    else:
+        own = {"words": ["what", "is", "?"], "feat_dim": 5 if seen == "features" else None}
+        model = small("vl-t5", vocab_size=None, **own)
+    assert ModelCard(cards.render(model)).data.pipeline_tag == (
+        "text-generation" if seen == "nothing" else "visual-question-answering"
+    )
+    names = executed(model, tmp_path, monkeypatch)
+    assert len(names["answers"]) == 1 and isinstance(names["answers"][0], str)
+
+
+def test_the_lines_of_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of pixels; of one whose pipeline is on the Hub, with small parts in its place; of one without."""
+    pytest.importorskip("diffusers")
+    from test_diffusion_pipelines import XL, tiny_vae
+
+    import multimodal.pipelines as pipelines
+
+    assert executed(small("dit"), tmp_path / "a", monkeypatch)["images"].shape == (2, 3, 8, 8)
+    monkeypatch.undo()
+    assert len(executed(small("flux"), tmp_path / "b", monkeypatch)["prediction"]) == 2
+    monkeypatch.undo()
+    real = pipelines.pipeline
+    monkeypatch.setattr(pipelines, "pipeline", lambda model: real(model, vae=tiny_vae()))
+    latent = zoo.load("dit-xl2", "lora", pretrained=False, seed=5, **XL)
+    latent.family.pretrained = True
+    assert executed(latent, tmp_path / "c", monkeypatch)["image"].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("dit-xl2", "unconditional-image-generation"),
+        ("pixart-xl2", "text-to-image"),
+        ("sd3-medium", "text-to-image"),
+        ("flux-dev", "text-to-image"),
+        ("cogvideox-5b", "text-to-video"),
+        ("cogvideox-5b-i2v", "image-to-video"),
+    ],
+)
+def test_pipelines_are_called_as_they_are_made(name: str, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of the checkpoint's pipeline takes the arguments of the card's call, and the Hub's tag is its kind."""
+    diffusers = pytest.importorskip("diffusers")
+    import multimodal.pipelines as pipelines
+
+    model = small(name.split("-")[0], name, **({"in_channels": 8} if "i2v" in name else {}))
+    model.family.pretrained = True
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(lambda cls, *a, **k: Called(cls)))
+    text = cards.render(model, source="ann/x")
+    code = re.search(r"```python\n.*?\n\nmodel = [^\n]*\n(.*?)```", text, re.DOTALL)
+    assert code is not None and ModelCard(text).data.pipeline_tag == tag
+    monkeypatch.setattr(Image, "open", lambda path: Image.new("RGB", (8, 8)))
+    exec(code[1], {"model": model, "pipeline": pipelines.pipeline, "Image": Image})
+
+
+class Called:
+    """A pipeline that only looks at how it is called."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        bound = inspect.signature(self.kind.__call__).bind(self, *arguments, **options).arguments
+        assert {"prompt", "class_labels"} & bound.keys()
+        return types.SimpleNamespace(images=["x"], frames=["x"])

@@ -187,6 +187,15 @@ class Backbone:
         """The Hub repository of the pretrained weights, if they have one."""
         return None
 
+    def hub_task(self, num_classes: int) -> str | None:
+        """The Hub's name of what a model with so many classes (0: no head) is for."""
+        return "image-classification" if num_classes else "image-feature-extraction"
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """Python for cards: imports, and what to do with `model`, whose head has so many classes (0: none)."""
+        lines = ['image = model.preprocess()(Image.open("photo.jpg").convert("RGB"))', told("image", self, num_classes)]
+        return ["from PIL import Image"], lines
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random inputs for the tiny member, a batch of two."""
         return (torch.randn(2, *self.data_config()["input_size"]),)
@@ -318,6 +327,12 @@ def make_linear(
         fused=fused if part is not None else "",
         num_heads=num_heads,
     )
+
+
+def told(name: str, family: Backbone, num_classes: int) -> str:
+    """The line of Python that calls `model` on one item."""
+    result = f"logits = model({name}[None])  # (1, {num_classes})"
+    return result if num_classes else f"features = model({name}[None])  # (1, {family.feature_dim})"
 
 
 def _side(path: str, default: str) -> tuple[str, str]:

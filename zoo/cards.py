@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _SPLITS = ("train", "val", "test")
 _FRACTIONS = ("accuracy", "top1", "top5", "f1", "precision", "recall", "iou")
 _LOAD_LINE = re.compile(r'^(model = zoo\.load\(.*adapter=)"[^"\n]*"', re.MULTILINE)
-_TASKS = {"image": ("image-classification", "image-feature-extraction"), "audio": ("audio-classification", None)}
 
 
 def render(model: Model, adapters: Sequence[str] | None = None, *, source: str | None = None) -> str:
@@ -128,8 +127,7 @@ class _Card:
     def _task(self) -> str | None:
         if self.record.get("task"):
             return str(self.record["task"])
-        with_head, without = _TASKS.get(self.model.family.modality, (None, None))
-        return with_head if self.model.num_classes else without
+        return self.model.family.hub_task(self.model.num_classes)
 
     def summary(self) -> str:
         """One sentence: what this is."""
@@ -140,13 +138,14 @@ class _Card:
         return "\n\n".join([text, *map(str, self.record.get("notes") or [])])
 
     def loading(self) -> str:
-        """Two lines of Python, if it is known where from."""
+        """Python that loads and runs it, if it is known where from."""
         if not self.source:
             return ""
-        lines = f'```python\nimport zoo\nmodel = zoo.load(adapter="{self.source}")\n```'
-        classes = self.model.num_classes
-        output = f"logits over {classes} classes" if classes else "features"
-        return f"{lines}\n\n`model(x)` gives {output}; `model.preprocess()` makes `x` from an image."
+        imports, lines = self.model.family.usage(self.model.num_classes)
+        # without it, the classifier that the checkpoint has would stand on the features
+        bare = ", num_classes=0" if self.model.family.task == "classify" and not self.model.num_classes else ""
+        code = ["import zoo", *imports, "", f'model = zoo.load(adapter="{self.source}"{bare})', *lines]
+        return "\n".join(["```python", *code, "```"])
 
     def results(self) -> str:
         """Metrics of each split, then the tables of the record."""

@@ -197,8 +197,7 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     """Fill `model.record`, from which cards are made (`zoo.cards` lists its keys)."""
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
-        # a classifier on two towers stands on the image tower
-        record["task"] = trainer.task.hub or f"{model.family.modality.split('-')[0]}-classification"
+        record["task"] = trainer.task.hub or model.family.hub_task(model.num_classes)
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}
