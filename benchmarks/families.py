@@ -76,7 +76,7 @@ SETTINGS = {
     "digits": Setting("ast-micro", 10, _fsdd("digit", 20), 12),
     "speakers": Setting("ast-micro", 6, _fsdd("speaker", 50), 12),
     "sounds": Setting("ast-micro", 10, _esc10, 15, {"max_length": 256}, 16),
-    "objects": Setting("clip-micro", 10, _cifar10, 8),
+    "objects": Setting("clip-micro", 10, _cifar10, 6),
 }
 
 
