@@ -54,7 +54,7 @@ class Setting:
 
 def _fsdd(column: str, number: int) -> Callable[[Path, str, int], Any]:
     def data(folder: Path, split: str, seed: int) -> Any:
-        from audio.data import open_audio
+        from audio.data.sounds import open_audio
 
         shots = number if split == "train" else None
         return open_audio(folder / "fsdd", split=split, label_column=column, shots=shots, seed=seed)
@@ -63,7 +63,7 @@ def _fsdd(column: str, number: int) -> Callable[[Path, str, int], Any]:
 
 
 def _esc10(folder: Path, split: str, seed: int) -> Any:
-    from audio.data import open_audio
+    from audio.data.sounds import open_audio
 
     return open_audio(folder / "esc10", only={"fold": [1, 2, 3] if split == "train" else 4})
 
@@ -113,7 +113,7 @@ def train_one(task: str, label: str, data: Path, seed: int, epochs: int | None =
 
 def zero_shot(task: str, data: Path) -> dict[str, Any]:
     """Accuracy by the names of the classes alone."""
-    from multimodal.zero_shot import put_zero_shot_classifier
+    from multimodal.tasks.zero_shot import put_zero_shot_classifier
 
     setting = SETTINGS[task]
     test = setting.data(data, "test", 0)

@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import clock, machine, one_thread
-from vision.selective_scan import _Scan, selective_scan, sequential_scan
+from vision.families.groupmamba.selective_scan import _Scan, selective_scan, sequential_scan
 
 RESULTS = Path(__file__).parent / "results"
 DIM, GROUPS = 64, 4

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import zoo
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "parts"))
 from straightforward_vpt import StraightSwin, StraightViT
 
 OPTIONS: dict[str, dict[str, Any]] = {"vit-b16": {"depth": 3}, "swin-t": {}, "swin-b": {}}

@@ -27,12 +27,12 @@ FIRST = (
     "zoo.registry",
     "zoo.model",
     "zoo.points",
-    "zoo.adapter_base",
+    "zoo.adapters.base",
     "zoo.backbone",
-    "zoo.memory",
+    "zoo.engine.memory",
     "zoo.train",
 )
-NOT_PUBLIC = ("zoo.cli", "zoo.adapters", "zoo.demo", "zoo.layout")
+NOT_PUBLIC = ("zoo.cli", "zoo.disk.layout")
 
 _pages: dict[str, str] = {}
 

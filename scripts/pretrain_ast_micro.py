@@ -24,10 +24,10 @@ from pretraining import Run, arguments
 from torch import Tensor
 from tqdm import tqdm
 
-from audio.ast import AST
-from audio.data import open_audio
-from audio.features import AudioTransform, log_mel
-from audio.sound import resample
+from audio.data.features import AudioTransform, log_mel
+from audio.data.sound import resample
+from audio.data.sounds import open_audio
+from audio.families.ast import AST
 
 SPEEDS = (0.85, 0.925, 1.0, 1.075, 1.15)
 

@@ -5,7 +5,8 @@
 The image tower begins as `vit-micro`; the text tower and the projections are new. Each batch holds images of CIFAR-100, with
 captions made of the names of their classes, and some photographs of Flickr8k at 32 x 32 pixels with what people wrote of them. A
 caption of CIFAR-100 may also name the kind of thing: the coarse class, or what `KINDS` says ("a tiger, a kind of big cat"), so
-that the text tower learns some words that are no class. The loss is that of the task "contrast" (`multimodal.contrast`), with one
+that the text tower learns some words that are no class. The loss is that of the task "contrast"
+(`multimodal.tasks.contrast`), with one
 caption for all images of a class in a batch; in all epochs but the last, half of the patches are dropped (Li et al., "Scaling
 Language-Image Pre-training via Masking", 2023). Optimizers and moving average are those of `scripts/pretraining.py`.
 
@@ -35,9 +36,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import zoo
-from multimodal.clip_micro import load_vit
-from multimodal.contrast import Contrast
-from multimodal.zero_shot import zero_shot_classifier
+from multimodal.families.clip.micro import load_vit
+from multimodal.tasks.contrast import Contrast
+from multimodal.tasks.zero_shot import zero_shot_classifier
 
 VIT = Path(__file__).resolve().parent.parent / "vision" / "weights" / "vit-micro.safetensors"
 TEMPLATES = (

@@ -22,8 +22,8 @@ from cifar import accuracy, augment, normalize, read_split, taught, teach
 from pretraining import Run, arguments
 from timm.models.swin_transformer import WindowAttention
 
-from vision.groupmamba import GroupMambaFamily
-from vision.swin import Swin
+from vision.families.groupmamba.family import GroupMambaFamily
+from vision.families.swin import Swin
 
 FAMILIES = {"swin-micro": Swin, "groupmamba-micro": GroupMambaFamily}
 MATRICES = {"swin-micro": "layers.", "groupmamba-micro": ("block", "post_network")}

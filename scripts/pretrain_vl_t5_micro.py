@@ -3,7 +3,8 @@
     python scripts/pretrain_vl_t5_micro.py --data <folder with easy_vqa/> --out runs/vl-t5-micro
 
 4,000 drawings of one coloured shape, 38,575 questions with one of 13 answers. The images are seen by `vit-micro`, which stays as
-it is: its last tokens, pooled to 4 x 4. The loss is that of the task "generate" (`multimodal.generate`), optimizers and moving
+it is: its last tokens, pooled to 4 x 4. The loss is that of the task "generate" (`multimodal.tasks.generate`),
+optimizers and moving
 average are those of `scripts/pretraining.py`.
 
 The test split (1,000 other drawings, 9,673 questions) is read once, after the last epoch: the share of answers, as the model
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import zoo
-from multimodal.generate import Generate
+from multimodal.tasks.generate import Generate
 
 
 def prepared(model: zoo.Model, task: Generate, folder: Path, limit: int) -> tuple[list[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import zoo
-from zoo.demo import BACKBONE, digits, train_one
+from zoo.cli.demo import BACKBONE, digits, train_one
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,37 +16,52 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import zoo` costs little more than torch, and loads neither timm nor open_clip.
 _LAZY = {
-    "Adapter": "zoo.adapter_base",
+    "Adapter": "zoo.adapters.base",
     "Backbone": "zoo.backbone",
+    "Merger": "zoo.points",
     "Model": "zoo.model",
     "Points": "zoo.points",
+    "Row": "zoo.points",
+    "Task": "zoo.tasks",
     "adapter": "zoo.registry",
     "compatibility": "zoo.table",
     "evaluate": "zoo.train",
     "fit": "zoo.train",
-    "from_peft": "zoo.peft_format",
+    "from_peft": "zoo.exchange.peft",
     "list_adapters": "zoo.registry",
     "list_backbones": "zoo.registry",
+    "list_tasks": "zoo.registry",
     "load": "zoo.loading",
     "open_dataset": "zoo.data",
+    "recomputable": "zoo.engine.memory",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
-    "saved_bytes": "zoo.memory",
-    "to_peft": "zoo.peft_format",
+    "register_task": "zoo.registry",
+    "saved_bytes": "zoo.engine.memory",
+    "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
 }
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
     from zoo.data import open_dataset
+    from zoo.engine.memory import recomputable, saved_bytes
+    from zoo.exchange.peft import from_peft, to_peft
     from zoo.loading import load
-    from zoo.memory import saved_bytes
     from zoo.model import Model
-    from zoo.peft_format import from_peft, to_peft
-    from zoo.points import Points
-    from zoo.registry import adapter, list_adapters, list_backbones, register_adapter, register_backbone
+    from zoo.points import Merger, Points, Row
+    from zoo.registry import (
+        adapter,
+        list_adapters,
+        list_backbones,
+        list_tasks,
+        register_adapter,
+        register_backbone,
+        register_task,
+    )
     from zoo.table import compatibility
+    from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks
 
 

@@ -7,7 +7,6 @@ not a table is how the family's attention takes more keys or queries (`record`),
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,57 +18,17 @@ from zoo.points import (
     AttentionPoint,
     BlockPoint,
     ConditionPoint,
-    LinearPoint,
     NormPoint,
     Point,
     SublayerPoint,
     TokensPoint,
 )
+from zoo.points.rows import Row, find, make_linear, norm_dim, side_of
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
-    from zoo.session import Session
-    from zoo.sites import Site
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a family's table, for one block.
-
-    `name` is the point's name inside the block ("" for the block itself) and `path` the library's module path inside it.
-    `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
-    modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
-    library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
-    the module whose input is the residual stream in front of the branch, where that is not the entry.
-    """
-
-    kind: str
-    role: str
-    name: str
-    path: str
-    part: tuple[int, int] | None = None
-    entry: str = ""
-    exit: str = ""
-    stream: str = ""
-
-
-def find(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, or None; an `nn.Identity` counts as absent."""
-    node: Any = module
-    for part in path.split(".") if path else []:
-        node = node._modules.get(part) if isinstance(node, nn.Module) else None
-        if node is None:
-            return None
-    return None if isinstance(node, nn.Identity) else node
-
-
-def linear_dims(module: nn.Module) -> tuple[int, int] | None:
-    """(dim_in, dim_out) of a Linear, or of a convolution as the matrix that it is; None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.weight[0].numel(), module.out_channels
-    return None
+    from zoo.engine.session import Session
+    from zoo.engine.sites import Site
 
 
 class Backbone:
@@ -232,7 +191,7 @@ class Backbone:
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
         """What makes an input of the backbone out of an item of a data set; by default out of a PIL image."""
-        from zoo.preprocess import image_transform
+        from zoo.data.preprocess import image_transform
 
         return image_transform(self.data_config(), train, **options)
 
@@ -286,7 +245,7 @@ class Backbone:
         if row.kind == "linear":
             return make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
         if row.kind == "sublayer":
-            (entry, first), (leave, last) = _side(row.entry, "output"), _side(row.exit, "input")
+            (entry, first), (leave, last) = side_of(row.entry, "output"), side_of(row.exit, "input")
             return SublayerPoint(
                 **common,
                 entry=block.get_submodule(entry),
@@ -296,7 +255,7 @@ class Backbone:
                 stream=block.get_submodule(row.stream) if row.stream else None,
             )
         if row.kind == "norm":
-            width = _norm_dim(module)
+            width = norm_dim(module)
             return NormPoint(**{**common, "dim_in": width, "dim_out": width})
         if row.kind == "attention":
             return AttentionPoint(**common, num_heads=num_heads, **special["attention"])
@@ -306,41 +265,7 @@ class Backbone:
         return simple[row.kind](**common)
 
 
-def make_linear(
-    module: nn.Module, part: tuple[int, int] | None, fused: str, num_heads: int, common: dict[str, Any]
-) -> LinearPoint | None:
-    """A linear point for a whole projection or a slice of a fused one; None if the module is no projection."""
-    dims = linear_dims(module)
-    if dims is None:
-        return None
-    dim_in, dim_out = dims
-    start, stop = 0, dim_out
-    if part is not None:
-        index, count = part
-        if dim_out % count:
-            return None
-        start, stop = index * dim_out // count, (index + 1) * dim_out // count
-    return LinearPoint(
-        **{**common, "dim_in": dim_in, "dim_out": stop - start},
-        start=start,
-        stop=stop,
-        fused=fused if part is not None else "",
-        num_heads=num_heads,
-    )
-
-
 def told(name: str, family: Backbone, num_classes: int) -> str:
     """The line of Python that calls `model` on one item."""
     result = f"logits = model({name}[None])  # (1, {num_classes})"
     return result if num_classes else f"features = model({name}[None])  # (1, {family.feature_dim})"
-
-
-def _side(path: str, default: str) -> tuple[str, str]:
-    """ "attn:input" -> ("attn", "input")."""
-    module, _, side = path.partition(":")
-    return module, side or default
-
-
-def _norm_dim(module: nn.Module) -> int:
-    weight = getattr(module, "weight", None)
-    return 0 if weight is None else weight.shape[0]

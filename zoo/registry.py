@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import importlib.metadata
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
     from zoo.tasks import Task
 
 A = TypeVar("A", bound="type[Adapter]")
 B = TypeVar("B", bound="type[Backbone]")
+T = TypeVar("T", bound="type[Task]")
 
 _adapters: dict[str, type[Adapter]] = {}
 _families: dict[str, type[Backbone]] = {}
+_tasks: dict[str, type[Task]] = {}
 OURS = ("vision", "multimodal", "audio")
 
 
@@ -79,42 +82,44 @@ def register_backbone(cls: B) -> B:
     return cls
 
 
+def register_task(name: str) -> Any:
+    """Class decorator: make a task known by name."""
+
+    def decorate(cls: T) -> T:
+        cls.name = name
+        _tasks[name] = cls
+        return cls
+
+    return decorate
+
+
+# How our own files say what they declare: the line that registers it. Nothing is imported to find a name.
+_DECLARED = {
+    "zoo.adapters": re.compile(r'^@register_adapter\("([\w-]+)"\)', re.MULTILINE),
+    "zoo.backbones": re.compile(r'^@register_backbone\n(?:.*\n)+?    family = "([\w-]+)"', re.MULTILINE),
+    "zoo.tasks": re.compile(r'^@register_task\("([\w-]+)"\)', re.MULTILINE),
+}
+_ROOMS = {"zoo.adapters": "adapters", "zoo.backbones": "families", "zoo.tasks": "tasks"}
+
+
+@cache
+def _declared(group: str) -> dict[str, str]:
+    """Name -> module of what the files of this installation declare."""
+    root = Path(__file__).resolve().parent.parent
+    found: dict[str, str] = {}
+    for package in ("zoo", *OURS):
+        for file in sorted((root / package / _ROOMS[group]).rglob("*.py")):
+            for match in _DECLARED[group].finditer(file.read_text(encoding="utf-8")):
+                found[match[1]] = ".".join(file.relative_to(root).with_suffix("").parts)
+    return found
+
+
 @cache
 def _entry_points(group: str) -> dict[str, Any]:
-    found = {e.name: e for e in importlib.metadata.entry_points(group=group)}
-    # In a checkout that is not installed, or in an older installation, our own are still known.
-    own = {
-        "zoo.backbones": {
-            "vit": "vision.vit",
-            "swin": "vision.swin",
-            "groupmamba": "vision.groupmamba",
-            "clip": "multimodal.clip",
-            "vl-t5": "multimodal.vl_t5",
-            "vl-bart": "multimodal.vl_bart",
-            "dit": "multimodal.dit",
-            "cogvideox": "multimodal.cogvideox",
-            "pixart": "multimodal.pixart",
-            "sd3": "multimodal.sd3",
-            "flux": "multimodal.flux",
-            "ast": "audio.ast",
-            "wav2vec2": "audio.wav2vec2",
-        },
-        "zoo.adapters": {
-            **{
-                n: f"zoo.adapters.{n}"
-                for n in ("linear", "full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3")
-            },
-            **{n: f"vision.{n}" for n in ("vpt", "spt", "vqt")},
-        },
-        "zoo.tasks": {
-            "classify": "zoo.tasks:Classify",
-            "diffuse": "multimodal.diffuse:Diffuse",
-            "multilabel": "zoo.multilabel:MultiLabel",
-            "contrast": "multimodal.contrast:Contrast",
-            "generate": "multimodal.generate:Generate",
-        },
-    }[group]
-    return own | found
+    """What can be asked for by name: our own, by their files, and other packages' entry points."""
+    others = importlib.metadata.entry_points(group=group)
+    # an older installation of ours may still list modules that have moved
+    return {e.name: e for e in others if e.dist is None or e.dist.name != "adapter-zoo"} | _declared(group)
 
 
 def _load(group: str, name: str) -> None:
@@ -122,8 +127,10 @@ def _load(group: str, name: str) -> None:
     entry = _entry_points(group)[name]
     if isinstance(entry, str):
         importlib.import_module(entry)
-    else:
-        entry.load()
+        return
+    loaded = entry.load()
+    if group == "zoo.tasks" and isinstance(loaded, type):  # an entry point may name the class instead of registering it
+        _tasks.setdefault(name, loaded)
 
 
 def adapter_class(name: str) -> type[Adapter]:
@@ -163,13 +170,16 @@ def task(name: str) -> Task:
     Raises:
         UnknownNameError: with the nearest names. MissingPackageError: it needs an extra that is not installed.
     """
-    entries = _entry_points("zoo.tasks")
-    if name not in entries:
-        raise UnknownNameError(f"There is no task '{name}'. {nearest(name, entries)}")
-    check_shadows()
-    entry = entries[name]
-    module, _, cls = (entry if isinstance(entry, str) else entry.value).partition(":")
-    return getattr(importlib.import_module(module), cls)()  # type: ignore[no-any-return]
+    if name not in _tasks and name in _entry_points("zoo.tasks"):
+        _load("zoo.tasks", name)
+    if name not in _tasks:
+        raise UnknownNameError(f"There is no task '{name}'. {nearest(name, list_tasks())}")
+    return _tasks[name]()
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks."""
+    return sorted(set(_entry_points("zoo.tasks")) | set(_tasks))
 
 
 def families() -> list[str]:

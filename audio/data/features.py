@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audio.sound import HOP, SAMPLE_RATE, WINDOW, as_sound, resample
+from audio.data.sound import HOP, SAMPLE_RATE, WINDOW, as_sound, resample
 from zoo.errors import ConfigError, nearest
 
 __all__ = ["AUGMENTS", "AudioTransform", "LogMel", "WaveTransform", "log_mel", "mel_filters"]
@@ -140,7 +140,7 @@ class AudioTransform:
         self.masks = (frequency_mask, time_mask) if train and augment == "mask" else (0.0, 0.0)
 
     def __call__(self, sound: Any) -> Tensor:
-        """What `audio.sound.as_sound` takes, of any sample rate -> (max_length, num_mel_bins).
+        """What `audio.data.sound.as_sound` takes, of any sample rate -> (max_length, num_mel_bins).
 
         Raises:
             DataError: a sound that is empty, too short, not finite, or not mono; the message names its place.
@@ -195,7 +195,7 @@ class WaveTransform:
         self.shift = train and augment == "shift"
 
     def __call__(self, sound: Any) -> Tensor:
-        """What `audio.sound.as_sound` takes, of any sample rate -> (samples,).
+        """What `audio.data.sound.as_sound` takes, of any sample rate -> (samples,).
 
         Raises:
             DataError: a sound that is empty, too short, not finite, or not mono; the message names its place.

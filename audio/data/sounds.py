@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from audio.sound import Sound, as_sound, decode
+from audio.data.sound import Sound, as_sound, decode
 from zoo.data.dataset import ImageDataset, OnError, Rows, Skipped, Transform
 from zoo.data.open import Readers, open_with
 from zoo.data.parquet import LABEL_COLUMNS, ParquetRows
@@ -55,7 +55,7 @@ def open_audio(
     Args:
         source: a folder (`<class>/<file>.wav`), Parquet files (a file, a folder, a pattern, a list) with a column of encoded
             sounds, the name of a Hub data set ("owner/name", or "hf:name"), or any torch `Dataset` of (what
-            `audio.sound.as_sound` takes, label).
+            `audio.data.sound.as_sound` takes, label).
         transform: `Sound` -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
         split: a subfolder, or the beginning of the Parquet files' names, or a split of a Hub data set; needed where there are
             several.

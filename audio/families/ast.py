@@ -5,7 +5,7 @@ frequency and t along the time. Tokens (B, 2 + f t, d) are [CLS, DIST | patches,
 ViT; pooled is the mean of CLS and DIST behind the final norm. The classifier, a layer norm and a linear map, is the head.
 
 Other lengths and strides (`max_length=`, `time_stride=`, `frequency_stride=`, `num_mel_bins=`): the pretrained table of
-positions is fitted as in the authors' code (`audio.positions`).
+positions is fitted as in the authors' code (`audio.families.parts.positions`).
 
 Source: Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021 (YuanGongND/ast).
 """
@@ -20,18 +20,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from audio.positions import BODY, GEOMETRY, grid, refit
-from audio.transformers_family import Fields, TransformersAudio
-from zoo.backbone import Row, make_linear
+from audio.families.parts.positions import BODY, GEOMETRY, grid, refit
+from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError
 from zoo.library import library
 from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 MODEL_TYPE = "audio-spectrogram-transformer"
 AUDIOSET = "MIT/ast-finetuned-audioset-"
 SPEECH = "MIT/ast-finetuned-speech-commands-v2"
@@ -250,7 +250,7 @@ class AST(TransformersAudio):
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
-        from audio.attention import record
+        from audio.families.parts.attention import record
 
         path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
         block: Any = self.module.get_submodule(path)
@@ -276,14 +276,14 @@ class AST(TransformersAudio):
         return {**found, **self._statistics()}
 
     def _statistics(self) -> dict[str, float]:
-        from audio.features import MEAN, STD
+        from audio.data.features import MEAN, STD
 
         stated = FEATURES.get(self.source) or self.preprocessor()
         return {"mean": float(stated.get("mean", MEAN)), "std": float(stated.get("std", STD))}
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Tensor]:
-        """`audio.features.AudioTransform`: sound -> (max_length, num_mel_bins)."""
-        from audio.features import AudioTransform
+        """`audio.data.features.AudioTransform`: sound -> (max_length, num_mel_bins)."""
+        from audio.data.features import AudioTransform
 
         return AudioTransform(self.data_config(), train, **options)
 

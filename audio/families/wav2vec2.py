@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from audio.transformers_family import Fields, TransformersAudio
-from zoo.backbone import Row, make_linear
+from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import AttachError, ConfigError, DataError, MismatchError
 from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
 SHORTEST = 400  # samples that the convolutions need
 LARGE: Fields = {
@@ -268,7 +268,7 @@ class Wav2Vec2(TransformersAudio):
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
-        from audio.attention import record
+        from audio.families.parts.attention import record
 
         path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
         block: Any = self.module.get_submodule(path)
@@ -303,8 +303,8 @@ class Wav2Vec2(TransformersAudio):
         return {"sampling_rate": 16_000, "samples": round(self.seconds * 16_000), "normalize": normalize}
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Tensor]:
-        """`audio.features.WaveTransform`: sound -> (samples,)."""
-        from audio.features import WaveTransform
+        """`audio.data.features.WaveTransform`: sound -> (samples,)."""
+        from audio.data.features import WaveTransform
 
         return WaveTransform(self.data_config(), train, **options)
 

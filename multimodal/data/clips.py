@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from multimodal.pixels import Pixels
+from multimodal.data.pixels import Pixels
 from zoo.errors import ConfigError, DataError
 
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -68,7 +68,7 @@ class ClipRows:
         except Exception as error:
             raise DataError(
                 f"{self.where(index)}: no text embeddings in '{place.name}' ({type(error).__name__}). Write the captions to "
-                "<clip>.txt and run multimodal.clips.embed_texts(folder, encode)."
+                "<clip>.txt and run multimodal.data.clips.embed_texts(folder, encode)."
             ) from error
         try:
             return self._frames(clip), text.float()

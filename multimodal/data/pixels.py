@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.preprocess import image_transform
+from zoo.data.preprocess import image_transform
 
 
 class Pixels:

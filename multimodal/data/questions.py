@@ -9,7 +9,7 @@ Parquet files in one of two forms:
 
     one table with all of it: image (or features, boxes), question, answer or answers
 
-or what `multimodal.pairs.open_pairs` takes (captions), or any list or torch `Dataset` of `Question`s. The result is a
+or what `multimodal.data.pairs.open_pairs` takes (captions), or any list or torch `Dataset` of `Question`s. The result is a
 `zoo.data.ImageDataset` of (`Question`, index).
 """
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal.pairs import Pair, open_pairs
+from multimodal.data.pairs import Pair, open_pairs
 from zoo.data.dataset import ImageDataset, OnError
 from zoo.errors import DataError, nearest
 
@@ -146,7 +146,9 @@ class GivenQuestions(_Rows):
         """(`Question`, index)."""
         item = self.source[index]
         if not isinstance(item, Question):
-            raise DataError(f"{self.where(index)}: {type(item).__name__}; expected a multimodal.questions.Question.")
+            raise DataError(
+                f"{self.where(index)}: {type(item).__name__}; expected a multimodal.data.questions.Question."
+            )
         if item.text is not None and not item.text.strip():
             raise DataError(f"{self.where(index)}: the question is empty.")
         _answers(list(item.answers), self.where(index))

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.pairs import Pair, open_pairs
+from multimodal.data.pairs import Pair, open_pairs
 from zoo.data.dataset import ImageDataset
+from zoo.data.preprocess import image_transform
 from zoo.errors import ConfigError, DataError, MismatchError
-from zoo.preprocess import image_transform
-from zoo.tasks import Task
+from zoo.registry import register_task
+from zoo.tasks.base import Task
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -45,6 +46,7 @@ class Embedded(NamedTuple):
     owner: Tensor
 
 
+@register_task("contrast")
 @dataclass
 class Contrast(Task):
     """Contrastive training of image-text models.
@@ -59,7 +61,7 @@ class Contrast(Task):
     truncate: bool = False
     scale: tuple[float, float] = (0.9, 1.0)
 
-    name, noun, monitor, hub = "contrast", "pairs", "recall", "zero-shot-image-classification"
+    noun, monitor, hub = "pairs", "recall", "zero-shot-image-classification"
 
     def __post_init__(self) -> None:
         if self.captions < 1:
@@ -143,7 +145,7 @@ class PairTransform:
         if not isinstance(pair, Pair):
             raise DataError(
                 f"the data set yields {type(pair).__name__}; contrast needs images with captions: open it with "
-                "multimodal.pairs.open_pairs, or make captions of class names with caption_classes."
+                "multimodal.data.pairs.open_pairs, or make captions of class names with caption_classes."
             )
         pixels = self.image(pair.image)
         if self.train:

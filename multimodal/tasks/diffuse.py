@@ -1,6 +1,6 @@
 """Training of diffusion transformers: predict the noise (or velocity, or flow) that the checkpoint's own scheduler adds.
 
-    loss = mean |f(x_t, t, c) - target|^2                    x_t and target: `multimodal.noise`
+    loss = mean |f(x_t, t, c) - target|^2                    x_t and target: `multimodal.tasks.noise`
 
 Items of the data are (pixels, condition): an image in [-1, 1] with its class label, or a clip (F, 3, H, W) with the embeddings
 (L, d_text) of its text. With an autoencoder (`vae`) the loss is that of its latents; without one, of the data itself: pixels for
@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multimodal.noise import WEIGHTINGS, Schedule, schedule_of
+from multimodal.tasks.noise import WEIGHTINGS, Schedule, schedule_of
 from zoo.errors import ConfigError, DataError
-from zoo.tasks import Task
+from zoo.registry import register_task
+from zoo.tasks.base import Task
 
 if TYPE_CHECKING:
-    from multimodal.frechet import Moments
+    from multimodal.metrics.frechet import Moments
     from zoo.data.dataset import ImageDataset
     from zoo.model import Model
 
@@ -43,6 +44,7 @@ class Denoising(NamedTuple):
     pixels: Tensor  # as they came from the data
 
 
+@register_task("diffuse")
 class Diffuse(Task):
     """Denoising.
 
@@ -55,11 +57,11 @@ class Diffuse(Task):
         distance: an image model (or its name) by whose features generated images are compared with real ones in `zoo.evaluate`;
             None leaves that out, as it takes `samples` images of `steps` steps.
         samples: at most so many images, with the labels of the first ones of the data.
-        steps, guidance: how they are sampled (`multimodal.sampling`).
+        steps, guidance: how they are sampled (`multimodal.tasks.sampling`).
         seed: of the noise in evaluation and sampling.
     """
 
-    name, monitor = "diffuse", "loss"
+    monitor = "loss"
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class Diffuse(Task):
 
 
 class FeatureDistance:
-    """Frechet distance between real images and as many generated ones with their labels (`multimodal.frechet`)."""
+    """Frechet distance between real images and as many generated ones with their labels (`multimodal.metrics.frechet`)."""
 
     def __init__(self, model: Model, task: Diffuse) -> None:
         import zoo
@@ -235,20 +237,20 @@ class FeatureDistance:
         if getattr(model.family, "num_classes", None) is None:
             raise ConfigError(
                 "The feature distance needs images sampled by class; sample a text-conditioned model by its pipeline, and "
-                "compare with multimodal.frechet.feature_distance."
+                "compare with multimodal.metrics.frechet.feature_distance."
             )
         self.reset()
 
     def reset(self) -> None:
         """Forget what was seen."""
-        from multimodal.frechet import Moments
+        from multimodal.metrics.frechet import Moments
 
         self.real: Moments = Moments()
         self.labels: list[int] = []
 
     def update(self, outputs: Denoising, targets: Tensor) -> None:
         """Real images, until there are enough."""
-        from multimodal.frechet import image_features
+        from multimodal.metrics.frechet import image_features
 
         room = self.task.samples - len(self.labels)
         if room > 0:
@@ -258,8 +260,8 @@ class FeatureDistance:
 
     def compute(self) -> float:
         """Generates the images, and compares."""
-        from multimodal.frechet import Moments, frechet_distance, image_features
-        from multimodal.sampling import generate
+        from multimodal.metrics.frechet import Moments, frechet_distance, image_features
+        from multimodal.tasks.sampling import generate
 
         task, generated = self.task, Moments()
         options: dict[str, Any] = {"steps": task.steps, "guidance": task.guidance, "seed": task.seed}

@@ -3,7 +3,8 @@
     loss = mean over samples of w * mean over the answer's words of -log p(word | words before, question, image)
 
 A question is preceded by "vqa: ", a question without words is "caption:". Of several people's answers one is drawn in training,
-with a chance that goes with its VQA accuracy (`multimodal.answers`), which is also its weight w, as in the authors' code. Single
+with a chance that goes with its VQA accuracy (`multimodal.metrics.answers`), which is also its weight w, as in the
+authors' code. Single
 answers and captions, of which any is drawn, have w = 1.
 
 Evaluation writes the answers (the best word each time, or by beams) and compares them: "exact_match", "vqa_accuracy" where
@@ -23,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.answers import exact_match, normalized, vqa_accuracy
-from multimodal.cider import cider
-from multimodal.questions import Question, matrix, open_questions
-from multimodal.seq2seq import PREFIXES, Seq2Seq
-from multimodal.visual_features import GridFeatures, opened
+from multimodal.data.questions import Question, matrix, open_questions
+from multimodal.data.visual_features import GridFeatures, opened
+from multimodal.families.seq2seq.family import PREFIXES, Seq2Seq
+from multimodal.metrics.answers import exact_match, normalized, vqa_accuracy
+from multimodal.metrics.cider import cider
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError, MismatchError
-from zoo.tasks import Task, call
+from zoo.registry import register_task
+from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -50,6 +52,7 @@ class Written(NamedTuple):
     captions: bool
 
 
+@register_task("generate")
 @dataclass
 class Generate(Task):
     """Questions and captions.
@@ -67,7 +70,7 @@ class Generate(Task):
     answer_length: int | None = None
     beams: int = 1
 
-    name, noun, monitor, hub = "generate", "questions", "score", "visual-question-answering"
+    noun, monitor, hub = "questions", "score", "visual-question-answering"
 
     def __post_init__(self) -> None:
         for what in ("question_length", "answer_length", "beams"):

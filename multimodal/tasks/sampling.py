@@ -2,7 +2,7 @@
 
 `generate` does what diffusers' `DiTPipeline` does, and more where that cannot: models of other than 1,000 classes, whose "no
 class" label is another one, and models that work on pixels. Text-conditioned models are sampled by the library's own pipelines
-(`multimodal.pipelines`). With guidance w the prediction is that of no class, moved towards that of the class:
+(`multimodal.families.diffusion.pipelines`). With guidance w the prediction is that of no class, moved towards that of the class:
 
     e = e(x, none) + w (e(x, y) - e(x, none))
 """
@@ -52,7 +52,8 @@ def generate(
     family: Any = model.family
     if family.family != "dit":
         raise ConfigError(
-            f"'{model.backbone_name}' is not class-conditional; sample it by multimodal.pipelines.pipeline(model)."
+            f"'{model.backbone_name}' is not class-conditional; sample it by "
+            "multimodal.families.diffusion.pipelines.pipeline(model)."
         )
     if steps < 1 or batch_size < 1:
         raise ConfigError(f"steps is {steps} and batch_size {batch_size}; expected 1 or more.")

@@ -62,7 +62,7 @@ def test_counts_of_methods(method: str, config: dict[str, Any], expected: int) -
 
 
 def test_positions_are_fitted_as_by_the_authors() -> None:
-    from audio.positions import resize_positions
+    from audio.families.parts.positions import resize_positions
 
     table = torch.randn(1, 1214, 768, generator=torch.Generator().manual_seed(7))
     for case in RECORDED["cases"]:

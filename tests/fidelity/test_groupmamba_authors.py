@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from vision.groupmamba_model import GroupMamba
+from vision.families.groupmamba.network import GroupMamba
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "groupmamba.json").read_text())
 SMALL: dict[str, Any] = {

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import zoo
-from vision.sensitivity import candidates, choose, most_sensitive, sensitivity, spend
-from vision.tuned import Tuned
+from vision.adapters.parts.sensitivity import candidates, choose, most_sensitive, sensitivity, spend
+from vision.adapters.parts.tuned import Tuned
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "spt.json").read_text())
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 3}
@@ -144,7 +144,7 @@ def trained(adapter: zoo.Adapter, form: str) -> Iterator[Trained]:
 def test_outputs_and_gradients(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, expected = build(), AUTHORS[form]
     total = AUTHORS["masks"][f"{form}-1-0.05"]["total"] - CLS_IN_THEIR_SUM + 192
-    monkeypatch.setattr("vision.spt.grid", lambda budget, size: TAUS)
+    monkeypatch.setattr("vision.adapters.spt.grid", lambda budget, size: TAUS)
     model.add_adapter(zoo.adapter("spt", budget=total / 1e6, form=form, alpha=1))
     adapter = model.adapters["spt"]
     adapter.calibrate(model, batches())

@@ -28,7 +28,7 @@ adapter stands behind o, where theirs reads o's input; q, k and v drop the same 
 its own width (theirs: 768). On Swin patch merging is frozen like the patch embedding, and there is no class token.
 
 In memory: the single entries need the projection's input in backward, the structured modules r numbers for each token and a
-mask of one byte for each number of their input. See `vision.tuned` for how they are computed.
+mask of one byte for each number of their input. See `vision.adapters.parts.tuned` for how they are computed.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vision.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
-from vision.tuned import Tuned
-from zoo.adapter_base import Adapter
+from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
+from vision.adapters.parts.tuned import Tuned
 from zoo.adapters.adapter import Bottleneck
+from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
 from zoo.errors import ConfigError, MergeError
-from zoo.merge import Merger
 from zoo.model import Model
 from zoo.points import LinearPoint, Points, TokensPoint
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 

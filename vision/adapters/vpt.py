@@ -18,7 +18,8 @@ Swin-B deep-50 601,600.
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022; KMnP/vpt.
 
 In a deep block nobody reads what becomes of the prompts, so they are computed as keys and values only, once for the whole
-batch (`zoo.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without position bias or
+batch (`zoo.engine.attention`): equal outputs and gradients in fewer steps. On Swin they are in every window, without
+position bias or
 mask.
 
 `pool`: where the pooling is an average, the authors' code averages over patches and prompts ("all": always in their Swin, and
@@ -42,7 +43,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
 from zoo.points import Points
 from zoo.registry import register_adapter
 

@@ -40,10 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, MergeError
-from zoo.merge import Merger
 from zoo.points import Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 COMBINE = ("concat", "mean", "weighted")

@@ -10,9 +10,9 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from vision.timm_family import TimmBackbone
-from zoo.backbone import Row, find, make_linear
+from vision.families.parts.timm_family import TimmBackbone
 from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
 
 

@@ -11,10 +11,10 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from vision.timm_family import TimmBackbone
-from zoo.backbone import Row, find, make_linear
+from vision.families.parts.timm_family import TimmBackbone
 from zoo.errors import MismatchError
 from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
 
 

@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
+from zoo.engine.memory import dropped, recomputable
 from zoo.errors import MergeError
-from zoo.memory import dropped, recomputable
-from zoo.merge import Merger
 from zoo.points import Points, SublayerPoint
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 # f, and whether its backward keeps its input (so that its output can be recomputed) rather than its output

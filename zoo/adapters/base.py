@@ -19,8 +19,8 @@ from zoo.errors import ConfigError, MergeError, nearest
 from zoo.points import Point, Points
 
 if TYPE_CHECKING:
-    from zoo.merge import Merger
     from zoo.model import Model
+    from zoo.points.merger import Merger
 
 __all__ = ["Adapter"]
 

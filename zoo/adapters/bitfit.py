@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
+from zoo.engine.session import BiasDelta
 from zoo.errors import AttachError
-from zoo.merge import Merger
 from zoo.points import LinearPoint, NormPoint, Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
-from zoo.session import BiasDelta
 
 
 @register_adapter("bitfit")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoo.adapter_base import Adapter
-from zoo.merge import Merger
+from zoo.adapters.base import Adapter
 from zoo.points import Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 

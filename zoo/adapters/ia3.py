@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoo.adapter_base import Adapter
-from zoo.merge import Merger
+from zoo.adapters.base import Adapter
+from zoo.adapters.parts.rescale import Rescale
 from zoo.points import LinearPoint, Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
-from zoo.rescale import Rescale
 
 
 @register_adapter("ia3")

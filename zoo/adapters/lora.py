@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zoo.adapter_base import Adapter
-from zoo.memory import dropped
-from zoo.merge import Merger
+from zoo.adapters.base import Adapter
+from zoo.engine.memory import dropped
 from zoo.points import LinearPoint, Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 Part = tuple["LowRank", int, int]

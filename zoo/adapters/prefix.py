@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
 from zoo.errors import MergeError
-from zoo.merge import Merger
 from zoo.points import AttentionPoint, Points
+from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 

@@ -200,7 +200,7 @@ def publish(model: zoo.Model, row: Row, out: Path) -> dict[str, Any]:
 
     model.eval()
     folder = model.save_adapter(out / "adapter")
-    command = [sys.executable, "-m", "zoo.demo", str(folder)]
+    command = [sys.executable, "-m", "zoo.cli.demo", str(folder)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise ZooError(f"Loading {folder} in a fresh process failed:\n{answer.stderr.strip()}")

@@ -13,7 +13,7 @@ from zoo.cli.common import JSON_HELP, console, print_json, table
 from zoo.errors import UnknownNameError, nearest
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
 
 Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
@@ -138,8 +138,8 @@ def _adapters(pattern: str) -> list[dict[str, Any]]:
 
 def _trained(pattern: str) -> list[dict[str, Any]]:
     """Trained adapters that come with the packages."""
+    from zoo.disk.saved import read
     from zoo.loading import embedded_adapters
-    from zoo.saved import read
 
     rows = []
     for name, folder in embedded_adapters().items():

@@ -26,7 +26,7 @@ from zoo.cli.options import (
 from zoo.errors import ConfigError, DataError, SaveError
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.model import Model
 
 
@@ -249,8 +249,8 @@ def _adapters(names: list[str], texts: list[str]) -> list[Any]:
 def _new_head(names: list[str], classes: int) -> int | None:
     """The width of a new head; None keeps that of a saved adapter with as many classes."""
     from zoo import registry
+    from zoo.disk.saved import read
     from zoo.loading import _resolve
-    from zoo.saved import read
 
     saved = [_resolve(n) for n in names if n not in registry.list_adapters()]
     return None if any(isinstance(s, Path) and read(s).num_classes == classes for s in saved) else classes
@@ -274,7 +274,7 @@ def demo(
       zoo demo
       zoo demo --methods linear,lora --epochs 3 --out demo-out
     """
-    from zoo import demo as script
+    from zoo.cli import demo as script
     from zoo.errors import UnknownNameError, nearest
 
     chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else None

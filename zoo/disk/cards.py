@@ -23,10 +23,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from zoo.layout import CARD
+from zoo.disk.layout import CARD
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.model import Model
 
 _SPLITS = ("train", "val", "test")

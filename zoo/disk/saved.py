@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.errors import ConfigError, WeightsError, ZooError
-from zoo.layout import (
+from zoo.disk.layout import (
     CARD,
     CONFIG,
     HEAD,
@@ -28,6 +27,7 @@ from zoo.layout import (
     to_json,
     unpack,
 )
+from zoo.errors import ConfigError, WeightsError, ZooError
 
 _LOG = logging.getLogger("zoo")
 _MAX_TEXT = 32 * 2**20  # bytes; a config, card or record beyond this is not one

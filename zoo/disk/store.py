@@ -34,9 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
-from zoo.errors import ConfigError, MismatchError, SaveError, nearest
-from zoo.heads import kind_of
-from zoo.layout import (
+from zoo.disk.layout import (
     CARD,
     CONFIG,
     FILES,
@@ -49,10 +47,12 @@ from zoo.layout import (
     pack,
     to_json,
 )
-from zoo.saved import SavedAdapter, contents, read
+from zoo.disk.saved import SavedAdapter, contents, read
+from zoo.errors import ConfigError, MismatchError, SaveError, nearest
+from zoo.heads import kind_of
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.model import Model
 
 __all__ = ["SavedAdapter", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
@@ -82,7 +82,7 @@ def save(
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
         JSON. In each case the old files stay.
     """
-    from zoo.cards import render
+    from zoo.disk.cards import render
 
     folder = Path(folder)
     names = _select(model, adapters)

@@ -16,7 +16,7 @@ they depend on is changed or replaced, or the model's mode or set of adapters ch
 autograd cannot see, in evaluation mode, is noticed only at the next `model.train()` or `model.eval()`.)
 
 What is around this differs between families: each has an `AttentionSite` of its own whose `extended` is the library's forward
-with `attend` for the product (`FusedAttention` below, `vision.swin_attention`, and so on).
+with `attend` for the product (`FusedAttention` below, `vision.families.parts.swin_attention`, and so on).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.memory import recomputable
-from zoo.sites import Op, Site, site_at
+from zoo.engine.memory import recomputable
+from zoo.engine.sites import Op, Site, site_at
 
 if TYPE_CHECKING:
+    from zoo.engine.session import Session
     from zoo.points import Point
-    from zoo.session import Session
 
 Pair = tuple[Tensor, Tensor]  # keys and values, each (1 or B, h, T, c)
 Bias = Callable[[int, int, "Tensor | None"], "Tensor | None"]  # (extra keys, images, which of them) -> what is added

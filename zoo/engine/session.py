@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.sites import BlockSite, LinearSite, Op, Site
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
-from zoo.sites import BlockSite, LinearSite, Op, Site
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
 
 

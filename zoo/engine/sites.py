@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.memory import Saver
+from zoo.engine.memory import Saver
 
 
 @dataclass(eq=False)

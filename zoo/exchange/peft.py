@@ -27,13 +27,13 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA
+from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
-from zoo.layout import CONFIG, WEIGHTS, to_json
 from zoo.points import LinearPoint
 
 if TYPE_CHECKING:
+    from zoo.exchange.peft_reader import PeftAdapter
     from zoo.model import Model
-    from zoo.peft_reader import PeftAdapter
 
 PREFIX = "base_model.model."
 NOTE = "zoo"  # of the weights file's metadata: what peft's config has no place for
@@ -260,8 +260,8 @@ def from_peft(
         MismatchError: the adapter belongs to another backbone, width, depth or set of weights.
         WeightsError: the weights are damaged, a pickle, or not finite.
     """
+    from zoo.exchange.peft_reader import read_peft
     from zoo.loading import load
-    from zoo.peft_reader import read_peft
 
     saved = read_peft(Path(folder))
     if model is not None:
@@ -282,7 +282,7 @@ def from_peft(
 
 def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
     """Attach what was read, all or nothing, and return its name in the model."""
-    from zoo.peft_translate import translate
+    from zoo.exchange.peft_translate import translate
 
     if saved.fingerprint and model.fingerprint and saved.fingerprint != model.fingerprint:
         raise MismatchError(

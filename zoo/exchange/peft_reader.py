@@ -1,4 +1,4 @@
-"""Reading what peft saved, and checking its settings and tensors. See `zoo.peft_format`."""
+"""Reading what peft saved, and checking its settings and tensors. See `zoo.exchange.peft`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.disk.layout import CONFIG, WEIGHTS, parse
+from zoo.disk.saved import read_config_file, read_weights_file
 from zoo.errors import ConfigError, WeightsError
-from zoo.layout import CONFIG, WEIGHTS, parse
-from zoo.peft_format import NOTE, PREFIX
-from zoo.saved import read_config_file, read_weights_file
+from zoo.exchange.peft import NOTE, PREFIX
 
 # Settings of peft's LoRA that change the function, and why they have no equal here.
 _REFUSED = {

@@ -1,4 +1,4 @@
-"""Translating what peft saved into a LoRA of ours, for a given model. See `zoo.peft_format`."""
+"""Translating what peft saved into a LoRA of ours, for a given model. See `zoo.exchange.peft`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA
 from zoo.errors import ConfigError, MismatchError, ZooError, nearest
-from zoo.peft_reader import PeftAdapter, PeftModule
+from zoo.exchange.peft_reader import PeftAdapter, PeftModule
 from zoo.points import LinearPoint, Points
 
 if TYPE_CHECKING:

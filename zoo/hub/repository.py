@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zoo.cards import retarget
+from zoo.disk.cards import retarget
+from zoo.disk.layout import CARD, CONFIG, METRICS, PICKLE_SUFFIXES, WEIGHTS
 from zoo.errors import HubError, ZooError, nearest
-from zoo.layout import CARD, CONFIG, METRICS, PICKLE_SUFFIXES, WEIGHTS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
+from zoo.engine.session import Session, Swap
+from zoo.engine.sites import BlockSite, Op, Place, Site
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
-from zoo.headed import Headed
+from zoo.model.headed import Headed
 from zoo.points import Points
-from zoo.session import Session, Swap
-from zoo.sites import BlockSite, Op, Place, Site
 
 
 class AdapterHost(Headed):

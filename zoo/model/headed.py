@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.adapter_base import Adapter
+from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
+from zoo.engine.sites import State
 from zoo.errors import ConfigError
 from zoo.heads import make_head
-from zoo.sites import State
 
 
 class Headed(nn.Module):

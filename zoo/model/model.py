@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.attaching import AdapterHost
 from zoo.backbone import Backbone
+from zoo.engine.memory import MEMORY_SETTINGS, Saver
+from zoo.engine.session import Swap
+from zoo.engine.sites import Op, Site, State
 from zoo.errors import ConfigError
-from zoo.fingerprint import fingerprint
-from zoo.memory import MEMORY_SETTINGS, Saver
-from zoo.merge import Merger
+from zoo.model.attaching import AdapterHost
+from zoo.model.fingerprint import fingerprint
+from zoo.model.routing import forward_routed
 from zoo.points import Points
-from zoo.routing import forward_routed
-from zoo.session import Swap
-from zoo.sites import Op, Site, State
+from zoo.points.merger import Merger
 
 
 class Model(AdapterHost):
@@ -28,7 +28,7 @@ class Model(AdapterHost):
     Args:
         family: the backbone, wrapped in its declaration; its classifier is taken off and becomes the head.
         num_classes: width of a new head; None keeps the backbone's own classifier; 0 means no head (features come out).
-        memory: "default", "low" or "min", see `zoo.memory`.
+        memory: "default", "low" or "min", see `zoo.engine.memory`.
         kwargs: how the backbone was built, recorded in saved adapters.
     """
 
@@ -137,7 +137,7 @@ class Model(AdapterHost):
 
     @property
     def memory(self) -> str:
-        """ "default", "low" or "min": what is kept for backward (`zoo.memory`)."""
+        """ "default", "low" or "min": what is kept for backward (`zoo.engine.memory`)."""
         return self._memory
 
     @memory.setter

@@ -1,0 +1,31 @@
+"""Where something can be added: points and their verbs, the language in which they are chosen, and what merging may do there."""
+
+from zoo.points.kinds import (
+    KINDS,
+    AttentionPoint,
+    BlockPoint,
+    ConditionPoint,
+    LinearPoint,
+    NormPoint,
+    Point,
+    SublayerPoint,
+    TokensPoint,
+)
+from zoo.points.merger import Merger
+from zoo.points.points import Points
+from zoo.points.rows import Row
+
+__all__ = [
+    "KINDS",
+    "AttentionPoint",
+    "BlockPoint",
+    "ConditionPoint",
+    "LinearPoint",
+    "Merger",
+    "NormPoint",
+    "Point",
+    "Points",
+    "Row",
+    "SublayerPoint",
+    "TokensPoint",
+]

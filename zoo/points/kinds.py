@@ -16,18 +16,15 @@ the model installs what was recorded after `attach` has returned, all or nothing
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from zoo.errors import AttachError, SelectionError, nearest
-from zoo.selectors import expand, matcher
+from zoo.errors import AttachError
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
 KINDS = ("linear", "sublayer", "attention", "tokens", "norm", "block", "condition")
 
@@ -274,123 +271,3 @@ class ConditionPoint(Point):
     def after(self, module: nn.Module) -> None:
         """`y <- module(y)` on the embedding."""
         self._record("after", module)
-
-
-class Points(Sequence[Point]):
-    """All points of a model, in forward order. Prints as a table; `select` is the one way to choose."""
-
-    def __init__(self, points: Iterable[Point], backbone: str = "") -> None:
-        self._points = list(points)
-        self._by_name = {p.name: p for p in self._points}
-        self.backbone = backbone
-        self.session: Session | None = None
-        if len(self._by_name) != len(self._points):
-            names = [p.name for p in self._points]
-            raise AttachError(
-                f"two points of {backbone} have one name: {sorted({n for n in names if names.count(n) > 1})}"
-            )
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    def __iter__(self) -> Iterator[Point]:
-        return iter(self._points)
-
-    def __getitem__(self, key: Any) -> Any:
-        """A point by name, or by position."""
-        if isinstance(key, str):
-            if key not in self._by_name:
-                raise SelectionError(f"{self.backbone} has no point '{key}'. {nearest(key, self._by_name)}")
-            return self._by_name[key]
-        return self._points[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._by_name if isinstance(key, str) else key in self._points
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds that this backbone has."""
-        return tuple(k for k in KINDS if any(p.kind == k for p in self._points))
-
-    def roles(self, kind: str | None = None) -> tuple[str, ...]:
-        """Roles that occur, optionally among the points of one kind."""
-        return tuple(dict.fromkeys(p.role for p in self._points if kind is None or p.kind == kind))
-
-    def usual(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        """Roles of linear points that a method takes by default, or `in`, by which a mixer without attention reads its tokens."""
-        have = self.roles("linear")
-        return ("in",) if "in" in have and not set(roles) & set(have) else roles
-
-    def select(
-        self,
-        selector: str | Sequence[str] | None = None,
-        *,
-        kind: str | Sequence[str] | None = None,
-        role: str | Sequence[str] | None = None,
-        stage: int | Sequence[int] | None = None,
-        block: int | Sequence[int] | None = None,
-        tower: str | None = None,
-    ) -> list[Any]:
-        """The points that a selector names, in forward order.
-
-        A selector is a name with `*` (within a component), `**`, `{q,v}` and `{0..5}`, or a bare role such as `q`, or a list
-        of these (also in one string, comma-separated). Every alternative of it must match.
-
-        Raises:
-            SelectionError: nothing matches, or a part of the selector or a value of `role`, `stage` or `block` does not.
-        """
-        pool = self._points
-        for key, wanted in (("kind", kind), ("role", role), ("stage", stage), ("block", block), ("tower", tower)):
-            if wanted is None:
-                continue
-            values = list(wanted) if isinstance(wanted, (list, tuple, range, set)) else [wanted]
-            for value in values:
-                if not any(getattr(p, key) == value for p in pool):
-                    have = sorted({str(getattr(p, key)) for p in pool if getattr(p, key) is not None})
-                    raise SelectionError(
-                        f"{self.backbone} has no {'/'.join(filter(None, [kind if isinstance(kind, str) else '', 'point']))} "
-                        f"with {key}={value!r}; it has {', '.join(have) or 'none'}."
-                    )
-            pool = [p for p in pool if getattr(p, key) in values]
-        if selector is None:
-            return list(pool)
-        chosen: set[int] = set()
-        texts = [selector] if isinstance(selector, str) else list(selector)
-        for text in texts:
-            # split at commas outside of braces
-            for pattern in filter(None, (s.strip() for s in re.split(r",(?![^{}]*\})", text))):
-                for single in expand(pattern):
-                    match = matcher(single)
-                    roles = "." not in single and any(p.role == single for p in pool)
-                    hits = [p for p in pool if (p.role == single if roles else match(p.name))]
-                    if not hits:
-                        among = f" {kind}" if isinstance(kind, str) else ""
-                        part = "" if single == text else f" (a part of '{text}')"
-                        known = [p.name for p in pool] + [p.role for p in pool]
-                        raise SelectionError(
-                            f"'{single}'{part} matches no{among} point of {self.backbone}. {nearest(single, set(known))} "
-                            "`zoo points` lists them."
-                        )
-                    chosen.update(id(p) for p in hits)
-        return [p for p in pool if id(p) in chosen]
-
-    def train_everything(self) -> None:
-        """Train every parameter of the backbone (inside `Adapter.attach`)."""
-        if self.session is None:
-            raise AttachError("'train_everything' was called outside of Adapter.attach.")
-        self.session.train_everything()
-
-    def require(self, kind: str, method: str) -> list[Any]:
-        """All points of a kind, or an AttachError that says that this backbone has none."""
-        found = [p for p in self._points if p.kind == kind]
-        if not found:
-            raise AttachError(
-                f"'{method}' needs {kind} points, and {self.backbone} has none (it has {', '.join(self.kinds)} points)."
-            )
-        return found
-
-    def __repr__(self) -> str:
-        rows = [("name", "kind", "role", "in", "out", "verbs")]
-        rows += [(p.name, p.kind, p.role, str(p.dim_in), str(p.dim_out), " ".join(p.verbs)) for p in self._points]
-        widths = [max(len(r[i]) for r in rows) for i in range(6)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)

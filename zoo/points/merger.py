@@ -13,7 +13,7 @@ from zoo.errors import MergeError
 from zoo.points import LinearPoint, Point
 
 if TYPE_CHECKING:
-    from zoo.adapter_base import Adapter
+    from zoo.adapters.base import Adapter
 
 Fold = Callable[[nn.Module, Point, Tensor], bool]  # see `Backbone.fold_shift`
 

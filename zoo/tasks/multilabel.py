@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, MismatchError
-from zoo.tasks import Task, call
+from zoo.registry import register_task
+from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -70,13 +71,14 @@ class MeanAveragePrecision:
         return float(average_precision(scores, targets).nanmean())
 
 
+@register_task("multilabel")
 class MultiLabel(Task):
     """Any number of the head's classes for each item: binary cross-entropy; mean average precision ("map").
 
     Targets are (num_classes,) of 0 and 1 (or probabilities).
     """
 
-    name, monitor, on_head = "multilabel", "map", True
+    monitor, on_head = "map", True
 
     def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same number of classes."""

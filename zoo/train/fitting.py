@@ -194,7 +194,7 @@ def _same_classes(train: ImageDataset, val: ImageDataset) -> None:
 
 
 def _record(model: Model, report: Report, trainer: Trainer) -> None:
-    """Fill `model.record`, from which cards are made (`zoo.cards` lists its keys)."""
+    """Fill `model.record`, from which cards are made (`zoo.disk.cards` lists its keys)."""
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
         record["task"] = trainer.task.hub or model.family.hub_task(model.num_classes)

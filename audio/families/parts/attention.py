@@ -1,4 +1,4 @@
-"""Prefixes and prompts on attentions of transformers with `q_proj`, `k_proj` and `v_proj`. See `zoo.attention` for the idea."""
+"""Prefixes and prompts on attentions of transformers with `q_proj`, `k_proj` and `v_proj` (`zoo.engine.attention`)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Given, Insert, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.attention import AttentionSite, Given, Insert, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.session import OnOutput
+from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError
 from zoo.points import Point, TokensPoint
-from zoo.session import OnOutput
-from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
 
 @dataclass(eq=False)

@@ -143,7 +143,7 @@ class TransformersAudio(Backbone):
 
     @classmethod
     def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
-        """Sounds with labels, `audio.data.open_audio`."""
-        from audio.data import open_audio
+        """Sounds with labels, `audio.data.sounds.open_audio`."""
+        from audio.data.sounds import open_audio
 
         return open_audio(data, split=split, **options)

@@ -22,15 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, FusedAttention, FusedKeys, Given, Insert, Prompts, heads, mask_bias, recorder
+from zoo.engine.attention import (
+    AttentionSite,
+    FusedAttention,
+    FusedKeys,
+    Given,
+    Insert,
+    Prompts,
+    heads,
+    mask_bias,
+    recorder,
+)
+from zoo.engine.session import OnOutput
+from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError, MismatchError
 from zoo.points import Point, TokensPoint
-from zoo.session import OnOutput
-from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
-    from multimodal.clip_towers import Tower
-    from zoo.session import Session
+    from multimodal.families.clip.towers import Tower
+    from zoo.engine.session import Session
 
 
 class InProjection(nn.Linear):

@@ -37,7 +37,7 @@ def create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         ConfigError: weights that cannot be had, or options that open_clip does not take.
     """
     if name.startswith("zoo:"):
-        from multimodal.clip_micro import build
+        from multimodal.families.clip.micro import build
 
         for short, part in (("image_size", "vision_cfg"), ("context_length", "text_cfg")):
             if short in options:
@@ -112,7 +112,7 @@ def swap(module: nn.Module) -> None:
     """
     from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 
-    from multimodal.clip_attention import PackedAttention
+    from multimodal.families.clip.attention import PackedAttention
 
     for block in module.modules():
         if isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):

@@ -3,8 +3,9 @@
     s(x, t) = exp(a) <I(x) / |I(x)|, T(t) / |T(t)|> + b        a: logit scale; b: logit bias (SigLIP), else 0
 
 `features(images)` is I (B, d), on which a classifier can stand; `features(images, texts)` are the scores (B_images, B_texts).
-Points of the two towers are `image.blocks.3.attn.q`, `text.blocks.0.mlp` and so on (`multimodal.clip_towers`). Attentions whose
-projections are no modules are swapped for equal ones (`multimodal.clip_attention`), and `merge` puts the library's back.
+Points of the two towers are `image.blocks.3.attn.q`, `text.blocks.0.mlp` and so on (`multimodal.families.clip.towers`).
+Attentions whose
+projections are no modules are swapped for equal ones (`multimodal.families.clip.attention`), and `merge` puts the library's back.
 
 With a classifier the image tower alone is adapted, since what the text tower computes is read by nobody; `tower="image"`, "text"
 or "both" chooses otherwise.
@@ -19,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multimodal import clip_build
-from zoo.backbone import Backbone, find, make_linear
+from multimodal.families.clip import build as clip_build
+from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
 from zoo.library import library
 from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.points.rows import find, make_linear
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from multimodal.clip_towers import Tower
-    from zoo.session import Session
+    from multimodal.families.clip.towers import Tower
+    from zoo.engine.session import Session
 
 TOWERS = ("image", "text", "both")
 
@@ -47,7 +49,7 @@ class CLIPBackbone(Backbone):
         "siglip-b16": "open_clip:ViT-B-16-SigLIP/webli",
     }
     elementwise = ("mlp.gelu", "mlp.act")
-    weights_folder = Path(__file__).parent / "weights"
+    weights_folder = Path(__file__).parents[2] / "weights"
     task = "contrast"
     point_options = ("tower",)
     tiny = (
@@ -114,7 +116,7 @@ class CLIPBackbone(Backbone):
 
     def restore(self, module: nn.Module) -> nn.Module:
         """The library's own attentions back in place of ours."""
-        from multimodal.clip_attention import PackedAttention
+        from multimodal.families.clip.attention import PackedAttention
 
         for parent in list(module.modules()):
             for name, child in parent._modules.items():
@@ -138,7 +140,7 @@ class CLIPBackbone(Backbone):
         Raises:
             MismatchError: one of them is not described here; the message says why.
         """
-        from multimodal.clip_towers import towers
+        from multimodal.families.clip.towers import towers
 
         found = towers(self.module)
         chosen = [found[name] for name in ("image", "text") if self.tower in (name, "both")]
@@ -214,7 +216,7 @@ class CLIPBackbone(Backbone):
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Prefixes and prompts, in either tower."""
-        from multimodal.clip_attention import record
+        from multimodal.families.clip.attention import record
 
         tower = next(t for t in self.towers() if t.name == point.tower)
         record(tower, session, point, verb, module, **options)
@@ -279,7 +281,7 @@ class CLIPBackbone(Backbone):
             DataError: a text with more tokens than the context (unless `truncate`, which cuts it off); it is named.
             ConfigError: the tokenizer's files cannot be had.
         """
-        from multimodal.clip_text import tokenize, tokenizer
+        from multimodal.families.clip.text import tokenize, tokenizer
 
         vocab = int(self.module.vocab_size)  # type: ignore[arg-type]
         return tokenize(tokenizer(self.own_name, self.context_length, vocab), texts, self.context_length, truncate)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 
-WEIGHTS = Path(__file__).parent / "weights" / "clip-micro.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "weights" / "clip-micro.safetensors"
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {

@@ -20,7 +20,7 @@ def tokenizer(name: str, context: int, vocab: int) -> Any:
         ConfigError: its files cannot be had.
     """
     if name.startswith("zoo:"):
-        from multimodal.clip_micro import ShortTokenizer
+        from multimodal.families.clip.micro import ShortTokenizer
 
         return ShortTokenizer(vocab, context)
     open_clip = library("open_clip", "multimodal")

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.backbone import Row
+from zoo.points.rows import Row
 
 OPEN_CLIP = (
     Row("tokens", "tokens", "tokens", ""),

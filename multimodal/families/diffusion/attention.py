@@ -1,4 +1,4 @@
-"""Attention of diffusers with extra keys and values, and sites of modules that carry two streams. See `zoo.attention`.
+"""Attention of diffusers with extra keys and values, and sites of modules that carry two streams. See `zoo.engine.attention`.
 
 The library's `Attention` holds q, k, v and o as Linears, and leaves the product to a processor. Each class here is the
 forward of one processor with `attend` for the product. Extra keys join behind the norms and positions of the own ones: they
@@ -15,14 +15,14 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Given, mask_bias, recorder
+from zoo.engine.attention import AttentionSite, Given, mask_bias, recorder
+from zoo.engine.memory import recomputable
+from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError
-from zoo.memory import recomputable
 from zoo.points import Point
-from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
 
 @dataclass(eq=False)

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, embedder, pixel_config, timesteps
-from zoo.backbone import Row
+from multimodal.families.diffusion.family import FEED_FORWARD, DiffusersBackbone, embedder, pixel_config, timesteps
 from zoo.errors import ConfigError, DataError
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
-    from zoo.sites import Site
+    from zoo.engine.sites import Site
 
 FIVE_B: dict[str, Any] = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 I2V: dict[str, Any] = {**FIVE_B, "in_channels": 32, "use_learned_positional_embeddings": True}
@@ -135,7 +135,7 @@ class CogVideoX(DiffusersBackbone):
         """The modulated norms of a block take and give two streams."""
         if type(module).__name__ != "CogVideoXLayerNormZero":
             return super().site_kind(module, kind)
-        from multimodal.diffusers_attention import TwoStreams
+        from multimodal.families.diffusion.attention import TwoStreams
 
         return TwoStreams
 
@@ -146,15 +146,15 @@ class CogVideoX(DiffusersBackbone):
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL frames -> (F, 3, H, W) in [-1, 1]. `frames`: how many, by default as the checkpoint was trained; mirrored at random
         in training, unless `augment` is "crop" or "none"."""
-        from multimodal.clips import Clip
+        from multimodal.data.clips import Clip
 
         frames = int(options.get("frames") or self.config.sample_frames)
         return Clip(self.data_config(), frames, train, train and options.get("augment", "crop-flip") == "crop-flip")
 
     @classmethod
     def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
-        """A folder of clips (`multimodal.clips`), with a subfolder for each split if there are several, or a torch data set."""
-        from multimodal.clips import ClipRows
+        """A folder of clips (`clips.py`), with a subfolder for each split if there are several, or a torch data set."""
+        from multimodal.data.clips import ClipRows
         from zoo.data import ImageDataset
 
         if not isinstance(data, (str, Path)):
@@ -199,7 +199,7 @@ class CogVideoX(DiffusersBackbone):
         """
         latents, steps, text, rest = self._named(*inputs, **kwargs)
         if self._rotary and rest.get("image_rotary_emb") is None:
-            from multimodal.diffusers_attention import video_positions
+            from multimodal.families.diffusion.attention import video_positions
 
             rest["image_rotary_emb"] = video_positions(self.config, latents)
         if self.config.ofs_embed_dim and rest.get("ofs") is None:

@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, timesteps
-from zoo.backbone import Row
+from multimodal.families.diffusion.family import FEED_FORWARD, DiffusersBackbone, timesteps
 from zoo.errors import ConfigError, DataError
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "weights"
 # Works on pixels; 3,789,968 parameters
 MICRO: dict[str, Any] = {
     "num_attention_heads": 5,
@@ -116,7 +116,7 @@ class DiT(DiffusersBackbone):
         if self.latent_channels != 3:
             return super().usage(num_classes)
         lines = ["images = generate(model, [0, 1], guidance=2.0)  # of these classes, in [0, 1]"]
-        return ["from multimodal.sampling import generate"], lines
+        return ["from multimodal.tasks.sampling import generate"], lines
 
     @property
     def num_classes(self) -> int:

@@ -3,7 +3,7 @@
 A diffusion transformer takes noisy latents, a time step and a condition, and answers with a prediction of the latents' shape
 (the noise, the velocity, or the flow; some predict a variance in as many channels more). That prediction is what `features`
 returns: there is nothing to pool and no classifier. A text encoder and the autoencoder between pixels and latents are modules
-of their own, which the library's pipelines hold (`multimodal.pipelines`).
+of their own, which the library's pipelines hold (`multimodal.families.diffusion.pipelines`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.backbone import Backbone, Row, find, make_linear
+from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError
 from zoo.library import library, pretrained_config
 from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 
 if TYPE_CHECKING:
-    from zoo.session import Session
-    from zoo.sites import Site
+    from zoo.engine.session import Session
+    from zoo.engine.sites import Site
 
 # What a configuration file calls the classes that families here describe
 FAMILIES = {
@@ -99,7 +100,7 @@ class DiffusersBackbone(Backbone):
     def build(cls, name: str, *, pretrained: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
         """The library's transformer; `kwargs` are settings of its class and replace those of the checkpoint.
 
-        `dtype`: in which the checkpoint is read, where that is exact (`multimodal.diffusers_weights`).
+        `dtype`: in which the checkpoint is read, where that is exact (`multimodal.families.diffusion.weights`).
 
         Raises:
             ConfigError: a setting that the class does not have or take, or weights that cannot be had.
@@ -123,7 +124,7 @@ class DiffusersBackbone(Backbone):
 
     @classmethod
     def _load(cls, made: Any, name: str, options: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
-        from multimodal.diffusers_weights import load
+        from multimodal.families.diffusion.weights import load
 
         source = name.removeprefix("diffusers:")
         _, folder = source_config(source)
@@ -192,12 +193,16 @@ class DiffusersBackbone(Backbone):
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """As `Backbone.usage`: the library's pipeline around the model, where the checkpoint has one."""
         if self.hub_id() is None:
-            return [], ["prediction = model(*model.example_batch())  # multimodal.pipelines makes a pipeline of it"]
-        return ["from multimodal.pipelines import pipeline"], [f"{self.sample} = pipeline(model){self.request}"]
+            return [], [
+                "prediction = model(*model.example_batch())  # multimodal.families.diffusion.pipelines makes a pipeline of it"
+            ]
+        return ["from multimodal.families.diffusion.pipelines import pipeline"], [
+            f"{self.sample} = pipeline(model){self.request}"
+        ]
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL image -> pixels in [-1, 1]: the centre, flipped at random in training. No random crops: they would be generated."""
-        from multimodal.pixels import Pixels
+        from multimodal.data.pixels import Pixels
 
         return Pixels(self.data_config(), train and options.get("augment", "crop-flip") == "crop-flip")
 
@@ -236,7 +241,7 @@ class DiffusersBackbone(Backbone):
         """An activation that holds the projection in front of it."""
         if type(module).__name__ != "GELU" or not hasattr(module, "proj"):
             return kind
-        from multimodal.diffusers_attention import Activated
+        from multimodal.families.diffusion.attention import Activated
 
         return Activated
 
@@ -255,7 +260,7 @@ class DiffusersBackbone(Backbone):
         return [_sized(ConditionPoint(**common, dim_in=dim, dim_out=dim))]
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """`extend` of attention points (`multimodal.diffusers_attention`).
+        """`extend` of attention points (`multimodal.families.diffusion.attention`).
 
         Raises:
             AttachError: a processor that is not described there, or another verb.
@@ -263,7 +268,7 @@ class DiffusersBackbone(Backbone):
         if verb != "extend":
             super().record(session, point, verb, module, **options)
             return
-        from multimodal.diffusers_attention import record
+        from multimodal.families.diffusion.attention import record
 
         record(session, point, module)
 

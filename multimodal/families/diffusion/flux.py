@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import embedder, pixel_config, timesteps
-from multimodal.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
-from zoo.backbone import Row
+from multimodal.families.diffusion.family import embedder, pixel_config, timesteps
+from multimodal.families.diffusion.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
 from zoo.points import Point
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 JOINT = (*IMAGE, *IMAGE_MLP, *TEXT, Row("block", "block", "", ""))

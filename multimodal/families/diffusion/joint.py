@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, embedder, timesteps
-from zoo.backbone import Row
+from multimodal.families.diffusion.family import FEED_FORWARD, DiffusersBackbone, embedder, timesteps
+from zoo.points.rows import Row
 
 if TYPE_CHECKING:
-    from zoo.sites import Site
+    from zoo.engine.sites import Site
 
 TIME = embedder("time", "time_text_embed.timestep_embedder")
 TEXTS = (
@@ -71,7 +71,7 @@ class JointBackbone(DiffusersBackbone):
         """A block gives (text, image)."""
         if type(module).__name__ not in self.two_streams:
             return super().site_kind(module, kind)
-        from multimodal.diffusers_attention import ImageBlock
+        from multimodal.families.diffusion.attention import ImageBlock
 
         return ImageBlock
 

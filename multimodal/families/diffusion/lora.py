@@ -5,7 +5,7 @@
 That format has no settings: the change of a module's weight is B A, of the rank that A has. So the scale is folded into B, and
 all modules are brought to one rank with rows of zeros, since releases of diffusers differ in the scale that they give to
 modules of another rank. Coming in, files with settings (`lora_adapter_metadata`) and with `alpha` tensors are read, too.
-DiT and PixArt have no `load_lora_adapter` in the library; `zoo.peft_format.to_peft` writes what `peft.PeftModel` loads on them.
+DiT and PixArt have no `load_lora_adapter` in the library; `zoo.exchange.peft.to_peft` writes what `peft.PeftModel` loads on them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
+from zoo.disk.layout import parse
 from zoo.errors import ConfigError, MismatchError, WeightsError
-from zoo.layout import parse
-from zoo.peft_format import NOTE, PREFIX, attach_saved, by_module, choose, write_module
-from zoo.peft_reader import PeftAdapter, PeftModule
+from zoo.exchange.peft import NOTE, PREFIX, attach_saved, by_module, choose, write_module
+from zoo.exchange.peft_reader import PeftAdapter, PeftModule
 
 if TYPE_CHECKING:
     from zoo.adapters.lora import LoRA
@@ -52,7 +52,7 @@ def save_lora_weights(
 
     if not hasattr(type(model.backbone), "load_lora_adapter"):
         raise ConfigError(
-            f"diffusers loads no LoRA into a {type(model.backbone).__name__}. Write it with zoo.peft_format.to_peft(model, "
+            f"diffusers loads no LoRA into a {type(model.backbone).__name__}. Write it with zoo.exchange.peft.to_peft(model, "
             "folder), load it with peft.PeftModel.from_pretrained; or put the merged transformer into a pipeline (model.merge())."
         )
     lora: LoRA = model.adapters[choose(model, adapter)]  # type: ignore[assignment]

@@ -61,7 +61,7 @@ def pipeline(
     if family.family == "dit" and family.num_classes != 1000 and made.__name__ == "DiTPipeline":
         raise ConfigError(
             f"DiTPipeline takes the label 1000 for \"no class\", and '{model.backbone_name}' has {family.num_classes} classes. "
-            "Sample it by multimodal.sampling.generate(model, labels, guidance=...)."
+            "Sample it by multimodal.tasks.sampling.generate(model, labels, guidance=...)."
         )
     transformer: nn.Module = model.merge() if merged else model.backbone
     if source is None and not components:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.diffusers_family import FEED_FORWARD, DiffusersBackbone, embedder, timesteps
-from zoo.backbone import Row
+from multimodal.families.diffusion.family import FEED_FORWARD, DiffusersBackbone, embedder, timesteps
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 SMALL: dict[str, Any] = {"sample_size": 64, "caption_channels": 4096}

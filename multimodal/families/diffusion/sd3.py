@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from multimodal.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
-from zoo.backbone import Row
+from multimodal.families.diffusion.joint import IMAGE, IMAGE_MLP, TEXT, TEXTS, TIME, JointBackbone
 from zoo.points import Point
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 MEDIUM: dict[str, Any] = {

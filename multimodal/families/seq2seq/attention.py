@@ -1,4 +1,4 @@
-"""Prefixes and prompts on transformers' T5 and BART. See `zoo.attention` for the idea.
+"""Prefixes and prompts on transformers' T5 and BART. See `zoo.engine.attention` for the idea.
 
 Extra keys have no position: on T5 their relative position bias is 0, in every block, and no mask hides them, neither in the
 encoder nor in the causal decoder. With a key-value cache they stand in front of what the cache holds, and are no part of it.
@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import AttentionSite, Bias, Given, Pair, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.attention import AttentionSite, Bias, Given, Pair, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.sites import Site
 from zoo.errors import AttachError
 from zoo.points import Point
-from zoo.sites import Site
 
 if TYPE_CHECKING:
-    from multimodal.seq2seq import Seq2Seq
-    from zoo.session import Session
+    from multimodal.families.seq2seq.family import Seq2Seq
+    from zoo.engine.session import Session
 
 
 def keys_values(states: Tensor, cache: Any, index: int, cross: bool, project: Callable[[Tensor], Pair]) -> Pair:
@@ -207,7 +207,7 @@ class BartEncoderSite(EncoderSite):
 
     def run(self, prompts: Tensor, words: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Any:
         """The encoder put together from its parts, since the library adds positions to whatever it is given."""
-        from multimodal.vl_models import encode_bart
+        from multimodal.families.seq2seq.vl_models import encode_bart
 
         features = kwargs.get("visual_features")
         visual = None

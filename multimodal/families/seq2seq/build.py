@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from multimodal import released, words
+from multimodal.families.seq2seq import released, words
 from zoo.errors import ConfigError, MismatchError
 from zoo.library import library, pretrained_config
 
 if TYPE_CHECKING:
-    from multimodal.seq2seq import Seq2Seq
+    from multimodal.families.seq2seq.family import Seq2Seq
 
 VISUAL: dict[str, Any] = {
     "feat_dim": 2048,
@@ -103,7 +103,7 @@ def plan(
 def network(cls: type[Seq2Seq], visual: bool) -> Any:
     """The class of the network."""
     if visual:
-        return getattr(library("multimodal.vl_models", "multimodal"), cls.classes[1])
+        return getattr(library("multimodal.families.seq2seq.vl_models", "multimodal"), cls.classes[1])
     return getattr(library("transformers", "multimodal"), cls.classes[0])
 
 
@@ -142,7 +142,7 @@ def from_source(
 
 def embedded(cls: type[Seq2Seq], module: nn.Module, name: str, own_words: Sequence[str] | None) -> None:
     """Weights that come with the package."""
-    file = Path(__file__).parent / "weights" / f"{name.partition(':')[2]}.safetensors"
+    file = Path(__file__).parents[2] / "weights" / f"{name.partition(':')[2]}.safetensors"
     if own_words is not None:
         raise ConfigError(f"'{name}' was trained with its own words; pass pretrained=False to use others.")
     if not file.is_file():

@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multimodal import seq2seq_build, words
-from zoo.backbone import Backbone, Row, find, make_linear
+from multimodal.families.seq2seq import build as seq2seq_build
+from multimodal.families.seq2seq import words
+from zoo.backbone import Backbone
 from zoo.errors import ConfigError
 from zoo.library import pretrained_config
 from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from multimodal.seq2seq_attention import EncoderSite, LibraryAttention, SplitKeys
-    from zoo.session import Session
+    from multimodal.families.seq2seq.attention import EncoderSite, LibraryAttention, SplitKeys
+    from zoo.engine.session import Session
 
 PREFIXES = {  # what a question is preceded by in fine-tuning
     "vqa": "vqa: ",
@@ -57,11 +59,13 @@ class Seq2Seq(Backbone):
     pools = False
     task = "generate"
     tiny_classes = None
-    weights_folder = Path(__file__).parent / "weights"
+    weights_folder = Path(__file__).parents[2] / "weights"
 
     model_type: ClassVar[str]
     config_class: ClassVar[str]
-    classes: ClassVar[tuple[str, str]]  # without visual input (the library's), with it (`multimodal.vl_models`)
+    classes: ClassVar[
+        tuple[str, str]
+    ]  # without visual input (the library's), with it (`multimodal.families.seq2seq.vl_models`)
     # alias target -> (repository of the weights, configuration)
     members: ClassVar[dict[str, tuple[str | None, dict[str, Any]]]]
     # alias -> the image backbone that it was trained with, and how `GridFeatures` took its tokens
@@ -93,7 +97,7 @@ class Seq2Seq(Backbone):
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """The library's network, or ours with a visual embedding (`multimodal.seq2seq_build`)."""
+        """The library's network, or ours with a visual embedding (`multimodal.families.seq2seq.build`)."""
         return seq2seq_build.build(cls, name, pretrained, **kwargs)
 
     def configure(self, words: Sequence[str] | None = None, checkpoint: str | None = None, **options: Any) -> None:
@@ -207,10 +211,10 @@ class Seq2Seq(Backbone):
         return [*found, ConditionPoint(module=embedding, dim_in=self.config.feat_dim, dim_out=dim, **place)]
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Extra keys and prompts (`multimodal.seq2seq_attention`)."""
+        """Extra keys and prompts (`multimodal.families.seq2seq.attention`)."""
         if verb not in ("extend", "prompt"):
             super().record(session, point, verb, module, **options)
-        from multimodal.seq2seq_attention import record
+        from multimodal.families.seq2seq.attention import record
 
         record(self, session, point, verb, module, **options)
 
@@ -252,7 +256,7 @@ class Seq2Seq(Backbone):
         if answer is None:
             raise ConfigError(
                 "decoder_input_ids are missing: give the answer's tokens shifted to the right (model.family.shift(labels)), or "
-                "generate one with multimodal.generate."
+                "generate one with multimodal.tasks.generate."
             )
         self.check_visual(visual["visual_features"])
         given = {k: v for k, v in visual.items() if v is not None}
@@ -315,7 +319,7 @@ class Seq2Seq(Backbone):
             ConfigError: always.
         """
         raise ConfigError(
-            f"'{self.name}' reads words and visual features, no pictures: make features with multimodal.visual_features, or "
+            f"'{self.name}' reads words and visual features, no pictures: make features with multimodal.data.visual_features, or "
             "train with task='generate', which does."
         )
 
@@ -339,7 +343,7 @@ class Seq2Seq(Backbone):
 
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """As `Backbone.usage`: what is answered to a question."""
-        imports, lines = ["from multimodal.generate import Generate"], []
+        imports, lines = ["from multimodal.tasks.generate import Generate"], []
         question, seen = "what is in the picture?", "None"
         if self.feat_dim is None:
             question = "translate English to German: The house is small."

@@ -2,7 +2,8 @@
 
     encoder: u = LN1(x + D(Attn x)), y = LN2(u + D(MLP u));   decoder: the same with a cross-attention between the two
 
-A sublayer's input is the residual stream itself; the norms stand behind the sum. Visual input: `multimodal.vl_models`.
+A sublayer's input is the residual stream itself; the norms stand behind the sum. Visual input:
+`multimodal.families.seq2seq.vl_models`.
 Sources: Cho et al., ICML 2021 (j-min/VL-T5); Lewis et al., BART, ACL 2020. Counts: BART-base 139,420,416; VL-BART 141,156,864
 with norms of their own for features and boxes, as in VL-Adapter. The authors' later runs of VL-BART have one norm over the sum
 (`individual_vis_layer_norm=False`); a `checkpoint` tells which.
@@ -14,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from multimodal.seq2seq import Seq2Seq
-from multimodal.words import VISUAL
-from zoo.backbone import Row
+from multimodal.families.seq2seq.family import Seq2Seq
+from multimodal.families.seq2seq.words import VISUAL
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 BASE: dict[str, Any] = {
@@ -95,14 +96,14 @@ class VLBartBackbone(Seq2Seq):
     @property
     def attention_site(self) -> Any:  # type: ignore[override]
         """The site of an attention whose keys are extended."""
-        from multimodal.seq2seq_attention import BartSite
+        from multimodal.families.seq2seq.attention import BartSite
 
         return BartSite
 
     @property
     def encoder_site(self) -> Any:  # type: ignore[override]
         """The site of the encoder, for prompts that flow."""
-        from multimodal.seq2seq_attention import BartEncoderSite
+        from multimodal.families.seq2seq.attention import BartEncoderSite
 
         return BartEncoderSite
 
@@ -117,7 +118,7 @@ class VLBartBackbone(Seq2Seq):
 
     def prompt_keys(self, block: Any) -> Any:
         """As they are: there is no norm in front of the projections."""
-        from multimodal.seq2seq_attention import SplitKeys
+        from multimodal.families.seq2seq.attention import SplitKeys
 
         return SplitKeys(None, block.self_attn.k_proj, block.self_attn.v_proj, block.self_attn.head_dim)
 

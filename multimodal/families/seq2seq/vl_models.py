@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
 
-from multimodal.visual_embedding import VisualEmbedding
+from multimodal.families.seq2seq.visual_embedding import VisualEmbedding
 
 
 def _visual_embedding(config: Any, norm: Any) -> VisualEmbedding:

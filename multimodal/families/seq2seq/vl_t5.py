@@ -3,7 +3,8 @@
     encoder: u = x + D(Attn(N1 x)), y = u + D(MLP(N2 u));   decoder: the same with a cross-attention between the two
     MLP: W_o relu(W_i x), or, gated (v1.1): W_o (gelu(W_0 x) * (W_1 x)), where W_0 is `gate` and W_1 is `up`
 
-Visual input: `multimodal.vl_models`. Sources: Cho et al., "Unifying Vision-and-Language Tasks via Text Generation", ICML 2021
+Visual input: `multimodal.families.seq2seq.vl_models`. Sources: Cho et al., "Unifying Vision-and-Language Tasks via Text
+Generation", ICML 2021
 (j-min/VL-T5); Raffel et al., T5, JMLR 2020. Counts: T5-base 222,903,552; VL-T5 224,540,160.
 """
 
@@ -13,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from multimodal.seq2seq import Seq2Seq
-from multimodal.words import EASY_VQA, vocabulary_size
-from zoo.backbone import Row
+from multimodal.families.seq2seq.family import Seq2Seq
+from multimodal.families.seq2seq.words import EASY_VQA, vocabulary_size
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 BASE: dict[str, Any] = {
@@ -114,14 +115,14 @@ class VLT5Backbone(Seq2Seq):
     @property
     def attention_site(self) -> Any:  # type: ignore[override]
         """The site of an attention whose keys are extended."""
-        from multimodal.seq2seq_attention import T5Site
+        from multimodal.families.seq2seq.attention import T5Site
 
         return T5Site
 
     @property
     def encoder_site(self) -> Any:  # type: ignore[override]
         """The site of the encoder, for prompts that flow."""
-        from multimodal.seq2seq_attention import T5EncoderSite
+        from multimodal.families.seq2seq.attention import T5EncoderSite
 
         return T5EncoderSite
 
@@ -135,7 +136,7 @@ class VLT5Backbone(Seq2Seq):
 
     def prompt_keys(self, block: Any) -> Any:
         """Through the block's norm."""
-        from multimodal.seq2seq_attention import SplitKeys
+        from multimodal.families.seq2seq.attention import SplitKeys
 
         attention = block.layer[0].SelfAttention
         return SplitKeys(block.layer[0].layer_norm, attention.k, attention.v, attention.key_value_proj_dim)

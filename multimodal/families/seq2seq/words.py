@@ -1,7 +1,8 @@
 """A tokenizer of whole words, for small networks trained from nothing: no download, and a vocabulary that can be read.
 
 Text is put into lower case and cut at blanks and at punctuation. Ids: `<pad>` 0, `</s>` 1, `<unk>` 2, then the words in their
-order, then `<vis_extra_id_99>` to `<vis_extra_id_0>`, which name visual tokens (see `multimodal.visual_embedding`).
+order, then `<vis_extra_id_99>` to `<vis_extra_id_0>`, which name visual tokens (see
+`multimodal.families.seq2seq.visual_embedding`).
 """
 
 from __future__ import annotations

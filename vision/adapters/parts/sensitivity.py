@@ -1,4 +1,4 @@
-"""Which weights matter for a task, and which of them to tune within a parameter budget (for `vision.spt`).
+"""Which weights matter for a task, and which of them to tune within a parameter budget (for `vision.adapters.spt`).
 
 Sensitivity of a weight: the square of its gradient of the mean loss of a batch, summed over batches. Scores are kept in
 float32, one for each weight; gradients are squared and dropped one tensor at a time, as backward makes them.

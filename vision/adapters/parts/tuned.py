@@ -1,4 +1,4 @@
-"""A projection of which single entries, the bias and a structured module are tuned (for `vision.spt`).
+"""A projection of which single entries, the bias and a structured module are tuned (for `vision.adapters.spt`).
 
     y = (W + scatter(delta)) x + b + scatter(delta_b)        then        y + B A drop(x)   or   y + adapter(drop(y))
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.adapters.lora import LowRank
+from zoo.engine.memory import recomputable
 from zoo.errors import MismatchError
-from zoo.memory import recomputable
 from zoo.points import LinearPoint
 
 Part = tuple["Tuned", int, int]

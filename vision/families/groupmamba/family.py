@@ -1,6 +1,7 @@
 """GroupMamba: state-space mixers in a pyramid of stages, tiny, small and base, and a small member for images of 32 px.
 
-The network is ours (`vision.groupmamba_model`), with the parameter names of the released checkpoints. Maps are (B, H, W, d); each
+The network is ours (`vision.families.groupmamba.network`), with the parameter names of the released checkpoints. Maps
+are (B, H, W, d); each
 stage has its own width. There is no attention and no sequence that could be extended, so there are no `attention` and no
 `tokens` points. What a block has, in forward order:
 
@@ -27,14 +28,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vision.groupmamba_model import GroupMamba
-from zoo.backbone import Backbone, Row, find, make_linear
+from vision.families.groupmamba.network import GroupMamba
+from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError, WeightsError
 from zoo.heads import TwoHeads
 from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "weights"
 MODELS: dict[str, dict[str, Any]] = {
     "groupmamba-t": {
         "embed_dims": (64, 128, 348, 448),

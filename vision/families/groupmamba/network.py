@@ -9,7 +9,8 @@
     network stem (stride 4), stages with a stride-2 convolution between them, LN behind each; then the mean of the tokens goes,
             as a class token, through one block of its own (x + LN(layer(x)), x + mlp(LN x)), LN, and two linear heads
 
-Two heads: `head` learns from the labels and `dist_head` from a teacher (`vision.distill`); in evaluation their mean is taken.
+Two heads: `head` learns from the labels and `dist_head` from a teacher (`vision.tasks.distill`); in evaluation their
+mean is taken.
 Parameters carry the names of the released checkpoints.
 
 Source: Shaker, Wasim, Khan, Gall, Khan, "GroupMamba", 2024 (Amshaker/GroupMamba).
@@ -26,9 +27,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from vision.selective_scan import selective_scan
+from vision.families.groupmamba.selective_scan import selective_scan
+from zoo.engine.memory import recomputable
 from zoo.errors import ConfigError
-from zoo.memory import recomputable
 
 
 def along(x: Tensor, direction: int) -> Tensor:
@@ -324,7 +325,7 @@ class GroupMamba(nn.Module):
         return norm(token)[:, 0, 0]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> logits (B, classes); in training with two heads both logits, as `vision.distill` takes them."""
+        """Images (B, 3, H, W) -> logits (B, classes); in training with two heads both logits (`distill`)."""
         features = self.forward_features(x)
         if self.dist_head is None:
             return self.head(features)

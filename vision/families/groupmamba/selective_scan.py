@@ -14,7 +14,7 @@ only products formed are of decays in [0, 1], so nothing overflows, however long
 
 In memory: backward keeps the inputs and computes h again. Long sequences are worked on in segments that fit a processor's cache,
 and states one after another, so both passes need a few small arrays beside the inputs and the output. On a CUDA GPU a Triton
-kernel does the same (`vision.selective_scan_triton`).
+kernel does the same (`vision.families.groupmamba.selective_scan_triton`).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _triton() -> Callable[..., Tensor] | None:
     if _kernel is True:
         _kernel = None
         try:
-            from vision.selective_scan_triton import selective_scan_triton, self_test
+            from vision.families.groupmamba.selective_scan_triton import selective_scan_triton, self_test
 
             self_test()
             _kernel = selective_scan_triton

@@ -1,4 +1,4 @@
-"""The selective scan of `vision.selective_scan` as a Triton kernel, for CUDA GPUs.
+"""The selective scan of `vision.families.groupmamba.selective_scan` as a Triton kernel, for CUDA GPUs.
 
 One program takes a block of channels of one group and one sequence, and goes through the tokens in tiles of `TOKENS`; within a
 tile the recurrence is an associative scan over (decay, input) pairs, with the state of the tile before carried in. Forward keeps
@@ -213,7 +213,7 @@ def selective_scan_triton(
     delta_bias: Tensor | None = None,
     softplus: bool = True,
 ) -> Tensor:
-    """As `vision.selective_scan.selective_scan`, on a GPU; y (batch, tokens, d) in float32."""
+    """As `vision.families.groupmamba.selective_scan.selective_scan`, on a GPU; y (batch, tokens, d) in float32."""
     return _TritonScan.apply(u, delta, A, B, C, D, delta_bias, softplus)  # type: ignore[no-any-return]
 
 
@@ -223,7 +223,7 @@ def self_test(device: str = "cuda") -> None:
     Raises:
         RuntimeError: they give other numbers.
     """
-    from vision.selective_scan import _Scan
+    from vision.families.groupmamba.selective_scan import _Scan
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 40, 8)] * 2 + [(8, 2)] + [(2, 40, 2, 2)] * 2 + [(8,)] * 2

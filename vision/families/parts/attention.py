@@ -1,4 +1,4 @@
-"""Which of our attentions describes one of timm's: prefixes and prompts on timm's ViT and Swin. See `zoo.attention`."""
+"""Which of our attentions describes one of timm's: prefixes and prompts on timm's ViT and Swin. See `zoo.engine.attention`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from zoo.errors import AttachError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from vision.timm_family import TimmBackbone
-    from zoo.session import Session
+    from vision.families.parts.timm_family import TimmBackbone
+    from zoo.engine.session import Session
 
 
 def record(family: TimmBackbone, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
@@ -26,9 +26,9 @@ def record(family: TimmBackbone, session: Session, point: Point, verb: str, modu
     block = family.module.get_submodule(path)
     attention = block.attn
     if type(attention) is Attention:
-        from vision.vit_attention import record as put
+        from vision.families.parts.vit_attention import record as put
     elif type(attention) is WindowAttention:
-        from vision.swin_attention import record as put
+        from vision.families.parts.swin_attention import record as put
     else:
         raise AttachError(
             f"the attention at '{point.name}' is a {type(attention).__name__}; more keys and values are described for timm's "

@@ -31,14 +31,14 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zoo.attention import heads
+from zoo.engine.attention import heads
+from zoo.engine.sites import BlockSite, LinearSite, Op, Site, State
 from zoo.errors import AttachError, CombinationError
 from zoo.points import Point
-from zoo.sites import BlockSite, LinearSite, Op, Site, State
 
 if TYPE_CHECKING:
-    from vision.timm_family import TimmBackbone
-    from zoo.session import Session
+    from vision.families.parts.timm_family import TimmBackbone
+    from zoo.engine.session import Session
 
 # Covariances cost one product of N c^2 for each query, so a few queries are where they pay.
 FEW = 4

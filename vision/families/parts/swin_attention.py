@@ -1,4 +1,4 @@
-"""Prefixes and prompts on timm's `SwinTransformer`. See `zoo.attention` for the idea.
+"""Prefixes and prompts on timm's `SwinTransformer`. See `zoo.engine.attention` for the idea.
 
 Tokens see each other within a window. Extra keys and values are the same for all windows of an image, and their relative
 position bias and shift mask are zero. Windows are batch-major: those of image i are rows i * W to (i + 1) * W.
@@ -20,14 +20,14 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.attention import AttentionSite, FusedKeys, Given, Prompts, heads, prepend, recorder
-from zoo.memory import recomputable
+from zoo.engine.attention import AttentionSite, FusedKeys, Given, Prompts, heads, prepend, recorder
+from zoo.engine.memory import recomputable
+from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
-from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
-    from vision.timm_family import TimmBackbone
-    from zoo.session import Session
+    from vision.families.parts.timm_family import TimmBackbone
+    from zoo.engine.session import Session
 
 
 def window_bias(
@@ -205,7 +205,7 @@ def record(
     keep: bool = False,
     pooled: bool = False,
 ) -> None:
-    """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
+    """Record the ops of `extend` and `prompt`; see `vision.families.parts.attention.record`."""
     backbone: Any = family.module
     attention: Any = block.attn
     op = recorder(session, point, verb, module)

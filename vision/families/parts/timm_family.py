@@ -14,9 +14,9 @@ from zoo.errors import ConfigError, MismatchError, nearest
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from zoo.session import Session
+    from zoo.engine.session import Session
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "weights"
 MEMBER_DATA = {  # of the members that come with the package: all of them were trained on CIFAR-100
     "mean": (0.5071, 0.4866, 0.4409),
     "std": (0.2673, 0.2564, 0.2762),
@@ -111,11 +111,11 @@ class TimmBackbone(Backbone):
         return module.to(device) if device is not None else module
 
     def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Verbs of attention and tokens points: more keys and prompts (`zoo.attention`), queries (`vision.queries`)."""
+        """Verbs of attention and tokens points: more keys and prompts (`zoo.engine.attention`), queries (`queries.py`)."""
         if verb == "query":
-            from vision.queries import record
+            from vision.families.parts.queries import record
         else:
-            from vision.attention import record
+            from vision.families.parts.attention import record
         record(self, session, point, verb, module, **options)
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:

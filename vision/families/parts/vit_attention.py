@@ -1,4 +1,4 @@
-"""Prefixes and prompts on timm's `VisionTransformer`. See `zoo.attention` for the idea.
+"""Prefixes and prompts on timm's `VisionTransformer`. See `zoo.engine.attention` for the idea.
 
 Prompts that flow (VPT-shallow) are tokens of the sequence: put in behind the prefix tokens [cls, registers | prompts |
 patches] in front of the first block, and taken out in front of the final norm, unless they take part in the pooling.
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zoo.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, recorder
+from zoo.engine.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, recorder
+from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
-from zoo.sites import BlockSite, Site
 
 if TYPE_CHECKING:
-    from vision.timm_family import TimmBackbone
-    from zoo.session import Session
+    from vision.families.parts.timm_family import TimmBackbone
+    from zoo.engine.session import Session
 
 
 def record(
@@ -29,7 +29,7 @@ def record(
     keep: bool = False,
     pooled: bool = False,
 ) -> None:
-    """Record the ops of `extend` and `prompt`; see `vision.attention.record`."""
+    """Record the ops of `extend` and `prompt`; see `vision.families.parts.attention.record`."""
     attention: Any = block.attn
     backbone: Any = family.module
     op = recorder(session, point, verb, module)

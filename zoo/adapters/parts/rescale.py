@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.memory import recomputable
+from zoo.engine.memory import recomputable
 
 
 class Rescale(nn.Module):

@@ -1,0 +1,77 @@
+"""Registration, lazy imports, and packages that shadow ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import zoo
+from zoo.adapters.base import Adapter
+from zoo.errors import ConfigError, UnknownNameError
+
+ROOT = Path(zoo.__file__).resolve().parent.parent
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = [str(folder), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {path!r}\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+@pytest.mark.parametrize("layout", ["vision.py", "vision/__init__.py", "audio/__init__.py"])
+def test_a_package_that_shadows_ours(tmp_path: Path, layout: str) -> None:
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_text("x = 1\n")
+    result = run(
+        "import zoo\ntry:\n    zoo.load('vit-micro', pretrained=False)\n"
+        "except zoo.ZooError as e:\n    print(type(e).__name__, e)",
+        tmp_path,
+    )
+    name = layout.split("/")[0].split(".")[0]
+    assert result.stdout.startswith(f"ShadowError The package '{name}' found at {tmp_path}"), (
+        result.stdout + result.stderr
+    )
+    assert "rename" in result.stdout
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    result = run(
+        "import zoo; zoo.list_adapters; heavy = ('timm', 'open_clip', 'transformers', 'diffusers', 'accelerate', 'peft')\n"
+        "print([h for h in heavy if h in sys.modules])\nzoo.load('vit-micro', pretrained=False)\n"
+        "print([h for h in heavy[1:] if h in sys.modules])",
+        tmp_path,
+    )
+    assert result.stdout.split("\n")[:2] == ["[]", "[]"], result.stdout + result.stderr
+
+
+def test_globs() -> None:
+    assert {"vit-b16", "vit-micro"} <= set(zoo.list_backbones("vit*"))
+    assert zoo.list_adapters("vp*") == ["vpt"]
+
+
+def test_a_taken_name() -> None:
+    with pytest.raises(ConfigError, match="is taken"):
+
+        @zoo.register_adapter("lora")
+        @dataclass
+        class Other(Adapter):
+            pass
+
+
+def test_decorators_in_the_wrong_order() -> None:
+    with pytest.raises(ConfigError, match="stands above @dataclass"):
+
+        @zoo.register_adapter("other")
+        class Other(Adapter):
+            strength: int = 1
+
+
+def test_almost_a_backbone() -> None:
+    with pytest.raises(zoo.ZooError, match="ResPostBlock"):
+        zoo.load("timm:vit_base_patch16_rpn_224", pretrained=False, device="meta")
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        zoo.load("timm:vit_base_patch16_225", pretrained=False)

@@ -1,0 +1,84 @@
+"""Rows of a family's table: which module path of a block plays which role, and the points that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zoo.points.kinds import LinearPoint
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's table, for one block.
+
+    `name` is the point's name inside the block ("" for the block itself) and `path` the library's module path inside it.
+    `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
+    modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
+    library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
+    the module whose input is the residual stream in front of the branch, where that is not the entry.
+    """
+
+    kind: str
+    role: str
+    name: str
+    path: str
+    part: tuple[int, int] | None = None
+    entry: str = ""
+    exit: str = ""
+    stream: str = ""
+
+
+def find(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None; an `nn.Identity` counts as absent."""
+    node: Any = module
+    for part in path.split(".") if path else []:
+        node = node._modules.get(part) if isinstance(node, nn.Module) else None
+        if node is None:
+            return None
+    return None if isinstance(node, nn.Identity) else node
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int] | None:
+    """(dim_in, dim_out) of a Linear, or of a convolution as the matrix that it is; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.weight[0].numel(), module.out_channels
+    return None
+
+
+def make_linear(
+    module: nn.Module, part: tuple[int, int] | None, fused: str, num_heads: int, common: dict[str, Any]
+) -> LinearPoint | None:
+    """A linear point for a whole projection or a slice of a fused one; None if the module is no projection."""
+    dims = linear_dims(module)
+    if dims is None:
+        return None
+    dim_in, dim_out = dims
+    start, stop = 0, dim_out
+    if part is not None:
+        index, count = part
+        if dim_out % count:
+            return None
+        start, stop = index * dim_out // count, (index + 1) * dim_out // count
+    return LinearPoint(
+        **{**common, "dim_in": dim_in, "dim_out": stop - start},
+        start=start,
+        stop=stop,
+        fused=fused if part is not None else "",
+        num_heads=num_heads,
+    )
+
+
+def side_of(path: str, default: str) -> tuple[str, str]:
+    """ "attn:input" -> ("attn", "input")."""
+    module, _, side = path.partition(":")
+    return module, side or default
+
+
+def norm_dim(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return 0 if weight is None else weight.shape[0]

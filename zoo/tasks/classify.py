@@ -1,0 +1,70 @@
+"""To classify: one of the head's classes for each item."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.registry import register_task
+from zoo.tasks.base import Task, call
+
+if TYPE_CHECKING:
+    from zoo.data.dataset import ImageDataset
+    from zoo.model import Model
+
+__all__ = ["Classify"]
+
+
+@register_task("classify")
+class Classify(Task):
+    """One of the head's classes for each item: cross-entropy; accuracy and top-5 accuracy."""
+
+    monitor, on_head = "accuracy", True
+
+    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+        """Raise unless the head and the data set have the same classes."""
+        if not model.num_classes:
+            raise ConfigError(
+                "The model has no classification head (num_classes=0). Load it with num_classes="
+                f"{len(dataset.classes) if dataset.classes else '<number of classes>'}, or pass a loss of your own."
+            )
+        labels = dataset.labels
+        if dataset.classes is not None and len(dataset.classes) != model.num_classes:
+            raise MismatchError(
+                f"The {what} '{dataset.name}' has {len(dataset.classes)} classes, the model's head {model.num_classes}. "
+                f"Load the model with num_classes={len(dataset.classes)}, or open the data with classes=[...] (all "
+                f"{model.num_classes} names, in the order of the labels)."
+            )
+        if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < model.num_classes:
+            wrong = int(((labels < 0) | (labels >= model.num_classes)).argmax())
+            raise DataError(
+                f"{dataset.where(wrong)}: label {labels[wrong]} is outside the model's {model.num_classes} classes "
+                f"(0..{model.num_classes - 1})."
+            )
+        named = [c for c in (model.classes, dataset.classes) if c and not all(str(n).isdigit() for n in c)]
+        if len(named) == 2 and named[0] != named[1]:
+            first = next(i for i, (a, b) in enumerate(zip(*named, strict=True)) if a != b)
+            raise MismatchError(
+                f"Class {first} is '{named[0][first]}' for the model, '{named[1][first]}' in the {what} '{dataset.name}'. Open "
+                "the data with classes=model.classes, so that equal labels mean equal classes."
+            )
+
+    def check_batch(self, model: Model, dataset: ImageDataset, targets: Tensor) -> None:
+        """Raise DataError for labels that the head has no output for."""
+        from zoo.train.batches import class_range
+
+        classes = model.num_classes
+        if classes and (found := class_range(targets)) is not None and not 0 <= found[0] <= found[1] < classes:
+            wrong = found[0] if found[0] < 0 else found[1]
+            raise DataError(
+                f"{dataset.name}: a label {wrong} is outside the model's {classes} classes (0..{classes - 1}). Mend the "
+                f"labels, or load the model with num_classes={max(found[1] + 1, classes)}."
+            )
+
+    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities."""
+        outputs = call(model, inputs).float()
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing), outputs
