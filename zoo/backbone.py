@@ -27,8 +27,7 @@ from zoo.points.rows import Row, find, make_linear, norm_dim, side_of
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
-    from zoo.engine.session import Session
-    from zoo.engine.sites import Site
+    from zoo.points.recorder import Recorder
 
 
 class Backbone:
@@ -178,7 +177,7 @@ class Backbone:
         """A merged copy of the module with the library's own parts back in place of ours; by default there are none."""
         return module
 
-    def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
+    def site_kind(self, module: nn.Module, kind: type[Any]) -> type[Any]:
         """The class of the site at a module, where ops must see another tensor of its call than the first one."""
         return kind
 
@@ -197,7 +196,7 @@ class Backbone:
 
     # -- verbs that depend on the family's attention ----------------------------------------------------------------
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Translate a verb of an `attention` or `tokens` point into ops (`session.op`)."""
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family '{self.family}'.")
 

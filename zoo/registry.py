@@ -16,7 +16,7 @@ from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
-    from zoo.tasks import Task
+    from zoo.tasks.base import Task
 
 A = TypeVar("A", bound="type[Adapter]")
 B = TypeVar("B", bound="type[Backbone]")

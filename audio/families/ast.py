@@ -29,7 +29,7 @@ from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -248,7 +248,7 @@ class AST(TransformersAudio):
         """Where the library keeps the classifier."""
         return "classifier"
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
         from audio.families.parts.attention import record
 

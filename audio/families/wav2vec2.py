@@ -29,7 +29,7 @@ from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 SHORTEST = 400  # samples that the convolutions need
 LARGE: Fields = {
@@ -266,7 +266,7 @@ class Wav2Vec2(TransformersAudio):
         merged.config.num_labels = head.out_features
         merged.projector, merged.classifier = head.projector, head.classifier
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
         from audio.families.parts.attention import record
 

@@ -28,7 +28,7 @@ from zoo.data.dataset import decode
 from zoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 POOLS: dict[str, Any] = {"max": F.adaptive_max_pool2d, "mean": F.adaptive_avg_pool2d}
 
@@ -56,7 +56,7 @@ class GridFeatures:
 
     def __init__(
         self,
-        model: Model,
+        model: Host,
         pool: tuple[int, int] | None = None,
         reduce: str = "max",
         grid: tuple[int, int] | None = None,

@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 
 class Moments:
@@ -88,7 +88,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def image_features(model: Model, images: Tensor) -> Tensor:
+def image_features(model: Host, images: Tensor) -> Tensor:
     """Features (n, d) by an image model of images (n, 3, H, W) in [0, 1], resized and normalised as it takes them.
 
     Raises:
@@ -107,7 +107,7 @@ def image_features(model: Model, images: Tensor) -> Tensor:
     return model.features(((x - mean) / std).to(model.dtype))
 
 
-def feature_distance(real: Tensor, generated: Tensor, model: Model, batch_size: int = 64) -> float:
+def feature_distance(real: Tensor, generated: Tensor, model: Host, batch_size: int = 64) -> float:
     """Frechet distance between two sets of images (n, 3, H, W) in [0, 1], by the features of an image model.
 
     Raises:

@@ -31,7 +31,7 @@ from zoo.registry import register_task
 from zoo.tasks.base import Task
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["Contrast", "Embedded", "Retrieval"]
 
@@ -68,7 +68,7 @@ class Contrast(Task):
             raise ConfigError(f"captions is {self.captions}; expected 1 or more.")
 
     def open(
-        self, model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
+        self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> ImageDataset:
         """What `open_pairs` takes; items are ((image (3, H, W), token ids (L,), or (captions, L) in evaluation), group)."""
         family: Any = model.family
@@ -81,7 +81,7 @@ class Contrast(Task):
         image = image_transform(config, train, augment=augment or "crop")
         return dataset.with_transform(PairTransform(image, family.tokenize, train, self.captions, self.truncate))
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the model has two towers and no classifier."""
         _check_family(model)
         if model.num_classes:
@@ -90,7 +90,7 @@ class Contrast(Task):
                 "the head off: model.reset_head(0)."
             )
 
-    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Embedded]:
+    def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Embedded]:
         """inputs: images (B, 3, H, W) with token ids (B, L) or (B, captions, L), of which zeros are padding; targets (B,)."""
         images, ids = inputs
         own: Any = model.backbone
@@ -117,7 +117,7 @@ class Contrast(Task):
         sides = [F.cross_entropy(s, goal, label_smoothing=label_smoothing) for s in (scores, scores.T)]
         return (sides[0] + sides[1]) / 2, embedded
 
-    def metrics(self, model: Model) -> Mapping[str, Any]:
+    def metrics(self, model: Host) -> Mapping[str, Any]:
         """Recall at 1, 5 and 10 in both directions, and the mean of the six, "recall"."""
         return {"retrieval": Retrieval()}
 
@@ -206,7 +206,7 @@ def _ranks(asking: Tensor, answers: Tensor, group: Tensor, groups: Tensor, rows:
     return torch.cat(found)
 
 
-def _check_family(model: Model) -> None:
+def _check_family(model: Host) -> None:
     if model.family.family != "clip":
         raise MismatchError(
             f"'{model.backbone_name}' is of the family '{model.family.family}'; contrast trains those with an image and a text "

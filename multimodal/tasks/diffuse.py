@@ -31,7 +31,7 @@ from zoo.tasks.base import Task
 if TYPE_CHECKING:
     from multimodal.metrics.frechet import Moments
     from zoo.data.dataset import ImageDataset
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["Denoising", "Diffuse", "FeatureDistance"]
 
@@ -71,7 +71,7 @@ class Diffuse(Task):
         drop: float | None = None,
         null: Tensor | None = None,
         weighting: str = "uniform",
-        distance: Model | str | None = None,
+        distance: Host | str | None = None,
         samples: int = 500,
         steps: int = 50,
         guidance: float = 1.0,
@@ -89,7 +89,7 @@ class Diffuse(Task):
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the model denoises, and its classes are enough for the labels."""
         if not hasattr(model.family, "scheduler"):
             raise ConfigError(
@@ -105,9 +105,9 @@ class Diffuse(Task):
             wrong = int(((labels < 0) | (labels >= classes)).argmax())
             raise DataError(f"{dataset.where(wrong)}: {_outside(int(labels[wrong]), classes)}")
 
-    def check_batch(self, model: Model, dataset: ImageDataset, targets: Any) -> None:
+    def check_batch(self, model: Host, dataset: ImageDataset, targets: Any) -> None:
         """Raise DataError for labels that the model has no embedding of."""
-        from zoo.train.batches import class_range
+        from zoo.tasks.classify import class_range
 
         classes = getattr(model.family, "num_classes", None)
         found = class_range(targets) if classes is not None and isinstance(targets, Tensor) else None
@@ -117,7 +117,7 @@ class Diffuse(Task):
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 
-    def loss(self, model: Model, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Denoising]:
+    def loss(self, model: Host, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Denoising]:
         """Mean squared error of the prediction, in float32; see the module."""
         arguments, target = self._noisy(model, inputs, targets)
         for module in model.backbone.modules():
@@ -130,11 +130,11 @@ class Diffuse(Task):
         loss = (prediction.float() - target).square().mean()
         return loss, Denoising(prediction, target, inputs[0] if isinstance(inputs, (tuple, list)) else inputs)
 
-    def example(self, model: Model, inputs: Any, targets: Any) -> Any:
+    def example(self, model: Host, inputs: Any, targets: Any) -> Any:
         """What the model is called with for a batch."""
         return self._noisy(model, inputs, targets)[0]
 
-    def _noisy(self, model: Model, inputs: Any, targets: Any) -> tuple[tuple[Any, ...], Tensor]:
+    def _noisy(self, model: Host, inputs: Any, targets: Any) -> tuple[tuple[Any, ...], Tensor]:
         data, *conditions = inputs if isinstance(inputs, (tuple, list)) else (inputs, targets)
         latents, image = self.encode(model, data)
         schedule, training = self.schedule(model), model.training
@@ -152,7 +152,7 @@ class Diffuse(Task):
             further.append(image.to(model.dtype))
         return (noisy.to(model.dtype), steps, *further), target.float()
 
-    def schedule(self, model: Model) -> Schedule:
+    def schedule(self, model: Host) -> Schedule:
         """The noise of the scheduler, or of the family's own."""
         name = model.backbone_name
         if self._schedule is None or self._schedule[0] != name:
@@ -161,7 +161,7 @@ class Diffuse(Task):
         return self._schedule[1]
 
     @torch.no_grad()
-    def encode(self, model: Model, data: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, model: Host, data: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pixels or latents -> latents in float32, and those of the first frame for an image-to-video model.
 
         Raises:
@@ -202,7 +202,7 @@ class Diffuse(Task):
         latents = (latents - shift) * float(vae.config.scaling_factor)
         return latents.transpose(1, 2) if video else latents
 
-    def _dropped(self, model: Model, conditions: list[Any]) -> list[Any]:
+    def _dropped(self, model: Host, conditions: list[Any]) -> list[Any]:
         """The conditions, some of them replaced by none."""
         classes = getattr(model.family, "num_classes", None)
         drop = self.drop if self.drop is not None else 0.1 if classes is not None or self.null is not None else 0.0
@@ -220,7 +220,7 @@ class Diffuse(Task):
 
     # -- numbers ----------------------------------------------------------------------------------------------------
 
-    def metrics(self, model: Model) -> Mapping[str, Any]:
+    def metrics(self, model: Host) -> Mapping[str, Any]:
         """The distance between features of generated and of real images, if it is asked for."""
         return {} if self.distance is None else {"feature distance": FeatureDistance(model, self)}
 
@@ -228,12 +228,12 @@ class Diffuse(Task):
 class FeatureDistance:
     """Frechet distance between real images and as many generated ones with their labels (`multimodal.metrics.frechet`)."""
 
-    def __init__(self, model: Model, task: Diffuse) -> None:
+    def __init__(self, model: Host, task: Diffuse) -> None:
         import zoo
 
         self.model, self.task = model, task
         distance = task.distance
-        self.by: Model = zoo.load(distance, num_classes=0) if isinstance(distance, str) else distance  # type: ignore[assignment]
+        self.by: Host = zoo.load(distance, num_classes=0) if isinstance(distance, str) else distance  # type: ignore[assignment]
         if getattr(model.family, "num_classes", None) is None:
             raise ConfigError(
                 "The feature distance needs images sampled by class; sample a text-conditioned model by its pipeline, and "

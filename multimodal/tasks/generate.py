@@ -35,7 +35,7 @@ from zoo.registry import register_task
 from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["Generate", "Scores", "Written"]
 
@@ -79,7 +79,7 @@ class Generate(Task):
                 raise ConfigError(f"{what} is {value}; expected 1 or more.")
 
     def open(
-        self, model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
+        self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> ImageDataset:
         """What `open_questions` takes; items are (inputs of the family, target (2, W)).
 
@@ -94,11 +94,11 @@ class Generate(Task):
             Prepared(self, model, dataset, train), None, indices=dataset.indices, on_error=dataset.on_error
         )
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the model writes text."""
         _check_family(model)
 
-    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Written]:
+    def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Written]:
         """inputs as `open` gives them, in batches; targets (B, 2, W)."""
         labels, references = targets[:, 0, : inputs[2].shape[1]], [_text(row) for row in targets[:, 1].tolist()]
         logits = call(model, inputs).float()
@@ -120,7 +120,7 @@ class Generate(Task):
         return each.mean(), Written(logits, texts, answers, captions)
 
     @torch.no_grad()
-    def write(self, model: Model, inputs: Sequence[Any], length: int) -> list[str]:
+    def write(self, model: Host, inputs: Sequence[Any], length: int) -> list[str]:
         """Texts of at most `length` tokens for inputs (question, mask, _, features, boxes), with the active adapters."""
         family: Any = model.family
         ids, mask, _, *visual = inputs
@@ -136,7 +136,7 @@ class Generate(Task):
         )
         return decode(family, found)
 
-    def answer(self, model: Model, images: Sequence[Any], questions: Sequence[str | None]) -> list[str]:
+    def answer(self, model: Host, images: Sequence[Any], questions: Sequence[str | None]) -> list[str]:
         """Answers to questions about images, which are PIL images, paths, encoded bytes or (features, boxes).
 
         Raises:
@@ -156,7 +156,7 @@ class Generate(Task):
         finally:
             model.train(training)
 
-    def metrics(self, model: Model) -> Mapping[str, Any]:
+    def metrics(self, model: Host) -> Mapping[str, Any]:
         """Exact match, VQA accuracy, CIDEr."""
         return {"text": Scores()}
 
@@ -184,7 +184,7 @@ class Prepared:
 
     labels: Any = None
 
-    def __init__(self, task: Generate, model: Model, dataset: ImageDataset, train: bool) -> None:
+    def __init__(self, task: Generate, model: Host, dataset: ImageDataset, train: bool) -> None:
         self.rows, self.train, self.task = dataset.rows, train, task
         self.name, self.blocks, self.window = dataset.rows.name, dataset.rows.blocks, dataset.rows.window
         family: Any = model.family
@@ -324,7 +324,7 @@ class _Features:
         self.found[key] = (features, boxes)
 
 
-def _front(task: Generate, model: Model) -> GridFeatures | None:
+def _front(task: Generate, model: Host) -> GridFeatures | None:
     """What makes features of images."""
     family: Any = model.family
     vision = task.vision if task.vision is not None else family.front_end
@@ -338,7 +338,7 @@ def _front(task: Generate, model: Model) -> GridFeatures | None:
     return GridFeatures(name, **options)
 
 
-def _check_family(model: Model) -> None:
+def _check_family(model: Host) -> None:
     if not isinstance(model.family, Seq2Seq):
         raise MismatchError(
             f"'{model.backbone_name}' is of the family '{model.family.family}'; generate trains those that write text (families "

@@ -20,12 +20,12 @@ from torch import Tensor
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 
 @torch.no_grad()
 def generate(
-    model: Model,
+    model: Host,
     labels: Sequence[int] | Tensor,
     *,
     steps: int = 50,
@@ -80,7 +80,7 @@ def generate(
 
 
 def denoise(
-    model: Model,
+    model: Host,
     latents: Tensor,
     labels: Tensor,
     scheduler: Any,

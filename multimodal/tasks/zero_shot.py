@@ -20,7 +20,7 @@ from zoo.errors import ConfigError, DataError
 from zoo.heads import CosineHead
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["TEMPLATES", "encode_image", "encode_text", "put_zero_shot_classifier", "zero_shot_classifier"]
 
@@ -28,12 +28,12 @@ Template = str | Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 
-def encode_image(model: Model, images: Tensor) -> Tensor:
+def encode_image(model: Host, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) -> embeddings of length 1, (B, d), with the active adapters."""
     return F.normalize(_checked(model).features(images), dim=-1)
 
 
-def encode_text(model: Model, texts: str | Sequence[str] | Tensor, *, truncate: bool = False) -> Tensor:
+def encode_text(model: Host, texts: str | Sequence[str] | Tensor, *, truncate: bool = False) -> Tensor:
     """Texts or token ids (B, L) -> embeddings of length 1, (B, d), with the active adapters.
 
     Raises:
@@ -46,7 +46,7 @@ def encode_text(model: Model, texts: str | Sequence[str] | Tensor, *, truncate: 
 
 @torch.no_grad()
 def zero_shot_classifier(
-    model: Model, class_names: Sequence[str], templates: Sequence[Template] = TEMPLATES, *, batch_size: int = 256
+    model: Host, class_names: Sequence[str], templates: Sequence[Template] = TEMPLATES, *, batch_size: int = 256
 ) -> CosineHead:
     """A head of the classes, for `model.set_head(head, class_names)`; its weights can be trained on.
 
@@ -80,7 +80,7 @@ def zero_shot_classifier(
 
 
 def put_zero_shot_classifier(
-    model: Model, class_names: Sequence[str], templates: Sequence[Template] = TEMPLATES
+    model: Host, class_names: Sequence[str], templates: Sequence[Template] = TEMPLATES
 ) -> CosineHead:
     """Make `zero_shot_classifier` the model's head, and the names its classes."""
     head = zero_shot_classifier(model, class_names, templates)
@@ -88,7 +88,7 @@ def put_zero_shot_classifier(
     return head
 
 
-def _checked(model: Model) -> Model:
+def _checked(model: Host) -> Host:
     if model.family.family != "clip":
         raise DataError(
             f"'{model.backbone_name}' has no text tower that shares a space with its images; use one of the family 'clip'."

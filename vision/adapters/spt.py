@@ -47,7 +47,7 @@ from zoo.adapters.adapter import Bottleneck
 from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
 from zoo.errors import ConfigError, MergeError
-from zoo.model import Model
+from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
@@ -103,7 +103,7 @@ class SPT(Adapter):
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def calibrate(self, model: Model, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: Host, batches: Iterable[Any]) -> None:
         """Decide what to tune and attach it; if that was decided before, anew, on the pretrained weights.
 
         Args:
@@ -143,7 +143,7 @@ class SPT(Adapter):
         finally:
             self._indices = {}
 
-    def _decide(self, found: list[Candidate], scores: list[Tensor], model: Model) -> None:
+    def _decide(self, found: list[Candidate], scores: list[Tensor], model: Host) -> None:
         """Set `plan` and the index lists."""
         tokens = [p for p in model.points if isinstance(p, TokensPoint) and p.parameter]
         fixed = sum(model.backbone.get_parameter(p.parameter).numel() for p in tokens)

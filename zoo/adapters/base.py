@@ -19,8 +19,8 @@ from zoo.errors import ConfigError, MergeError, nearest
 from zoo.points import Point, Points
 
 if TYPE_CHECKING:
-    from zoo.model import Model
-    from zoo.points.merger import Merger
+    from zoo.host import Host
+    from zoo.points import Merger
 
 __all__ = ["Adapter"]
 
@@ -82,35 +82,35 @@ class Adapter(nn.Module):
 
     # -- taking part in training; all optional ----------------------------------------------------------------------
 
-    def calibrate(self, model: Model, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: Host, batches: Iterable[Any]) -> None:
         """Before training, with (inputs, targets) batches; called only if `needs_calibration`."""
 
-    def fit_start(self, model: Model, optimizer: Any, total_steps: int) -> None:
+    def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
         """Training begins; `optimizer` is the optimizer service."""
 
-    def step_start(self, model: Model, step: int) -> None:
+    def step_start(self, model: Host, step: int) -> None:
         """In front of the forward pass of an optimizer step."""
 
-    def extra_loss(self, model: Model, outputs: Tensor, targets: Tensor) -> Tensor | None:
+    def extra_loss(self, model: Host, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """A term that is added to the loss, or None."""
         return None
 
-    def after_backward(self, model: Model, step: int) -> None:
+    def after_backward(self, model: Host, step: int) -> None:
         """Gradients are there, unscaled and not yet clipped."""
 
-    def after_step(self, model: Model, step: int) -> None:
+    def after_step(self, model: Host, step: int) -> None:
         """The optimizer has stepped; gradients are not yet zeroed."""
 
-    def epoch_end(self, model: Model, epoch: int) -> None:
+    def epoch_end(self, model: Host, epoch: int) -> None:
         """An epoch is over."""
 
-    def eval_start(self, model: Model) -> None:
+    def eval_start(self, model: Host) -> None:
         """An evaluation begins."""
 
-    def eval_end(self, model: Model) -> None:
+    def eval_end(self, model: Host) -> None:
         """An evaluation is over."""
 
-    def fit_end(self, model: Model) -> None:
+    def fit_end(self, model: Host) -> None:
         """Training is over."""
 
     # -- settings ---------------------------------------------------------------------------------------------------

@@ -27,14 +27,14 @@ from zoo.disk.layout import CARD
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
-    from zoo.model import Model
+    from zoo.host import Host
 
 _SPLITS = ("train", "val", "test")
 _FRACTIONS = ("accuracy", "top1", "top5", "f1", "precision", "recall", "iou")
 _LOAD_LINE = re.compile(r'^(model = zoo\.load\(.*adapter=)"[^"\n]*"', re.MULTILINE)
 
 
-def render(model: Model, adapters: Sequence[str] | None = None, *, source: str | None = None) -> str:
+def render(model: Host, adapters: Sequence[str] | None = None, *, source: str | None = None) -> str:
     """The card of a model's active (or named) adapters as text: the Hub's metadata, then the sections.
 
     `source` is the repository id or folder that readers load.
@@ -56,7 +56,7 @@ def render(model: Model, adapters: Sequence[str] | None = None, *, source: str |
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(model: Model, path: str | Path, *, source: str | None = None) -> Path:
+def write_card(model: Host, path: str | Path, *, source: str | None = None) -> Path:
     """Write the card to a file, or as README.md into a folder; returns the file. Raises `SaveError`."""
     from zoo.disk import write_file
 
@@ -74,7 +74,7 @@ def retarget(card: str, source: str) -> str:
 class _Card:
     """The texts of the sections; each is "" if there is nothing to say."""
 
-    def __init__(self, model: Model, names: list[str], source: str | None) -> None:
+    def __init__(self, model: Host, names: list[str], source: str | None) -> None:
         self.model = model
         self.source = source
         self.names = names

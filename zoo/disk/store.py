@@ -53,7 +53,7 @@ from zoo.heads import kind_of
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["SavedAdapter", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
 
@@ -65,7 +65,7 @@ _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save th
 
 
 def save(
-    model: Model,
+    model: Host,
     folder: str | Path,
     adapters: Sequence[str] | None = None,
     *,
@@ -224,7 +224,7 @@ def _sweep(folder: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def _select(model: Model, wanted: Sequence[str] | None) -> list[str]:
+def _select(model: Host, wanted: Sequence[str] | None) -> list[str]:
     known = list(model.adapters)
     if wanted is None:
         if known and not model.active:
@@ -253,7 +253,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # -- attaching --------------------------------------------------------------------------------------------------------
 
 
-def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]:
+def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
     """Put saved adapters, and their head if wanted, into a model; all or nothing. Returns the adapters' names there.
 
     The head replaces the model's own; if other adapters are there already, it belongs to the new ones alone.
@@ -265,7 +265,7 @@ def attach(model: Model, saved: SavedAdapter, *, head: bool = True) -> list[str]
     _check_backbone(model, saved)
     added: list[str] = []
     own_head = head and saved.has_head and bool(model.adapters)
-    with model._all_or_nothing():
+    with model.all_or_nothing():
         for i, entry in enumerate(saved.adapters):
             last = i == len(saved.adapters) - 1
             name = entry.name if entry.name not in model.adapters else None
@@ -293,7 +293,7 @@ def _head_kind(head: nn.Module) -> dict[str, str]:
     return {} if kind == "linear" else {"kind": kind}
 
 
-def _check_backbone(model: Model, saved: SavedAdapter) -> None:
+def _check_backbone(model: Host, saved: SavedAdapter) -> None:
     if saved.fingerprint is not None and model.fingerprint is not None:
         if saved.fingerprint == model.fingerprint:
             return
@@ -311,7 +311,7 @@ def _check_backbone(model: Model, saved: SavedAdapter) -> None:
     )
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Model, saved: SavedAdapter) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Host, saved: SavedAdapter) -> None:
     """Copy saved tensors into a module that has exactly these, or raise MismatchError naming the first that differs."""
     own = module.state_dict()
     for name in [*own, *tensors]:

@@ -33,8 +33,8 @@ from zoo.engine.memory import recomputable
 from zoo.engine.sites import Op, Site, site_at
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
     from zoo.points import Point
+    from zoo.points.recorder import Recorder
 
 Pair = tuple[Tensor, Tensor]  # keys and values, each (1 or B, h, T, c)
 Bias = Callable[[int, int, "Tensor | None"], "Tensor | None"]  # (extra keys, images, which of them) -> what is added
@@ -366,7 +366,7 @@ def _state_of(tensors: list[Tensor], dtype: torch.dtype) -> Any:
         return None
 
 
-def recorder(session: Session, point: Point, verb: str, module: nn.Module) -> Callable[..., None]:
+def recorder(session: Recorder, point: Point, verb: str, module: nn.Module) -> Callable[..., None]:
     """What records the ops that a verb with this module makes at a point: `op(at, kind, where, fn)`, and options of `Op`."""
 
     def op(at: nn.Module, kind: type[Site], where: str, fn: Any, verb: str = verb, **options: Any) -> None:

@@ -292,7 +292,7 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
     lora, parts, head = translate(saved, model)
     shared = bool(model.adapters)  # then the head belongs to the new adapter alone
     before, classes = set(model.adapters), model.classes
-    with model._all_or_nothing():
+    with model.all_or_nothing():
         model.add_adapter(lora, name, num_classes=len(head["weight"]) if head and shared else None)
         added = next(n for n in model.adapters if n not in before)
         for point, values in parts.items():

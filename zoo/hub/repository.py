@@ -28,7 +28,7 @@ from zoo.errors import HubError, ZooError, nearest
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from zoo.model import Model
+    from zoo.host import Host
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def parse_repo_id(text: str) -> tuple[str, str | None]:
 
 
 def push(
-    model_or_folder: Model | str | Path,
+    model_or_folder: Host | str | Path,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -140,7 +140,7 @@ def pull(
         return _fetch(_api(token), repo_id, revision, cache_dir)
 
 
-def publish_to_folder(model_or_folder: Model | str | Path, hub_folder: str | Path, repo_id: str) -> Path:
+def publish_to_folder(model_or_folder: Host | str | Path, hub_folder: str | Path, repo_id: str) -> Path:
     """Write an adapter to `<hub_folder>/<user>/<name>/`, replacing an older one as a whole; returns that folder."""
     from zoo.disk import write_files
 
@@ -153,7 +153,7 @@ def publish_to_folder(model_or_folder: Model | str | Path, hub_folder: str | Pat
 # -- what is sent and fetched -----------------------------------------------------------------------------------------
 
 
-def _files(source: Model | str | Path, repo_id: str) -> dict[str, bytes]:
+def _files(source: Host | str | Path, repo_id: str) -> dict[str, bytes]:
     """The four files, read back and checked, with a card that says to load `repo_id`."""
     from zoo import disk
 

@@ -237,7 +237,7 @@ class AdapterHost(Headed):
             where.refresh()
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def all_or_nothing(self) -> Iterator[None]:
         """A failure inside takes out the adapters that came in, and puts back heads, classes and who was active."""
         before, heads = list(self.adapters), dict(self.heads.items())
         classes, active = self.classes, self._state.active

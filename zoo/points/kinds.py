@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zoo.errors import AttachError
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 KINDS = ("linear", "sublayer", "attention", "tokens", "norm", "block", "condition")
 
@@ -45,7 +45,7 @@ class Point:
     dim_in: int = 0
     dim_out: int = 0
     module: nn.Module = field(repr=False)
-    session: Session | None = field(default=None, repr=False)
+    session: Recorder | None = field(default=None, repr=False)
 
     def _record(self, verb: str, module: nn.Module | None, **options: Any) -> None:
         if self.session is None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import MergeError
-from zoo.points import LinearPoint, Point
+from zoo.points.kinds import LinearPoint, Point
 
-if TYPE_CHECKING:
-    from zoo.adapters.base import Adapter
+
+class Mergeable(Protocol):
+    """An adapter, as merging sees it."""
+
+    def merge(self, merger: Merger) -> None:
+        """Fold this method into the weights."""
+
 
 Fold = Callable[[nn.Module, Point, Tensor], bool]  # see `Backbone.fold_shift`
 
@@ -35,7 +40,7 @@ class Merger:
         self._folded: dict[str, Tensor] = {}  # points without a bias: what their family took in place of it
         self._phase = ""
 
-    def run(self, adapters: Sequence[Adapter]) -> None:
+    def run(self, adapters: Sequence[Mergeable]) -> None:
         """Fold these adapters in; their order is that of application.
 
         Raises:

@@ -11,7 +11,7 @@ from zoo.points.kinds import KINDS, Point
 from zoo.points.selectors import expand, matcher
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 class Points(Sequence[Point]):
@@ -21,7 +21,7 @@ class Points(Sequence[Point]):
         self._points = list(points)
         self._by_name = {p.name: p for p in self._points}
         self.backbone = backbone
-        self.session: Session | None = None
+        self.session: Recorder | None = None
         if len(self._by_name) != len(self._points):
             names = [p.name for p in self._points]
             raise AttachError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["Task", "call"]
 
@@ -36,7 +36,7 @@ class Task:
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
 
     def open(
-        self, model: Model, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
+        self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> ImageDataset:
         """A data set of (inputs, target); where it has no transform of its own, with the backbone's preprocessing."""
         dataset = model.family.open_dataset(data, split=split)
@@ -45,25 +45,25 @@ class Task:
             dataset = dataset.with_transform(model.family.preprocess(train, **options))
         return dataset
 
-    def items(self, model: Model) -> str:
+    def items(self, model: Host) -> str:
         """What the items of the data are called: "images", "sounds", "pairs"."""
         return self.noun or model.family.noun
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise a ZooError unless model and data fit together."""
 
-    def check_batch(self, model: Model, dataset: ImageDataset, targets: Any) -> None:
+    def check_batch(self, model: Host, dataset: ImageDataset, targets: Any) -> None:
         """Raise a ZooError if a batch's targets do not fit the model."""
 
-    def loss(self, model: Model, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Any]:
+    def loss(self, model: Host, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Any]:
         """(mean loss over the batch, the outputs that metrics and `extra_loss` see)."""
         raise TypeError(f"{type(self).__name__} does not implement loss.")
 
-    def example(self, model: Model, inputs: Any, targets: Any) -> Any:
+    def example(self, model: Host, inputs: Any, targets: Any) -> Any:
         """What the model is called with for a batch (`call`); by default its inputs. Its kept bytes are counted on that."""
         return inputs
 
-    def metrics(self, model: Model) -> Mapping[str, Any]:
+    def metrics(self, model: Host) -> Mapping[str, Any]:
         """Numbers of an evaluation, by name: objects with `update(outputs, targets)`, `compute()` and `reset()`.
 
         `compute` may return a dict, whose entries then stand beside the others.
@@ -73,8 +73,8 @@ class Task:
 
 def _ready(dataset: ImageDataset) -> bool:
     """Whether a torch data set yields what the model takes already, rather than PIL images."""
+    from zoo.data.seeds import kept_generators
     from zoo.data.sources import TorchRows
-    from zoo.train.seeds import kept_generators
 
     if not isinstance(dataset.rows, TorchRows):
         return False

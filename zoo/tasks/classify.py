@@ -13,9 +13,9 @@ from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
-    from zoo.model import Model
+    from zoo.host import Host
 
-__all__ = ["Classify"]
+__all__ = ["Classify", "class_range"]
 
 
 @register_task("classify")
@@ -24,7 +24,7 @@ class Classify(Task):
 
     monitor, on_head = "accuracy", True
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same classes."""
         if not model.num_classes:
             raise ConfigError(
@@ -52,10 +52,8 @@ class Classify(Task):
                 "the data with classes=model.classes, so that equal labels mean equal classes."
             )
 
-    def check_batch(self, model: Model, dataset: ImageDataset, targets: Tensor) -> None:
+    def check_batch(self, model: Host, dataset: ImageDataset, targets: Tensor) -> None:
         """Raise DataError for labels that the head has no output for."""
-        from zoo.train.batches import class_range
-
         classes = model.num_classes
         if classes and (found := class_range(targets)) is not None and not 0 <= found[0] <= found[1] < classes:
             wrong = found[0] if found[0] < 0 else found[1]
@@ -64,7 +62,14 @@ class Classify(Task):
                 f"labels, or load the model with num_classes={max(found[1] + 1, classes)}."
             )
 
-    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities."""
         outputs = call(model, inputs).float()
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing), outputs
+
+
+def class_range(targets: Tensor) -> tuple[int, int] | None:
+    """Smallest and largest label, or None if the targets are no class indices."""
+    if targets.ndim != 1 or targets.is_floating_point() or not len(targets):
+        return None
+    return int(targets.min()), int(targets.max())

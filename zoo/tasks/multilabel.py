@@ -22,7 +22,7 @@ from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["MeanAveragePrecision", "MultiLabel", "average_precision"]
 
@@ -80,7 +80,7 @@ class MultiLabel(Task):
 
     monitor, on_head = "map", True
 
-    def check(self, model: Model, dataset: ImageDataset, what: str = "data set") -> None:
+    def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same number of classes."""
         if not model.num_classes:
             classes = len(dataset.classes) if dataset.classes else "<number of classes>"
@@ -93,7 +93,7 @@ class MultiLabel(Task):
                 f"Load the model with num_classes={len(dataset.classes)}."
             )
 
-    def check_batch(self, model: Model, dataset: ImageDataset, targets: Any) -> None:
+    def check_batch(self, model: Host, dataset: ImageDataset, targets: Any) -> None:
         """Raise DataError unless targets are (B, num_classes)."""
         if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.shape[1] != model.num_classes:
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
@@ -102,12 +102,12 @@ class MultiLabel(Task):
                 "A data set with one label for each item is trained by task='classify'."
             )
 
-    def loss(self, model: Model, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Binary cross-entropy; smoothed targets are t (1 - e) + e / 2."""
         outputs = call(model, inputs).float()
         wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(outputs, wanted), outputs
 
-    def metrics(self, model: Model) -> Mapping[str, Any]:
+    def metrics(self, model: Host) -> Mapping[str, Any]:
         """Mean average precision."""
         return {"map": MeanAveragePrecision()}

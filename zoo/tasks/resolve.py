@@ -12,7 +12,7 @@ from zoo.errors import ConfigError
 from zoo.tasks.base import Task, call
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 __all__ = ["Custom", "resolve"]
 
@@ -25,14 +25,14 @@ class Custom(Task):
     def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
         self.function = function
 
-    def loss(self, model: Model, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Any]:
+    def loss(self, model: Host, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Any]:
         """`function(outputs, targets)`, averaged."""
         outputs = call(model, inputs)
         outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
         return self.function(outputs, targets).mean(), outputs
 
 
-def resolve(model: Model, task: str | Task | None = None, loss: Callable[[Any, Any], Tensor] | None = None) -> Task:
+def resolve(model: Host, task: str | Task | None = None, loss: Callable[[Any, Any], Tensor] | None = None) -> Task:
     """The task that is meant: a loss of the user's own, a task or its name, or what the model is for.
 
     Raises:

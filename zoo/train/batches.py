@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.dataset import ImageDataset, Skipped, stack
-from zoo.train.seeds import kept_generators, mixed_seed, seed_everything
+from zoo.data.seeds import kept_generators, mixed_seed, seed_everything
 
 __all__ = ["Batch", "BatchPlan", "make_loader"]
 
@@ -151,10 +150,3 @@ def make_loader(
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
-
-
-def class_range(targets: Tensor) -> tuple[int, int] | None:
-    """Smallest and largest label, or None if the targets are no class indices."""
-    if targets.ndim != 1 or targets.is_floating_point() or not len(targets):
-        return None
-    return int(targets.min()), int(targets.max())

@@ -3,7 +3,7 @@
 The file holds what is trained, the buffers of the adapters and the optimizer's state as tensors, and everything else as JSON in
 the file's metadata. The best weights so far are a file of their own, written before the checkpoint that names it. Both are
 written under a temporary name and then renamed, so a kill at any moment leaves a whole checkpoint. Random numbers need no
-place in it (see `zoo.train.seeds`). Nothing is ever pickled.
+place in it (see `zoo.data.seeds`). Nothing is ever pickled.
 """
 
 from __future__ import annotations

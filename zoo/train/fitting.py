@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
+from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
 from zoo.train.evaluation import autocast, input_dtype, split_of, to_device
@@ -18,7 +19,6 @@ from zoo.train.optimizer import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report
-from zoo.train.seeds import kept_generators
 from zoo.train.settings import Settings
 from zoo.train.trainer import Trainer
 

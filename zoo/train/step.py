@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
+from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError, ZooError
 from zoo.tasks import Classify, Task
 from zoo.train.batches import Batch
@@ -17,7 +18,6 @@ from zoo.train.evaluation import autocast, input_dtype, to_device
 from zoo.train.hooks import Hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
-from zoo.train.seeds import seed_everything
 from zoo.train.settings import Settings
 
 if TYPE_CHECKING:

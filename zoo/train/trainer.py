@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
+from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError
 from zoo.tasks import Task
 from zoo.train import evaluation
@@ -26,7 +27,6 @@ from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report
 from zoo.train.schedule import add_parameters, default_lr, warmup_steps
-from zoo.train.seeds import seed_everything
 from zoo.train.settings import Settings
 from zoo.train.step import Stepper
 

@@ -14,7 +14,7 @@ from zoo.errors import AttachError
 from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class SplitAttention(AttentionSite):
 
 
 def record(
-    session: Session,
+    session: Recorder,
     point: Point,
     verb: str,
     module: nn.Module,

@@ -40,7 +40,7 @@ from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
     from multimodal.families.clip.towers import Tower
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 class InProjection(nn.Linear):
@@ -186,7 +186,13 @@ class PackedSite(AttentionSite):
 
 
 def record(
-    tower: Tower, session: Session, point: Point, verb: str, module: nn.Module, keep: bool = False, pooled: bool = False
+    tower: Tower,
+    session: Recorder,
+    point: Point,
+    verb: str,
+    module: nn.Module,
+    keep: bool = False,
+    pooled: bool = False,
 ) -> None:
     """Record the ops of `point.extend(module)` and `point.prompt(module, keep, pooled)` in one tower.
 

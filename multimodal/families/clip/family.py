@@ -30,7 +30,7 @@ from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
     from multimodal.families.clip.towers import Tower
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 TOWERS = ("image", "text", "both")
 
@@ -214,7 +214,7 @@ class CLIPBackbone(Backbone):
             if self.tower == "both" or image == (self.tower == "image"):
                 yield path, module
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Prefixes and prompts, in either tower."""
         from multimodal.families.clip.attention import record
 

@@ -22,7 +22,7 @@ from zoo.errors import AttachError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 @dataclass(eq=False)
@@ -248,7 +248,7 @@ KINDS: dict[str, type[Extended]] = {
 }
 
 
-def record(session: Session, point: Point, module: nn.Module) -> None:
+def record(session: Recorder, point: Point, module: nn.Module) -> None:
     """Record the op of `point.extend(module)`.
 
     Raises:

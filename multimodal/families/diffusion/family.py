@@ -23,8 +23,8 @@ from zoo.points import ConditionPoint, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
     from zoo.engine.sites import Site
+    from zoo.points.recorder import Recorder
 
 # What a configuration file calls the classes that families here describe
 FAMILIES = {
@@ -259,7 +259,7 @@ class DiffusersBackbone(Backbone):
             return [] if weight is None else [NormPoint(**common, dim_in=dim, dim_out=len(weight))]
         return [_sized(ConditionPoint(**common, dim_in=dim, dim_out=dim))]
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """`extend` of attention points (`multimodal.families.diffusion.attention`).
 
         Raises:

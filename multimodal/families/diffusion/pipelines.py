@@ -20,7 +20,7 @@ from zoo.errors import ConfigError
 from zoo.library import library
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 PIPELINES = {
     "dit": "DiTPipeline",
@@ -32,7 +32,7 @@ PIPELINES = {
 
 
 def pipeline(
-    model: Model, source: str | None = None, *, kind: Any = None, merged: bool = False, **components: Any
+    model: Host, source: str | None = None, *, kind: Any = None, merged: bool = False, **components: Any
 ) -> Any:
     """A pipeline of diffusers around the model's transformer.
 

@@ -29,7 +29,7 @@ from zoo.points import Point
 
 if TYPE_CHECKING:
     from multimodal.families.seq2seq.family import Seq2Seq
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 def keys_values(states: Tensor, cache: Any, index: int, cross: bool, project: Callable[[Tensor], Pair]) -> Pair:
@@ -235,7 +235,7 @@ class DecoderSite(Site):
 
 def record(
     family: Seq2Seq,
-    session: Session,
+    session: Recorder,
     point: Point,
     verb: str,
     module: nn.Module,

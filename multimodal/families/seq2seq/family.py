@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from multimodal.families.seq2seq.attention import EncoderSite, LibraryAttention, SplitKeys
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 PREFIXES = {  # what a question is preceded by in fine-tuning
     "vqa": "vqa: ",
@@ -210,7 +210,7 @@ class Seq2Seq(Backbone):
         place = {"name": "encoder.visual", "role": "condition", "path": path, "tower": "encoder"}
         return [*found, ConditionPoint(module=embedding, dim_in=self.config.feat_dim, dim_out=dim, **place)]
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Extra keys and prompts (`multimodal.families.seq2seq.attention`)."""
         if verb not in ("extend", "prompt"):
             super().record(session, point, verb, module, **options)

@@ -25,7 +25,7 @@ from zoo.errors import DataError
 from zoo.points import LinearPoint, NormPoint, Points
 
 if TYPE_CHECKING:
-    from zoo.model import Model
+    from zoo.host import Host
 
 STEP = 20_000  # tau is tried in steps of 0.02 M up to 1.58 M
 STEPS = 79
@@ -88,7 +88,7 @@ def structured_cost(form: str, rank: int, dim_in: int, dim_out: int) -> int:
 
 
 def sensitivity(
-    model: Model, found: Sequence[Candidate], batches: Iterable[Any], num_batches: int, head: nn.Module
+    model: Host, found: Sequence[Candidate], batches: Iterable[Any], num_batches: int, head: nn.Module
 ) -> tuple[list[Tensor], int, int]:
     """Scores (size,) of every candidate, and how many batches and samples they are from.
 
@@ -143,7 +143,7 @@ class _Square:
 
 
 @contextmanager
-def _no_gradients(model: Model) -> Iterator[None]:
+def _no_gradients(model: Host) -> Iterator[None]:
     """Eval mode, and no parameter has a gradient until the block lets it; all is put back, whatever happens."""
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     mode = model.training
@@ -161,7 +161,7 @@ def _no_gradients(model: Model) -> Iterator[None]:
         model.train(mode)
 
 
-def _loss(model: Model, head: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+def _loss(model: Host, head: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
     """Mean cross-entropy of a batch."""
     moved = tuple(_to(model, x) for x in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
     targets = _to(model, targets)
@@ -174,7 +174,7 @@ def _loss(model: Model, head: nn.Module, inputs: Any, targets: Tensor) -> Tensor
     return F.cross_entropy(logits, targets)
 
 
-def _to(model: Model, value: Any) -> Any:
+def _to(model: Host, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else None)

@@ -13,10 +13,10 @@ from zoo.points import Point
 
 if TYPE_CHECKING:
     from vision.families.parts.timm_family import TimmBackbone
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
-def record(family: TimmBackbone, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+def record(family: TimmBackbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
     """Record the ops of `point.extend(module)` and `point.prompt(module, keep, pooled)`.
 
     Raises:

@@ -14,7 +14,7 @@ from zoo.errors import ConfigError, MismatchError, nearest
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 MEMBER_DATA = {  # of the members that come with the package: all of them were trained on CIFAR-100
@@ -110,7 +110,7 @@ class TimmBackbone(Backbone):
                 raise ConfigError(f"the weights of '{name}' do not fit these options: {error}") from error
         return module.to(device) if device is not None else module
 
-    def record(self, session: Session, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys and prompts (`zoo.engine.attention`), queries (`queries.py`)."""
         if verb == "query":
             from vision.families.parts.queries import record

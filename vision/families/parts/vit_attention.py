@@ -16,12 +16,12 @@ from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
     from vision.families.parts.timm_family import TimmBackbone
-    from zoo.engine.session import Session
+    from zoo.points.recorder import Recorder
 
 
 def record(
     family: TimmBackbone,
-    session: Session,
+    session: Recorder,
     point: Point,
     block: nn.Module,
     verb: str,

@@ -1,0 +1,148 @@
+"""What adapters, tasks, the disk and the Hub may touch of a model.
+
+A `Host` is `zoo.Model` as the floors below it see it: they name this protocol and never the class, so that the model can stand
+on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone
+from zoo.points import Points
+
+__all__ = ["Host"]
+
+
+class Host(Protocol):
+    """A model: backbone, adapters and head."""
+
+    backbone: nn.Module
+    backbone_name: str
+    backbone_kwargs: dict[str, Any]
+    family: Backbone
+    fingerprint: str | None
+    points: Points
+    adapters: nn.ModuleDict
+    heads: nn.ModuleDict
+    classes: list[str] | None
+    record: dict[str, Any]
+    training: bool
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use, in order of application."""
+
+    @property
+    def head(self) -> nn.Module:
+        """The head in use."""
+
+    @property
+    def head_name(self) -> str:
+        """Which of `heads` is in use."""
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head in use; 0 without one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone."""
+
+    @property
+    def memory(self) -> str:
+        """What is kept for backward."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model on a batch."""
+
+    def features(self, *inputs: Any, **options: Any) -> Tensor:
+        """What stands in front of the head."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode for adapters and head."""
+
+    def eval(self) -> Any:
+        """Evaluation mode."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All parameters."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters with their names."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze everything."""
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name."""
+
+    def num_parameters(self, trainable: bool = False, head: bool = True) -> int:
+        """How many parameters there are."""
+
+    def add_adapter(
+        self, adapter: Any, name: str | None = None, *, num_classes: int | None = None, activate: bool = True
+    ) -> Any:
+        """Attach a fresh copy of an adapter and return it."""
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away."""
+
+    def reattach(self, name: str) -> Any:
+        """Attach an adapter anew after its plan was decided."""
+
+    def set_active(self, *names: str, train: Any = None) -> None:
+        """Use exactly these adapters."""
+
+    def disable(self) -> AbstractContextManager[None]:
+        """A context without any adapter."""
+
+    def set_head(self, head: Any, classes: Any = None) -> None:
+        """Another head."""
+
+    def reset_head(self, num_classes: int, classes: Any = None, kind: str = "linear") -> None:
+        """A new, untrained head."""
+
+    def saved_bytes(self, *batch: Any, **options: Any) -> int:
+        """Bytes kept for the backward of one training forward pass."""
+
+    def to(self, *place: Any, **options: Any) -> Any:
+        """Move or cast."""
+
+    def all_or_nothing(self) -> AbstractContextManager[None]:
+        """A context whose failure leaves adapters, heads and classes as they were."""
+
+    def preprocess(self, train: bool = False, augment: str | None = None) -> Callable[[Any], Any]:
+        """The backbone's own preprocessing."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the backbone takes."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel that the preprocessing subtracts."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel that the preprocessing divides by."""
+
+    def merge(self) -> nn.Module:
+        """The plain module with the active adapters folded in."""

@@ -1,0 +1,33 @@
+"""Who listens while an adapter attaches: what points and families may ask of the session that records it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+__all__ = ["Recorder"]
+
+
+class Recorder(Protocol):
+    """The session of one adapter, as the floors below see it (`zoo.engine.session.Session`)."""
+
+    owner: str
+    """The adapter's name in the model."""
+
+    @property
+    def site(self) -> Callable[[nn.Module, type[Any]], Any]:
+        """`site(module, kind)`: the model's site at a module of the backbone, made if need be."""
+
+    def record(self, point: Any, verb: str, module: nn.Module | None, **options: Any) -> None:
+        """A verb of a point was called."""
+
+    def keep(self, point: Any, name: str, value: nn.Parameter | nn.Module) -> None:
+        """Register a parameter or module of the adapter under the point's name, without any op."""
+
+    def op(self, site_module: nn.Module, op: Any, kind: type[Any] = ...) -> None:
+        """Record an op (`zoo.engine.sites.Op`) at a module of the backbone."""
+
+    def train_everything(self) -> None:
+        """Trainable copies of all parameters of the backbone."""
