@@ -1,7 +1,7 @@
 # Everything from nothing: each target makes the environment that it needs (Python 3.10 or newer is all it asks for).
 #   make demo     train five small adapters side by side on real images, a few minutes on two CPU cores
 #   make test     every test            (PYTEST_ARGS="tests/test_cli.py -k list" for a part)
-#   make lint     ruff and mypy         make format   lay the code out and fix what can be fixed
+#   make lint     ruff and mypy         make format   lay the code out, fix what can be fixed, write README's table of methods
 #   make docs     the documentation, into site/
 
 PYTHON ?= python3
@@ -32,6 +32,7 @@ lint: dev
 format: dev
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 	$(BIN)/ruff format $(wildcard $(CODE))
+	$(BIN)/python scripts/readme.py
 
 docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site

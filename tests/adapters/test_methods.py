@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from method_models import (
+    FAMILIES,
     METHODS,
     attach,
     bare,
@@ -29,7 +30,12 @@ from zoo.errors import MergeError
 
 
 def test_every_method_is_here() -> None:
+    """All that are registered, each on a family of its own choice or with a test of its own that says where it works."""
     assert sorted(METHODS) == zoo.list_adapters()
+    own = {path.stem for path in Path(__file__).parents[1].rglob("test_*.py")}
+    for name, cls in METHODS.items():
+        assert set(cls.trial_families) <= set(FAMILIES), name
+        assert cls.trial_families or f"test_{name}" in own, f"{name} is tried nowhere: it needs tests/**/test_{name}.py"
 
 
 @both

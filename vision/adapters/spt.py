@@ -1,4 +1,4 @@
-"""SPT: sensitivity-aware tuning. A pass over the data decides what is tuned, and how, within a parameter budget.
+"""SPT: a sensitivity pass over the data chooses, within a budget, single weights and modules.
 
 Idea: weights differ in what they matter for a task. Matrices in which many weights matter get a low-rank module or an adapter
 (structured), in the others only the weights that matter are tuned (unstructured); vectors as a whole, or in single entries.
@@ -78,7 +78,8 @@ class SPT(Adapter):
 
     needs_calibration = True
     default_lr = 1e-3
-    paper = "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning (He et al., 2023)"
+    paper = "He et al. 2023"
+    trial = {"budget": 0.004, "rank": 2, "dropout": 0.0, "drop_path": 0.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""VPT: visual prompt tuning.
+"""VPT: learned prompt tokens in front of every block (deep) or the first (shallow).
 
 Idea: T learned tokens stand among the patches, in front of the first block (shallow) or of every block (deep); the
 backbone is frozen.
@@ -87,7 +87,10 @@ class VPT(Adapter):
     project: int | None = None
 
     default_lr = 1e-2
-    paper = "https://arxiv.org/abs/2203.12119"
+    paper = "Jia et al. 2022"
+    identity = False
+    merges = False
+    trial = {"num_tokens": 3}
 
     def __post_init__(self) -> None:
         super().__post_init__()

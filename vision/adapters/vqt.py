@@ -1,4 +1,4 @@
-"""VQT: visual query tuning.
+"""VQT: tokens that only query; a linear head reads their answers, no gradient runs through the backbone.
 
 Idea: in every block a few learned tokens ask the frozen features what they know, and a linear head reads all their answers. The
 backbone's own tokens never see them, so nothing is back-propagated through the backbone.
@@ -120,7 +120,10 @@ class VQT(Adapter):
     lasso: float = 0.0
 
     default_lr = 1e-2
-    paper = "https://arxiv.org/abs/2212.03220"
+    paper = "Tu, Mai and Chao 2023"
+    identity = False
+    merges = False
+    trial = {"dropout": 0.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()

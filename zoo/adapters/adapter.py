@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network beside or behind the sublayers of each block.
+"""Bottleneck adapters: a small two-layer network beside or behind sublayers; Houlsby, Pfeiffer, parallel, AdaptFormer.
 
 Idea: d -> r -> d with r << d, started as nothing, added to what a frozen sublayer `h = F(LN(u))` gives.
 Points: `sublayer` points. Four published forms; `A(x) = s (W_up f(W_down x + b_down) + b_up)`, W_down (r, d), W_up (d, r):
@@ -138,6 +138,9 @@ class BottleneckAdapter(Adapter):
     dropout: float | None = None
 
     default_lr = 1e-3
+    paper = "Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2022; Chen et al. 2022"
+    merges = False
+    trial = {"rank": 2, "form": "houlsby"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

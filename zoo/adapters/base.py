@@ -37,7 +37,12 @@ class Adapter(nn.Module):
     trains_backbone: ClassVar[bool] = False  # the backbone is put in train mode too (full fine-tuning)
     stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
     default_lr: ClassVar[float] = 1e-3
-    paper: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # "Hu et al. 2021; Liu et al. 2024"
+    # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)
+    identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
+    merges: ClassVar[bool] = True  # folds into the weights; false: is refused
+    trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
+    trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)

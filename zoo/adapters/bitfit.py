@@ -34,6 +34,7 @@ class BitFit(Adapter):
     targets: str | tuple[str, ...] | None = None
 
     default_lr = 1e-3
+    paper = "Ben Zaken et al. 2021"
 
     def attach(self, points: Points) -> None:
         """Train the bias of every selected point that has one."""

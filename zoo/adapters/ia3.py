@@ -43,6 +43,7 @@ class IA3(Adapter):
     inputs: str | tuple[str, ...] = ("down",)
 
     default_lr = 3e-3
+    paper = "Liu et al. 2022"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change of a projection.
+"""LoRA: a low-rank change of projections; also rsLoRA and DoRA.
 
 Idea: `W` (o, i) stays frozen, its change is a product of two thin matrices.
 Points: any `linear` points; a slice of a fused q/k/v is a point of its own.
@@ -179,6 +179,8 @@ class LoRA(Adapter):
     alphas: dict[str, float] | None = None
 
     default_lr = 1e-3
+    paper = "Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024"
+    trial = {"rank": 2, "targets": "all-linear"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ class Norm(Adapter):
     bias: bool = True
 
     default_lr = 1e-3
+    paper = "Qi et al. 2022; Basu et al. 2023"
 
     def __post_init__(self) -> None:
         super().__post_init__()

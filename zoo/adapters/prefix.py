@@ -111,7 +111,9 @@ class Prefix(Adapter):
     mlp: int | None = None
 
     default_lr = 5e-3
-    paper = "https://arxiv.org/abs/2101.00190"
+    paper = "Li and Liang 2021"
+    identity = False
+    merges = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,8 @@ class SSF(Adapter):
     init_std: float = 0.02
 
     default_lr = 1e-3
+    paper = "Lian et al. 2022"
+    identity = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
