@@ -29,15 +29,12 @@ from torch import Tensor, nn
 from zoo.adapters.lora import LoRA
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
+from zoo.exchange.peft_reader import NOTE, PREFIX, PeftAdapter, read_peft
+from zoo.exchange.peft_translate import translate
 from zoo.points import LinearPoint
 
 if TYPE_CHECKING:
-    from zoo.exchange.peft_reader import PeftAdapter
     from zoo.model import Model
-
-PREFIX = "base_model.model."
-NOTE = "zoo"  # of the weights file's metadata: what peft's config has no place for
-
 
 # -- out --------------------------------------------------------------------------------------------------------------
 
@@ -260,7 +257,6 @@ def from_peft(
         MismatchError: the adapter belongs to another backbone, width, depth or set of weights.
         WeightsError: the weights are damaged, a pickle, or not finite.
     """
-    from zoo.exchange.peft_reader import read_peft
     from zoo.loading import load
 
     saved = read_peft(Path(folder))
@@ -282,8 +278,6 @@ def from_peft(
 
 def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
     """Attach what was read, all or nothing, and return its name in the model."""
-    from zoo.exchange.peft_translate import translate
-
     if saved.fingerprint and model.fingerprint and saved.fingerprint != model.fingerprint:
         raise MismatchError(
             f"The adapter in '{saved.folder}' was trained on other weights: their fingerprint is {saved.fingerprint}, this "

@@ -15,7 +15,9 @@ from torch import Tensor
 from zoo.disk.layout import CONFIG, WEIGHTS, parse
 from zoo.disk.saved import read_config_file, read_weights_file
 from zoo.errors import ConfigError, WeightsError
-from zoo.exchange.peft import NOTE, PREFIX
+
+PREFIX = "base_model.model."
+NOTE = "zoo"  # of the weights file's metadata: what peft's config has no place for
 
 # Settings of peft's LoRA that change the function, and why they have no equal here.
 _REFUSED = {

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn import Parameter
 
@@ -14,7 +14,6 @@ from zoo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from zoo.model import Model
-    from zoo.train.optimizer import OptimizerService
 
 __all__ = ["SCHEDULES", "add_parameters", "default_lr", "factor", "layer_scales", "warmup_steps"]
 
@@ -85,8 +84,17 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+class Trains(Protocol):
+    """The optimizer service, as this file sees it (`zoo.train.optimizer.OptimizerService`)."""
+
+    lr: float
+
+    def add(self, parameters: Mapping[str, Parameter], *, lr_scale: float, weight_decay: float, birth: int) -> None:
+        """Train `parameters` from now on."""
+
+
 def add_parameters(
-    service: OptimizerService,
+    service: Trains,
     model: Model,
     parameters: Mapping[str, Parameter],
     lr: Mapping[str, float] | None,

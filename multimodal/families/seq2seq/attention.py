@@ -28,7 +28,6 @@ from zoo.errors import AttachError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from multimodal.families.seq2seq.family import Seq2Seq
     from zoo.points.recorder import Recorder
 
 
@@ -234,7 +233,7 @@ class DecoderSite(Site):
 
 
 def record(
-    family: Seq2Seq,
+    family: Any,
     session: Recorder,
     point: Point,
     verb: str,

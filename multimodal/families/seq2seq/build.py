@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from torch import nn
 from multimodal.families.seq2seq import released, words
 from zoo.errors import ConfigError, MismatchError
 from zoo.library import library, pretrained_config
-
-if TYPE_CHECKING:
-    from multimodal.families.seq2seq.family import Seq2Seq
 
 VISUAL: dict[str, Any] = {
     "feat_dim": 2048,
@@ -32,7 +29,7 @@ VISUAL: dict[str, Any] = {
 NOTES = ("architectures", "transformers_version", "model_type", "torch_dtype", "dtype")
 
 
-def build(cls: type[Seq2Seq], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build(cls: Any, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """The library's network, or ours with a visual embedding.
 
     Args:
@@ -67,9 +64,7 @@ def build(cls: type[Seq2Seq], name: str, pretrained: bool, **kwargs: Any) -> nn.
     return module.to(device) if device is not None else module
 
 
-def plan(
-    cls: type[Seq2Seq], name: str, given: dict[str, Any]
-) -> tuple[str | None, dict[str, Any], dict[str, Any] | None]:
+def plan(cls: Any, name: str, given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any] | None]:
     """Where the weights are, the library's options, and those of the visual embedding (None: there is none)."""
     source: str | None
     if name in cls.members:
@@ -100,14 +95,14 @@ def plan(
     return source, options, visual
 
 
-def network(cls: type[Seq2Seq], visual: bool) -> Any:
+def network(cls: Any, visual: bool) -> Any:
     """The class of the network."""
     if visual:
         return getattr(library("multimodal.families.seq2seq.vl_models", "multimodal"), cls.classes[1])
     return getattr(library("transformers", "multimodal"), cls.classes[0])
 
 
-def fresh(cls: type[Seq2Seq], name: str, options: dict[str, Any], visual: bool) -> nn.Module:
+def fresh(cls: Any, name: str, options: dict[str, Any], visual: bool) -> nn.Module:
     """Random weights."""
     try:
         config = getattr(library("transformers", "multimodal"), cls.config_class)(**options)
@@ -118,9 +113,7 @@ def fresh(cls: type[Seq2Seq], name: str, options: dict[str, Any], visual: bool) 
     return module  # type: ignore[no-any-return]
 
 
-def from_source(
-    cls: type[Seq2Seq], name: str, source: str, options: dict[str, Any], visual: dict[str, Any] | None
-) -> nn.Module:
+def from_source(cls: Any, name: str, source: str, options: dict[str, Any], visual: dict[str, Any] | None) -> nn.Module:
     """`from_pretrained`; the vocabulary then grows by the words that name visual tokens."""
     transformers = library("transformers", "multimodal")
     try:
@@ -140,7 +133,7 @@ def from_source(
     return module  # type: ignore[no-any-return]
 
 
-def embedded(cls: type[Seq2Seq], module: nn.Module, name: str, own_words: Sequence[str] | None) -> None:
+def embedded(cls: Any, module: nn.Module, name: str, own_words: Sequence[str] | None) -> None:
     """Weights that come with the package."""
     file = Path(__file__).parents[2] / "weights" / f"{name.partition(':')[2]}.safetensors"
     if own_words is not None:
@@ -150,7 +143,7 @@ def embedded(cls: type[Seq2Seq], module: nn.Module, name: str, own_words: Sequen
     released.load(module, {k: v.float() for k, v in released.read(file).items()}, cls.word_key)
 
 
-def tokenizer(family: Seq2Seq, own_words: Sequence[str] | None) -> Any:
+def tokenizer(family: Any, own_words: Sequence[str] | None) -> Any:
     """The tokenizer of the pretrained weights, with the words that name visual tokens if there are any.
 
     Raises:

@@ -143,7 +143,7 @@ import test_selective_scan as t
 from vision.families.groupmamba.selective_scan_triton import selective_scan_triton, self_test
 
 torch.set_num_threads(1)
-self_test("cpu")
+self_test(t.module._Scan, "cpu")
 for shape, scale in (((1, 1, 4, 1, 4), 1.0), ((1, 33, 3, 3, 1), 30.0)):
     tensors = t.problem(shape, scale)
     t.assert_near(t.results(selective_scan_triton, tensors), t.results(t.sequential_scan, tensors), 1e-5)
@@ -154,7 +154,7 @@ print("equal")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic without a GPU: Triton's interpreter runs them on the CPU, in a process of its own."""
     pytest.importorskip("triton")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, capture_output=True, text=True
@@ -166,7 +166,7 @@ def test_falls_back_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the kernels cannot be compiled: the plain form is taken, with one warning."""
     triton = pytest.importorskip("vision.families.groupmamba.selective_scan_triton")
 
-    def fail() -> None:
+    def fail(plain: object) -> None:
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(triton, "self_test", fail)

@@ -110,7 +110,7 @@ def _triton() -> Callable[..., Tensor] | None:
         try:
             from vision.families.groupmamba.selective_scan_triton import selective_scan_triton, self_test
 
-            self_test()
+            self_test(_Scan)
             _kernel = selective_scan_triton
         except Exception as error:  # a compiler has many ways to fail, and the plain form gives the same numbers
             if not isinstance(error, ImportError):

@@ -217,20 +217,18 @@ def selective_scan_triton(
     return _TritonScan.apply(u, delta, A, B, C, D, delta_bias, softplus)  # type: ignore[no-any-return]
 
 
-def self_test(device: str = "cuda") -> None:
-    """Run both kernels on a small problem against the plain form.
+def self_test(plain: type[torch.autograd.Function], device: str = "cuda") -> None:
+    """Run both kernels on a small problem against the plain form, which is handed in.
 
     Raises:
         RuntimeError: they give other numbers.
     """
-    from vision.families.groupmamba.selective_scan import _Scan
-
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 40, 8)] * 2 + [(8, 2)] + [(2, 40, 2, 2)] * 2 + [(8,)] * 2
     tensors = [torch.randn(s, generator=generator).to(device) for s in shapes]
     tensors[2] = -tensors[2].exp()
     found = []
-    for function in (_TritonScan, _Scan):
+    for function in (_TritonScan, plain):
         leaves = [t.clone().requires_grad_() for t in tensors]
         with torch.enable_grad():
             y = function.apply(*leaves, True)

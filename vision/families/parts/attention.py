@@ -12,11 +12,11 @@ from zoo.errors import AttachError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from vision.families.parts.timm_family import TimmBackbone
+    from zoo import Backbone
     from zoo.points.recorder import Recorder
 
 
-def record(family: TimmBackbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+def record(family: Backbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
     """Record the ops of `point.extend(module)` and `point.prompt(module, keep, pooled)`.
 
     Raises:

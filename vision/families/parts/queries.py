@@ -37,7 +37,7 @@ from zoo.errors import AttachError, CombinationError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from vision.families.parts.timm_family import TimmBackbone
+    from zoo import Backbone
     from zoo.points.recorder import Recorder
 
 # Covariances cost one product of N c^2 for each query, so a few queries are where they pay.
@@ -171,7 +171,7 @@ def _scaled(block: nn.Module, name: str, x: Tensor) -> Tensor:
     return x if scale is None else scale(x)
 
 
-def record(family: TimmBackbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+def record(family: Backbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
     """Record the ops of `point.query(module)`.
 
     Raises:

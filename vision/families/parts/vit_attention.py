@@ -15,12 +15,12 @@ from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
-    from vision.families.parts.timm_family import TimmBackbone
+    from zoo import Backbone
     from zoo.points.recorder import Recorder
 
 
 def record(
-    family: TimmBackbone,
+    family: Backbone,
     session: Recorder,
     point: Point,
     block: nn.Module,
