@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.engine.memory import recomputable
-from zoo.engine.sites import Op, Site, site_at
+from zoo.engine.sites import Op, Site, parts, site_at
 
 if TYPE_CHECKING:
     from zoo.points import Point
@@ -180,11 +180,6 @@ def mask_bias(mask: Tensor | None) -> Bias:
         return F.pad(own, (extra, 0), value=own.dtype == torch.bool)
 
     return bias
-
-
-def parts(module: nn.Module) -> tuple[nn.Module, ...]:
-    """An adapter's module, and those that it shares with others."""
-    return (module, *getattr(module, "shared", ()))
 
 
 @dataclass(eq=False)

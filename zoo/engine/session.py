@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.engine.sites import BlockSite, LinearSite, Op, Site
+from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
 
@@ -129,6 +129,7 @@ class Session:
     touched: list[Point] = field(default_factory=list)
     _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
+    _shared: dict[str, nn.Module] = field(default_factory=dict)
 
     # -- recording --------------------------------------------------------------------------------------------------
 
@@ -159,6 +160,11 @@ class Session:
                 value.register_parameter(name, parameter)
         node._modules[last] = value
 
+    def share(self, name: str, module: nn.Module) -> None:
+        """Register a module that several points have in common, once, under this name."""
+        self._put([name], module)
+        self._shared[name] = module
+
     def own(self, point: Point, module: nn.Module) -> None:
         """Register an adapter's module under the point's name: its keys are `<point>.<its own keys>`."""
         self._put(point.name.split("."), module)
@@ -182,7 +188,7 @@ class Session:
         getattr(self, f"_{point.kind}")(point, verb, module, **options)
 
     def _make(self, point: Point, verb: str, where: str, fn: Callable[..., Any], *modules: nn.Module, **kw: Any) -> Op:
-        return Op(self.owner, where, fn, point.name, verb=verb, modules=modules, **kw)
+        return Op(self.owner, where, fn, point.name, verb=verb, modules=parts(*modules), **kw)
 
     def _linear(self, point: LinearPoint, verb: str, module: nn.Module) -> None:
         if verb in ("add", "rescale") or (verb == "reparametrize" and hasattr(type(module), "linear_group")):
@@ -261,6 +267,13 @@ class Session:
             self.op(first.module, op, LinearSite)
         for (_, name), points in self._trained.items():
             self._train(name, points)
+        used = {module for _, op in self.ops for module in op.modules}
+        for name, shared in self._shared.items():
+            if used.isdisjoint(shared.modules()):
+                raise AttachError(
+                    f"'{self.owner}' shares '{name}', and no module at a point uses it: it would never be trained. "
+                    "Name it in the `shared` (a tuple) of the modules that use it."
+                )
         if not self.ops and not self.swaps and not self.adapter.stateless:
             raise AttachError(
                 f"'{self.owner}' attached to no point of {self.points.backbone}: nothing would be trained."

@@ -40,12 +40,26 @@ class Op:
     verb: str = ""
     # of a reparametrized weight; None: `fn(run, x, W, b)` sees the whole projection
     rows: tuple[int, int] | None = None
-    modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs
+    modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs, shared ones too: see `parts`
     # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
     per_row: bool = True
     # Runs behind the ops of all adapters at this module: a watch that must see what the backbone itself goes on with
     last: bool = False
     excludes: tuple[str, ...] = ()  # verbs of other adapters that cannot be active at the same module
+
+
+def parts(*modules: nn.Module) -> tuple[nn.Module, ...]:
+    """An adapter's modules, and those that they, or modules inside of them, have in common with others.
+
+    Such a module is named by the attribute `shared`, a tuple, so that torch registers it only where it belongs.
+    """
+    found: dict[nn.Module, None] = dict.fromkeys(modules)
+    for module in modules:
+        for part in module.modules():
+            others = getattr(part, "shared", ())
+            if isinstance(others, tuple) and others:
+                found |= dict.fromkeys(parts(*others))
+    return tuple(found)
 
 
 # active adapters, the route, its batch, the adapter served alone, whether prompts are under way

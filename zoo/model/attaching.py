@@ -26,6 +26,7 @@ class AdapterHost(Headed):
     _swaps: dict[str, list[Swap]]
     _plan: str
     _memory: str
+    _resting: dict[str, set[str]]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -182,8 +183,9 @@ class AdapterHost(Headed):
         self._known(name)
         self.set_active(*(n for n in self._state.active if n != name))
         gone = {id(op) for _, op in self._ops.pop(name)}
-        del self._swaps[name], self.adapters[name]
+        del self._swaps[name], self.adapters[name], self._resting[name]
         if name in self.heads:
+            self._resting.pop(f"head/{name}", None)
             del self.heads[name]
         for key, where in list(self._sites.items()):
             where.ops = [op for op in where.ops if id(op) not in gone]
@@ -213,16 +215,28 @@ class AdapterHost(Headed):
         self._state.active = tuple(dict.fromkeys(names))
         trained = self._state.active if train is None else ((train,) if isinstance(train, str) else tuple(train))
         for name, adapter in self.adapters.items():
-            adapter.requires_grad_(name in trained)
+            self._rest(name, adapter, name not in trained)
         for name in self._state.active:
             for swap in self._swaps[name]:
                 swap.put(True)
         current = self.head_name
         for name, head in self.heads.items():
-            head.requires_grad_(name == current)
+            self._rest(f"head/{name}", head, name != current)
         self._plan = "+".join(self._state.active)
         self._watch_memory()
         self.train(self.training)
+
+    def _rest(self, key: str, module: nn.Module, resting: bool) -> None:
+        """Freeze what is not in use, and unfreeze what this froze: what a method or the user froze stays frozen."""
+        frozen = self._resting.setdefault(key, set())
+        for name, parameter in module.named_parameters():
+            if resting and parameter.requires_grad:
+                frozen.add(name)
+                parameter.requires_grad_(False)
+            elif not resting and name in frozen:
+                parameter.requires_grad_(True)
+        if not resting:
+            frozen.clear()
 
     def _switch(self, place: Place) -> None:
         """For recomputation in backward: the adapters of another time run, and nothing else about the model changes."""

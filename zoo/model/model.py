@@ -57,6 +57,7 @@ class Model(AdapterHost):
         self._sites: dict[int, Site] = {}
         self._ops: dict[str, list[tuple[Site, Op]]] = {}
         self._swaps: dict[str, list[Swap]] = {}
+        self._resting: dict[str, set[str]] = {}  # parameters that are frozen only because their adapter or head rests
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
         if num_classes is None and own_head is not None:
             self.heads["default"] = own_head

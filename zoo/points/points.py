@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
 
 from zoo.errors import AttachError, SelectionError, nearest
 from zoo.points.kinds import KINDS, Point
@@ -12,6 +14,8 @@ from zoo.points.selectors import expand, matcher
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Points(Sequence[Point]):
@@ -117,6 +121,25 @@ class Points(Sequence[Point]):
         if self.session is None:
             raise AttachError("'train_everything' was called outside of Adapter.attach.")
         self.session.train_everything()
+
+    def share(self, name: str, module: M) -> M:
+        """Register a module that several points use, once, under this name (inside `Adapter.attach`); returns it.
+
+        It is saved under `<name>.`; every module of the adapter that uses it names it in `module.shared`, a tuple.
+
+        Raises:
+            AttachError: the name is one of the points' own, or taken; nothing at a point uses the module (when `attach` is over).
+        """
+        if self.session is None:
+            raise AttachError("'share' was called outside of Adapter.attach.")
+        taken = {p.name.split(".")[0] for p in self._points} | {"backbone"}
+        if not name.isidentifier() or name in taken:
+            raise AttachError(
+                f"'{name}' cannot name a shared module: expected a word other than {', '.join(sorted(taken))}, under which the "
+                f"points of {self.backbone} are saved."
+            )
+        self.session.share(name, module)
+        return module
 
     def require(self, kind: str, method: str) -> list[Any]:
         """All points of a kind, or an AttachError that says that this backbone has none."""

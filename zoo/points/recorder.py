@@ -26,6 +26,9 @@ class Recorder(Protocol):
     def keep(self, point: Any, name: str, value: nn.Parameter | nn.Module) -> None:
         """Register a parameter or module of the adapter under the point's name, without any op."""
 
+    def share(self, name: str, module: nn.Module) -> None:
+        """Register a module that several points have in common, once, under this name."""
+
     def op(self, site_module: nn.Module, op: Any, kind: type[Any] = ...) -> None:
         """Record an op (`zoo.engine.sites.Op`) at a module of the backbone."""
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.engine.attention import heads
-from zoo.engine.sites import BlockSite, LinearSite, Op, Site, State
+from zoo.engine.sites import BlockSite, LinearSite, Op, Site, State, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import Point
 
@@ -186,7 +186,7 @@ def record(family: Backbone, session: Recorder, point: Point, verb: str, module:
     block = family.module.get_submodule(point.path.rpartition(".")[0])
 
     def op(site_module: nn.Module, kind: Any, where: str, fn: Any) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=verb, modules=(module,), last=True)
+        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), last=True)
         session.op(site_module, made, kind)
 
     stream = Stream(session.owner, session.site(block, BlockSite).state, block, module, point.name)
