@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.families.seq2seq.releases import cache_name
 from zoo.engine.attention import AttentionSite, Bias, Given, Pair, Prompts, SplitKeys, by_head, mask_bias, recorder
 from zoo.engine.sites import Site
 from zoo.errors import AttachError
@@ -100,17 +101,18 @@ class T5Site(LibraryAttention):
         key_value_states: Tensor | None = None,
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """(output (B, M, d), position bias of the own keys, which later blocks use again, no weights)."""
         attention: Any = self.module
+        held = past_key_values if cache is None else cache
         width, index, cross = attention.key_value_proj_dim, attention.layer_idx, key_value_states is not None
         q = by_head(attention.q(hidden_states), width)
-        seen = past_key_values.get_seq_length(index) if past_key_values is not None else 0
+        seen = held.get_seq_length(index) if held is not None else 0
         project = SplitKeys(None, attention.k, attention.v, width)
-        k, v = keys_values(
-            hidden_states if key_value_states is None else key_value_states, past_key_values, index, cross, project
-        )
+        states = hidden_states if key_value_states is None else key_value_states
+        k, v = keys_values(states, held, index, cross, project)
         count = k.shape[2]
         # In older releases of the library a bias that is handed on holds the mask, and nothing stands behind it
         older = not hasattr(attention, "scaling")
@@ -145,16 +147,17 @@ class BartSite(LibraryAttention):
         key_value_states: Tensor | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(output (B, M, d), no weights)."""
         attention: Any = self.module
+        held = past_key_values if cache is None else cache
         width, index, cross = attention.head_dim, attention.layer_idx, key_value_states is not None
         q = by_head(attention.q_proj(hidden_states), width)
         project = SplitKeys(None, attention.k_proj, attention.v_proj, width)
-        k, v = keys_values(
-            hidden_states if key_value_states is None else key_value_states, past_key_values, index, cross, project
-        )
+        states = hidden_states if key_value_states is None else key_value_states
+        k, v = keys_values(states, held, index, cross, project)
         bias = pair_bias(attention_mask, None, attention.is_causal, q, k.shape[2])
         y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
         return attention.out_proj(y), None
@@ -255,7 +258,7 @@ def record(
             op(family.decoder, DecoderSite, "forward", module, per_row=False)
         return
     attention = point.module if verb == "extend" else family.self_attention(point.module)
-    if "past_key_values" not in inspect.signature(type(attention).forward).parameters:
+    if cache_name(type(attention).forward) is None:
         raise AttachError(
             f"the attention at '{point.name}' is that of an older transformers, whose call is not described here. Update it: "
             "pip install -U transformers"

@@ -22,7 +22,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
 
+from multimodal.families.seq2seq.releases import cache_name
 from multimodal.families.seq2seq.visual_embedding import VisualEmbedding
+
+# What this release of the library calls the key-value cache in the forwards of its networks
+_CACHE = cache_name(T5ForConditionalGeneration.forward) or "past_key_values"
 
 
 def _visual_embedding(config: Any, norm: Any) -> VisualEmbedding:
@@ -181,6 +185,7 @@ class _Visual:
         # The library's `generate` reads these names off the signature.
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: Any = None,
+        cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -209,9 +214,9 @@ class _Visual:
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
 

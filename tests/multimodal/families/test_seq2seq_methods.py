@@ -163,3 +163,55 @@ def test_prompts_of_one_block_cannot_stay(family: str) -> None:
     with pytest.raises(AttachError, match="deep=False"):
         model.add_adapter(zoo.adapter("vpt", pool="all"))
     assert not model.adapters
+
+
+# -- releases of transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_an_attention_takes_its_cache_under_both_names(family: str, name: str) -> None:
+    """transformers 5.24 calls the argument `cache`, older releases `past_key_values`."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    model, _ = tiny_model(family)
+    model.add_adapter(zoo.adapter("prefix", num_tokens=3, targets="decoder.blocks.*.*.product"))
+    stir(model)
+    attention = model.points["decoder.blocks.0.attn.product"].module
+    words = torch.randn(1, 4, 32)
+    hidden = "mask" if family == "vl-t5" else "attention_mask"
+    seen = {hidden: torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()}
+    with torch.no_grad():
+        whole = attention(words, **seen)[0]
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        steps = [attention(words[:, i : i + 1], **{name: cache})[0] for i in range(4)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_network_takes_its_cache_under_both_names(family: str, name: str) -> None:
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    model, batch = tiny_model(family)
+    words = torch.tensor([[0, 7, 3, 5], [0, 9, 2, 4]])
+    visual = dict(zip(("visual_features", "boxes"), batch[3:], strict=False))
+    network = model.backbone.eval()
+    with torch.no_grad():
+        whole = network(batch[0], decoder_input_ids=words, **visual).logits
+        held = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        steps = [
+            network(batch[0], decoder_input_ids=words[:, i : i + 1], use_cache=True, **{name: held}, **visual).logits
+            for i in range(4)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_name_of_the_cache_is_read_off_the_signature() -> None:
+    from multimodal.families.seq2seq.releases import cache_name
+
+    assert cache_name(lambda hidden_states, cache=None: None) == "cache"
+    assert cache_name(lambda hidden_states, past_key_values=None: None) == "past_key_values"
+    assert (
+        cache_name(lambda hidden_states, past_key_value=None: None) is None
+    )  # of the releases before caches were objects
