@@ -11,6 +11,10 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+# Processes that tests start find this checkout and the tests' shared parts, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests" / "parts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -195,7 +195,7 @@ def test_a_kill_at_every_line_leaves_a_whole_adapter(tmp_path: Path, no_sync: No
     before, after = one, two
     if cut_off_before:  # and now somebody returns to the old state
         before, after = {**two, CONFIG: one[CONFIG]}, one
-    folder, watched = tmp_path / "target", (disk.write_files.__code__, disk._write.__code__)
+    folder, watched = tmp_path / "target", (disk.write_files.__code__, disk.store._write.__code__)
     disk.write_files(folder, before)
     copies: list[Path] = []
 

@@ -138,7 +138,9 @@ class Saver:
                 return packed
         if self._counted is not None:
             self._count(tensor)
-        return tensor
+        # The tensor itself, where it is the output of the node that saves it, would be a circle through autograd that no
+        # collector sees: every forward pass without a backward would stay in memory for good.
+        return tensor.detach()
 
     def _unpack(self, packed: Any) -> Tensor:
         return packed.unpack() if isinstance(packed, _Packed) else packed

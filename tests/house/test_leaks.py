@@ -1,0 +1,111 @@
+"""Nothing stays in memory: after n forward passes, evaluations, counts, merges, switches and fits there is what there was after one."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo import registry
+from zoo.errors import ZooError
+from zoo.table import tiny_model
+
+
+def live() -> int:
+    """How many tensors there are, after a collection."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some libraries' lazy objects warn when their class is asked for
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_new() -> Iterator[None]:
+    """Whatever there is already (modules of libraries above all) is left out of collections and counts: much quicker."""
+    for family in registry.families():
+        registry.family(family)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def made(family: str, method: str) -> tuple[Any, Any]:
+    model, batch = tiny_model(family)
+    try:
+        adapter = model.add_adapter(method)
+        if adapter.needs_calibration:
+            adapter.calibrate(model, [(batch if len(batch) > 1 else batch[0], torch.arange(len(batch[0])))])
+    except ZooError as error:
+        pytest.skip(str(error)[:80])
+    return model, batch
+
+
+def grows(run: Callable[[], Any], times: int = 3) -> int:
+    """By how many tensors the process grows in further runs."""
+    run()
+    run()
+    before = live()
+    for _ in range(times):
+        run()
+    return live() - before
+
+
+@pytest.mark.parametrize("family", [f for f in registry.families() if registry.family(f).tiny])
+def test_a_forward_without_a_backward_is_freed(family: str) -> None:
+    for method in registry.list_adapters():
+        try:
+            model, batch = made(family, method)
+        except pytest.skip.Exception:
+            continue
+
+        def use(model: Any = model, batch: Any = batch) -> None:
+            for mode in (True, False):
+                model.train(mode)(*batch)
+            model.saved_bytes(*batch)
+
+        assert grows(use, 2) == 0, method
+        gone = weakref.ref(model)
+        del model, use
+        gc.collect()
+        assert gone() is None, f"{method}: the model itself stays"
+
+
+@pytest.mark.parametrize("memory", ["default", "low", "min"])
+@pytest.mark.parametrize("method", ["lora", "vpt", "prefix", "vqt", "adapter"])
+def test_whatever_a_model_is_used_for(method: str, memory: str) -> None:
+    model, batch = made("vit", method)
+    model.memory = memory
+
+    def use() -> None:
+        model.train()
+        model(*batch)
+        model(*batch, adapters=[method, None])
+        with model.disable():
+            model(*batch)
+        model.set_active()
+        model.set_active(method)
+        model.probe(*batch)
+        if method == "lora":
+            model.merge()
+
+    assert grows(use) == 0
+
+
+def test_a_fit_is_freed(image_folder: Any) -> None:
+    model = zoo.load("vit-micro", "lora", num_classes=2, pretrained=False)
+
+    def fit() -> None:
+        zoo.fit(model, image_folder / "train", epochs=1, batch_size=12, progress=False)
+
+    assert grows(fit, 2) == 0
+    gone = weakref.ref(model)
+    del model, fit
+    gc.collect()
+    assert gone() is None
