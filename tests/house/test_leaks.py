@@ -1,4 +1,4 @@
-"""Nothing stays in memory: after n forward passes, evaluations, counts, merges, switches and fits there is what there was after one."""
+"""Nothing stays in memory: after n forward passes, counts, merges, switches and fits there is what there was after one."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_whatever_a_model_is_used_for(method: str, memory: str) -> None:
 def test_a_fit_is_freed(image_folder: Any) -> None:
     model = zoo.load("vit-micro", "lora", num_classes=2, pretrained=False)
 
-    def fit() -> None:
+    def fit(model: Any = model) -> None:
         zoo.fit(model, image_folder / "train", epochs=1, batch_size=12, progress=False)
 
     assert grows(fit, 2) == 0
