@@ -17,12 +17,20 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import zoo` costs little more than torch, and loads neither timm nor open_clip.
 _LAZY = {
     "Adapter": "zoo.adapters.base",
+    "AttentionPoint": "zoo.points",
     "Backbone": "zoo.backbone",
+    "BlockPoint": "zoo.points",
+    "ConditionPoint": "zoo.points",
+    "LinearPoint": "zoo.points",
     "Merger": "zoo.points",
     "Model": "zoo.model",
+    "NormPoint": "zoo.points",
+    "Point": "zoo.points",
     "Points": "zoo.points",
     "Row": "zoo.points",
+    "SublayerPoint": "zoo.points",
     "Task": "zoo.tasks",
+    "TokensPoint": "zoo.points",
     "adapter": "zoo.registry",
     "compatibility": "zoo.table",
     "evaluate": "zoo.train",
@@ -50,7 +58,19 @@ if TYPE_CHECKING:
     from zoo.exchange.peft import from_peft, to_peft
     from zoo.loading import load
     from zoo.model import Model
-    from zoo.points import Merger, Points, Row
+    from zoo.points import (
+        AttentionPoint,
+        BlockPoint,
+        ConditionPoint,
+        LinearPoint,
+        Merger,
+        NormPoint,
+        Point,
+        Points,
+        Row,
+        SublayerPoint,
+        TokensPoint,
+    )
     from zoo.registry import (
         adapter,
         list_adapters,

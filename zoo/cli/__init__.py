@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | eval | push | pull | merge | bench | demo`.
+"""The command line: `zoo list | points | info | fit | eval | push | pull | merge | bench | new | demo`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, evaluate, listing, run, share
+from zoo.cli import bench, catalog, evaluate, listing, new, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main"]
@@ -69,6 +69,9 @@ for _command, _name in (
     (share.pull, "pull"),
     (share.merge, "merge"),
     (bench.bench, "bench"),
+    (new.new, "new"),
     (run.demo, "demo"),
 ):
-    app.command(_name, no_args_is_help=_name in ("points", "info", "fit", "eval", "push", "pull", "merge"))(_command)
+    app.command(_name, no_args_is_help=_name in ("points", "info", "fit", "eval", "push", "pull", "merge", "new"))(
+        _command
+    )
