@@ -15,7 +15,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.errors", "zoo.library"),
     ("zoo.data",),
     ("zoo.points",),
-    ("zoo.adapters.base", "zoo.backbone", "zoo.host", "zoo.tasks.base", "zoo.heads"),
+    ("zoo.adapters.base", "zoo.adapters.structure", "zoo.backbone", "zoo.host", "zoo.tasks.base", "zoo.heads"),
     ("zoo.registry",),
     ("zoo.engine",),
     ("zoo.adapters.parts", "zoo.disk", "zoo.hub", "zoo.tasks"),

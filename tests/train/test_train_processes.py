@@ -101,6 +101,7 @@ def test_two_processes_train_to_the_numbers_of_one(tmp_path: Path) -> None:
         str(port),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
         [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -130,7 +130,7 @@ def test_other_methods(tmp_path: Path, adapter: zoo.Adapter, monkeypatch: pytest
 
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../parts"]
 torch.set_num_threads(1)
 from pathlib import Path
 from test_train_resume import SETTINGS, build, easy_data, fit

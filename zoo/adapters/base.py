@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from zoo.adapters.structure import Structured
 from zoo.errors import ConfigError, MergeError, nearest
 from zoo.points import Point, Points
 
@@ -26,7 +27,7 @@ __all__ = ["Adapter"]
 
 
 @dataclass(eq=False)
-class Adapter(nn.Module):
+class Adapter(Structured):
     """Base of all methods. Subclasses are `@register_adapter("name") @dataclass` with plain JSON types as fields.
 
     `__post_init__` of a subclass checks the settings and must call `super().__post_init__()` first.
@@ -37,6 +38,8 @@ class Adapter(nn.Module):
     trains_backbone: ClassVar[bool] = False  # the backbone is put in train mode too (full fine-tuning)
     stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
     default_lr: ClassVar[float] = 1e-3
+    default_weight_decay: ClassVar[float] = 0.01  # of matrices; vectors have none
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that have none: ("*.lora_e",)
     paper: ClassVar[str] = ""  # "Hu et al. 2021; Liu et al. 2024"
     # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)
     identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
@@ -46,6 +49,7 @@ class Adapter(nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
+        self._init_structure()
         # What `attach` needs to know besides the settings, such as the points that a calibration chose: JSON types, saved
         # with the adapter and put back before it attaches again. None: not decided yet.
         self.plan: dict[str, Any] | None = None
@@ -93,6 +97,9 @@ class Adapter(nn.Module):
     def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
         """Training begins; `optimizer` is the optimizer service."""
 
+    def epoch_start(self, model: Host, epoch: int) -> None:
+        """An epoch (counted from 0) begins; not called again when training goes on in the middle of one."""
+
     def step_start(self, model: Host, step: int) -> None:
         """In front of the forward pass of an optimizer step."""
 
@@ -106,6 +113,9 @@ class Adapter(nn.Module):
     def after_step(self, model: Host, step: int) -> None:
         """The optimizer has stepped; gradients are not yet zeroed."""
 
+    def step_end(self, model: Host, step: int) -> None:
+        """A step is over, gradients are zeroed."""
+
     def epoch_end(self, model: Host, epoch: int) -> None:
         """An epoch is over."""
 
@@ -116,7 +126,21 @@ class Adapter(nn.Module):
         """An evaluation is over."""
 
     def fit_end(self, model: Host) -> None:
-        """Training is over."""
+        """Training is over, the chosen weights are in the model."""
+
+    def ready(self) -> bool:
+        """Whether this method has reached what it trains towards, such as a budget of parameters.
+
+        An epoch that ends before that is not chosen as the best, and patience does not count it.
+        """
+        return True
+
+    def extra_state(self) -> dict[str, Any] | None:
+        """For checkpoints, what lives neither in parameters nor in buffers: numbers, text and tensors in dicts and lists."""
+        return None
+
+    def load_extra_state(self, model: Host, state: dict[str, Any]) -> None:
+        """Go on from what `extra_state` gave; called before tensors return to their places."""
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -127,6 +151,14 @@ class Adapter(nn.Module):
     def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Settings and tensors as they are written to disk. A method that trains in another form folds here."""
         return self.config(), self.state_dict()
+
+    @classmethod
+    def load_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The inverse of `saved`: the settings with which the adapter is attached, and the tensors that then fill it.
+
+        What is folded into a form that this method can also train in (`prefix` with its MLP) needs no inverse.
+        """
+        return config, tensors
 
     @classmethod
     def from_config(cls, config: dict[str, Any], strict: bool = False) -> Adapter:

@@ -270,14 +270,17 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
             last = i == len(saved.adapters) - 1
             name = entry.name if entry.name not in model.adapters else None
             try:
-                fresh = registry.adapter_class(entry.method).from_config(entry.config, strict=True)
+                cls = registry.adapter_class(entry.method)
+                config, tensors = cls.load_saved(dict(entry.config), saved.adapter_tensors(entry.name))
+                fresh = cls.from_config(config, strict=True)
             except ConfigError as error:
                 raise ConfigError(f"'{saved.folder / CONFIG}', adapters[{i}].config: {error}") from error
             fresh.plan = entry.plan
+            fresh.check_structure(tensors)
             before = set(model.adapters)
             model.add_adapter(fresh, name, num_classes=saved.num_classes if own_head and last else None)
             added += [one for one in model.adapters if one not in before]
-            _fill(model.adapters[added[-1]], saved.adapter_tensors(entry.name), f"adapter '{entry.name}'", model, saved)
+            _fill(model.adapters[added[-1]], tensors, f"adapter '{entry.name}'", model, saved)
         if head and saved.num_classes is not None:
             if not own_head or saved.head_kind != "linear":
                 model.reset_head(saved.num_classes, kind=saved.head_kind)

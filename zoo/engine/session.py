@@ -246,7 +246,9 @@ class Session:
                     continue
                 if id(frozen) not in copies:
                     copies[id(frozen)] = nn.Parameter(frozen.detach().clone())
-                    self._put(["backbone", *filter(None, path.split(".")), name], copies[id(frozen)])
+                    place = ["backbone", *filter(None, path.split(".")), name]
+                    self._put(place, copies[id(frozen)])
+                    self.adapter.stand_ins.add(".".join(place))
                 self.swaps.append(Swap(self.owner, module, name, frozen, copies[id(frozen)]))
 
     # -- finishing --------------------------------------------------------------------------------------------------
@@ -294,6 +296,7 @@ class Session:
         if whole:
             trained = nn.Parameter(frozen.detach().clone())
             self._put([*key.split("."), name], trained)
+            self.adapter.stand_ins.add(f"{key}.{name}")
             self.swaps.append(Swap(self.owner, module, name, frozen, trained))
             return
         if name != "bias":

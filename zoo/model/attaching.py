@@ -62,6 +62,7 @@ class AdapterHost(Headed):
             )
         if name in self.adapters:
             raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
+        fresh.name = name
         session = self._attach(name, fresh, activate)
         self.adapters[name] = fresh
         width = self.num_classes if num_classes is None else num_classes
@@ -77,11 +78,13 @@ class AdapterHost(Headed):
         self._known(name)
         adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
         twin, active = adapter.fresh(), self._state.active
+        twin.name = name
         head = dict(self.heads.items()).get(name)
         session = self._attach(name, twin, activate=name in active)
         self.remove_adapter(name)
         # The instance stays the same, since the caller is usually one of its own methods.
         adapter._modules, adapter._parameters, adapter._buffers = twin._modules, twin._parameters, twin._buffers
+        adapter.stand_ins = twin.stand_ins
         self.adapters[name] = adapter
         if head is not None:
             self.heads[name] = head
@@ -123,6 +126,7 @@ class AdapterHost(Headed):
         try:
             fresh.attach(self.points)
             session.finish()
+            fresh.restructure()
             self._check_combination(name, session, activate)
             self._feature_dim([*self._active_adapters(), fresh])
         except BaseException:

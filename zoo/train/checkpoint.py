@@ -72,16 +72,16 @@ class Snapshot(dict[str, Tensor]):
 def snapshot(model: Model) -> Snapshot:
     """Copies of everything that training may change: parameters and buffers of the active adapters and of the head.
 
-    Also of each adapter its `plan`, and what its `extra_state()` returns, if it has one: numbers, text and tensors in dicts
-    and lists, for what lives neither in parameters nor in buffers.
+    Also of each adapter its `plan`, and what its `extra_state()` returns: numbers, text and tensors in dicts and lists, for what
+    lives neither in parameters nor in buffers.
     """
     tensors: dict[str, Tensor] = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in _tensors(model).items()}
     adapters: dict[str, Any] = {}
     for name in model.active:
         adapter: Any = model.adapters[name]
-        adapters[name] = {"plan": getattr(adapter, "plan", None)}
-        if hasattr(adapter, "extra_state"):
-            adapters[name]["extra"] = _plain(adapter.extra_state(), name, tensors)
+        adapters[name] = {"plan": adapter.plan}
+        if (extra := adapter.extra_state()) is not None:
+            adapters[name]["extra"] = _plain(extra, name, tensors)
     return Snapshot(tensors, adapters)
 
 
@@ -98,7 +98,7 @@ def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
         )
     for name, saved in adapters.items():
         adapter: Any = model.adapters[name]
-        if saved["plan"] != getattr(adapter, "plan", None):
+        if saved["plan"] != adapter.plan:
             adapter.plan = saved["plan"]
             model.reattach(name)
 
@@ -106,15 +106,19 @@ def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
 def restore(model: Model, saved: Snapshot) -> None:
     """Put a snapshot back.
 
-    An adapter whose structure changes while training rebuilds it in `load_extra_state(model, state)`, called before tensors
-    return to their places.
+    Shapes that an adapter has changed since (`zoo.adapters.structure`) are made anew. `load_extra_state(model, state)` is called
+    before tensors return to their places.
 
     Raises:
         MismatchError: the model has other parameters, or of other shapes.
     """
     for name, state in saved.adapters.items():
+        adapter: Any = model.adapters[name]
+        if state["plan"] != adapter.plan:
+            adapter.plan = state["plan"]
+            adapter.restructure({n[len(name) + 1 :]: t for n, t in saved.items() if n.startswith(f"{name}/")})
         if "extra" in state:
-            model.adapters[name].load_extra_state(model, _tensors_back(state["extra"], saved))  # type: ignore[operator]
+            adapter.load_extra_state(model, _tensors_back(state["extra"], saved))
     tensors = _tensors(model)
     for name, value in saved.items():
         if name.startswith(EXTRA):

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zoo.adapters.base import Adapter
 from zoo.train.optimizer import OptimizerService
 
 if TYPE_CHECKING:
@@ -63,11 +64,17 @@ class Hooks:
 
     @property
     def receivers(self) -> list[Any]:
-        adapters = self.model.adapters
-        return [adapters[name] for name in self.model.active] + list(self.callbacks)
+        return [*self.adapters, *self.callbacks]
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The active adapters."""
+        return [self.model.adapters[name] for name in self.model.active]  # type: ignore[misc]
 
     def _call(self, hook: str, *arguments: Any) -> list[Any]:
-        return [getattr(r, hook)(self.model, *arguments) for r in self.receivers if hasattr(r, hook)]
+        """An adapter has every hook; a callback has those that it defines."""
+        called = [getattr(adapter, hook)(self.model, *arguments) for adapter in self.adapters]
+        return called + [getattr(c, hook)(self.model, *arguments) for c in self.callbacks if hasattr(c, hook)]
 
     @property
     def needs_calibration(self) -> bool:
@@ -87,6 +94,8 @@ class Hooks:
         """Training begins."""
         if isinstance(optimizer, Optimizer):
             optimizer = OptimizerService.wrap(optimizer, self.model, total_steps=total_steps)
+        for adapter in self.adapters:
+            adapter.join(optimizer)
         self._call("fit_start", optimizer, total_steps)
 
     def epoch_start(self, epoch: int) -> None:
@@ -141,6 +150,12 @@ class Hooks:
     def fit_end(self) -> None:
         """Training is over, the chosen weights are in the model."""
         self._call("fit_end")
+        for adapter in self.adapters:
+            adapter.join(None)
+
+    def ready(self) -> bool:
+        """Whether every active adapter has reached what it trains towards (`Adapter.ready`)."""
+        return all(adapter.ready() for adapter in self.adapters)
 
 
 def _uncalibrated(receiver: Any) -> bool:

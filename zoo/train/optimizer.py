@@ -118,6 +118,11 @@ class OptimizerService:
         parameter = self._one(parameter)
         return self._group_of(parameter)[0].state[parameter]
 
+    def settings(self, parameter: str | Parameter) -> dict[str, Any]:
+        """Learning-rate multiplier and weight decay of a parameter, as `add` takes them."""
+        group = self._group_of(self._one(parameter))[1]
+        return {"lr_scale": group["lr_scale"], "weight_decay": group.get("weight_decay", self.weight_decay)}
+
     # -- which parameters -------------------------------------------------------------------------------------------
 
     def add(

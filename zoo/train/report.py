@@ -27,7 +27,7 @@ class Report:
         images: images (or other items) trained on, over all epochs.
         seconds: of training and evaluation together, over all resumed parts.
         images_per_second: training alone, over all processes.
-        parameters: how many numbers were trained.
+        parameters: how many trained numbers the model holds now; what a method dropped on the way is not counted.
         skipped: places of images that could not be read (only with on_error="skip").
         settings: the arguments of the run.
         data: names and sizes of the data sets, and what their "items" are called.

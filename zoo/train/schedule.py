@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn import Parameter
 
+from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def add_parameters(
     groups: dict[tuple[float, float], dict[str, Parameter]] = {}
     for name, parameter in parameters.items():
         owner, _, inner = name.partition("/")
-        adapter = dict(model.adapters).get(owner)
-        decay = getattr(adapter, "default_weight_decay", 0.01) if weight_decay is None else weight_decay
-        exempt = any(fnmatchcase(inner, pattern) for pattern in getattr(adapter, "no_weight_decay", ()))
+        adapter: Any = dict(model.adapters.items()).get(owner, Adapter)  # the head's defaults are those of all
+        decay = adapter.default_weight_decay if weight_decay is None else weight_decay
+        exempt = any(fnmatchcase(inner, pattern) for pattern in adapter.no_weight_decay)
         key = (rates[name] / service.lr * scales.get(name, 1.0), 0.0 if parameter.ndim < 2 or exempt else float(decay))
         groups.setdefault(key, {})[name] = parameter
     for (scale, decay), members in groups.items():

@@ -215,7 +215,7 @@ class Trainer:
         run.history.append(record)
         run.epoch, run.batch, run.epoch_seconds = run.epoch + 1, 0, 0.0
         self.stepper.sums.zero_()
-        if self.val is not None:
+        if self.val is not None and self.hooks.ready():  # what has not reached its budget is not what will be exported
             self._choose(record)
         best = run.best is not None and run.best["epoch"] == record["epoch"]
         self.bar.line(_line(record, self.epochs, best, self.items))
@@ -299,7 +299,7 @@ class Trainer:
             images=run.images,
             seconds=run.seconds,
             images_per_second=run.images / run.training_seconds if run.training_seconds else 0.0,
-            parameters=sum(p.numel() for p in self.service.parameters.values()),
+            parameters=self.model.num_parameters(trainable=True),
             skipped=[*run.skipped, *([f"{elsewhere} more, seen by other processes"] if elsewhere else [])],
             settings={
                 **settings.to_json(),
