@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zoo
-from zoo.adapters.adapter import PRESETS, Bottleneck
+from zoo.adapters.adapter import PRESETS
+from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.errors import AttachError, ConfigError, MergeError
 
 BATCH, TOKENS, DIM, DEPTH, HEADS, RANK = 2, 65, 48, 3, 3, 4

@@ -43,9 +43,9 @@ from torch import Tensor, nn
 
 from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
 from vision.adapters.parts.tuned import Tuned
-from zoo.adapters.adapter import Bottleneck
 from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
+from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.errors import ConfigError, MergeError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint

@@ -25,30 +25,16 @@ nothing else keeps; the parallel ones read the sublayer's norm (recomputed) or i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from zoo.adapters.base import Adapter
-from zoo.engine.memory import dropped, recomputable
+from zoo.adapters.parts.bottleneck import ACTIVATIONS, Bottleneck
 from zoo.errors import MergeError
 from zoo.points import Points, SublayerPoint
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
-# f, and whether its backward keeps its input (so that its output can be recomputed) rather than its output
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
-    "relu": (torch.relu, False),
-    "gelu": (F.gelu, True),
-    "silu": (F.silu, True),
-    "tanh": (torch.tanh, False),
-    "none": (None, False),
-}
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {"rank": 64, "activation": "gelu", "scale": 1.0, "dropout": 0.0},
     "pfeiffer": {"reduction": 16.0, "activation": "relu", "scale": 1.0, "dropout": 0.0, "targets": "mlp"},
@@ -64,52 +50,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Bottleneck(nn.Module):
-    """`x (..., d) -> s (W_up f(W_down x + b_down) + b_up)`, plus x itself if `sequential`."""
-
-    def __init__(
-        self,
-        dim: int,
-        rank: int,
-        *,
-        sequential: bool,
-        activation: str = "relu",
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        norm: str = "none",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.adapter_down = nn.Linear(dim, rank)
-        self.adapter_up = nn.Linear(rank, dim)
-        nn.init.kaiming_uniform_(self.adapter_down.weight, a=math.sqrt(5))
-        for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
-            nn.init.zeros_(zero)
-        self.adapter_norm = nn.LayerNorm(dim) if norm != "none" else None
-        self.adapter_scale = nn.Parameter(torch.tensor([scale])) if learn_scale else None
-        self.drop = nn.Dropout(dropout)
-        self.fixed_scale, self.norm_first, self.sequential = scale, norm == "in", sequential
-        self.activation, self.keeps_input = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        inner = x
-        if self.adapter_norm is not None and self.norm_first:
-            inner = recomputable(self.adapter_norm, x)
-        hidden = self.adapter_down(inner)  # (..., r)
-        if self.activation is not None:
-            hidden = recomputable(self.activation, hidden) if self.keeps_input else self.activation(hidden)
-        hidden = dropped(hidden, self.drop)
-        if self.adapter_scale is None and self.fixed_scale == 1:
-            out = self.adapter_up(hidden)
-        else:  # s scales (d, r) weights instead of (..., d) outputs, which backward would need if s is learned
-            scale = self.fixed_scale if self.adapter_scale is None else self.adapter_scale
-            out = F.linear(hidden, recomputable(torch.mul, self.adapter_up.weight, scale), scale * self.adapter_up.bias)
-        if self.adapter_norm is not None and not self.norm_first:
-            out = self.adapter_norm(out)
-        return x + out if self.sequential else out
-
-
 @register_adapter("adapter")
 @dataclass
 class BottleneckAdapter(Adapter):
@@ -119,7 +59,7 @@ class BottleneckAdapter(Adapter):
         form: "pfeiffer", "houlsby" (both sequential), "parallel" or "adaptformer".
         rank: r, the same everywhere. reduction: instead, r = d / reduction at each point (at least 1).
         targets: roles or names of sublayer points; None with "houlsby" takes every sublayer.
-        activation: f: "relu", "gelu", "silu", "tanh" or "none".
+        activation: f: "relu", "gelu", "gelu_new" (by tanh), "silu", "tanh" or "none".
         scale: s. learn_scale: train it, from this value.
         norm: a LayerNorm of the adapter's own in front of W_down ("in") or behind W_up ("out"), or "none".
         source: of the parallel forms: "input" (behind the sublayer's norm) or "residual" (in front of it).
@@ -130,7 +70,7 @@ class BottleneckAdapter(Adapter):
     rank: int | None = None
     reduction: float | None = None
     targets: str | tuple[str, ...] | None = None
-    activation: Literal["relu", "gelu", "silu", "tanh", "none"] | None = None
+    activation: Literal["relu", "gelu", "gelu_new", "silu", "tanh", "none"] | None = None
     scale: float | None = None
     learn_scale: bool = False
     norm: Literal["none", "in", "out"] = "none"
