@@ -9,7 +9,7 @@ Points: `sublayer` (verb `after`); `norm` (verb `train`) with `train_norms`.
     W = sum_{i=1..n} A_i (x) (S_i T_i)            A (n, n, n) ONE for all layers, up and down; S_i (k/n, r), T_i (r, p/n)
 
 f is the GELU by tanh. Start: A ~ N(0, 1e-4^2), S_i and T_i Glorot-uniform with gain sqrt(2), biases 0: close to the pretrained
-function, not equal to it (what is added has about 1e-8 of the size of y), and every tensor but W_d's learns at once.
+function, not equal to it (what is added has about 3e-8 of the size of y), and every tensor but W_d's learns at once.
 
 | form          | where                                  | `reduction` |
 | ------------- | -------------------------------------- | ----------- |
