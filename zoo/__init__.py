@@ -46,6 +46,7 @@ _LAZY = {
     "register_backbone": "zoo.registry",
     "register_task": "zoo.registry",
     "saved_bytes": "zoo.engine.memory",
+    "second_order": "zoo.engine.second_order",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
 }
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from zoo.backbone import Backbone
     from zoo.data import open_dataset
     from zoo.engine.memory import recomputable, saved_bytes
+    from zoo.engine.second_order import second_order
     from zoo.exchange.peft import from_peft, to_peft
     from zoo.loading import load
     from zoo.model import Model

@@ -37,6 +37,10 @@ class MergeError(ZooError, RuntimeError):
     """An adapter cannot be folded into the weights."""
 
 
+class DerivativeError(ZooError, RuntimeError):
+    """A derivative was asked for that an operation cannot give exactly."""
+
+
 class ConfigError(ZooError, ValueError):
     """A setting is missing, unknown, of the wrong type or out of range."""
 

@@ -38,7 +38,7 @@ def load(
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
         dtype: precision of the backbone and of the adapters; large checkpoints are read in it, without a float32 copy.
-        memory: "default", "low" or "min" (`zoo.engine.memory`).
+        memory: "default", "low", "min" or "off" (`zoo.engine.memory`).
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
 

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from zoo.adapters.base import Adapter
 from zoo.engine.memory import dropped
+from zoo.engine.second_order import exact, first_order, surrogate, whole
 from zoo.points import LinearPoint, Points
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
@@ -67,13 +67,13 @@ class LowRank(nn.Module):
         x = dropped(x, first.drop)
         slices = tuple((start, stop, m.scale) for m, start, stop in parts)
         factors = [f for m, _, _ in parts for f in (m.lora_a, m.lora_b)]
-        if torch.compiler.is_compiling() or x.device.type == "meta":
+        if torch.compiler.is_compiling() or x.device.type == "meta" or exact():
             return _plain(x, y, slices, factors)
         return _LowRankAdd.apply(y, x, slices, *factors)
 
 
 def _plain(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: Sequence[Tensor]) -> Tensor:
-    """The same in plain operations, for the compiler."""
+    """The same in plain operations, for the compiler and for derivatives of any order."""
     pieces, at = [], 0
     x = x.to(y.dtype)
     for (start, stop, scale), a, b in zip(slices, factors[::2], factors[1::2]):
@@ -107,7 +107,7 @@ class _LowRankAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         factors = saved[2:] if ctx.trained else saved
@@ -148,10 +148,15 @@ class DoRAWeight(nn.Module):
         self.scale = scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The reparametrized weight; the row norm is a constant for the gradient, as in the paper (section 4.3)."""
+        """The reparametrized weight; the row norm is a constant for the gradient, as in the paper (section 4.3).
+
+        Not so where derivatives of any order are asked for: a gradient with a constant in it has no derivative.
+        """
         moved = weight + self.scale * (self.lora_b @ self.lora_a)
         # m / ||V|| is formed first: at the start it is exactly 1, so the pretrained function is kept to the bit.
-        return (self.magnitude / moved.detach().norm(dim=1))[:, None] * moved
+        if whole("the row norm of DoRA"):
+            return (self.magnitude / moved.norm(dim=1))[:, None] * moved
+        return surrogate((self.magnitude / moved.detach().norm(dim=1))[:, None] * moved)
 
 
 @register_adapter("lora")

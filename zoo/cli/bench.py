@@ -34,7 +34,7 @@ def bench(
             help=f"Methods, comma-separated; default: those of {', '.join(DEFAULT_METHODS)} that the backbone takes.",
         ),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Memory settings, comma-separated: default, low, min.")] = "default",
+    memory: Annotated[str, typer.Option(help="Memory settings, comma-separated: default, low, min, off.")] = "default",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples in a batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Times each method is measured; more is steadier.")] = 10,
     num_classes: Annotated[int, typer.Option(min=1, help="Classes of the head, of backbones that classify.")] = 100,
@@ -290,7 +290,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150)
-    colours = {"default": "#1f77b4", "low": "#ff7f0e", "min": "#2ca02c"}
+    colours = {"default": "#1f77b4", "low": "#ff7f0e", "min": "#2ca02c", "off": "#7f7f7f"}
     axes.axhline(1, color="#999999", lw=0.8)
     axes.axvline(1, color="#999999", lw=0.8)
     width, height = (1.12 * max([1.0, *(r[key] for r in rows)]) for key in ("saved_ratio", "step_ratio"))

@@ -49,7 +49,7 @@ def fit(
         list[str] | None,
         model_option("A method's setting, e.g. rank=4; with several methods lora.rank=4.", "--set", "-s"),
     ] = None,
-    memory: Annotated[str, model_option("What is kept for the backward pass: default, low or min.")] = "default",
+    memory: Annotated[str, model_option("What is kept for the backward pass: default, low, min or off.")] = "default",
     pretrained: Annotated[bool, model_option("With the pretrained weights, or with random ones.")] = True,
     image_size: Annotated[int | None, model_option("Another image size than the backbone's own (ViT, CLIP).")] = None,
     task: WhatFor = None,

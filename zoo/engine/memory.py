@@ -8,11 +8,13 @@ same tensors, so gradients are equal to the bit.
 
 Settings (`model.memory`):
 
+- "off": everything is kept that torch keeps, and no hook on saved tensors is installed.
 - "default": outputs of norms, activations and the adapters' own elementwise steps are recomputed.
 - "low": also the up-projection of each MLP, a third of the block's matrix products, whose output is the largest tensor.
 - "min": blocks are checkpointed: only their inputs are kept.
 
-Under `torch.compile` nothing of this is active: the compiler's partitioner makes the same trade by itself.
+Under `torch.compile` nothing of this is active: the compiler's partitioner makes the same trade by itself. Nor is it inside of
+`zoo.second_order` and of torch's function transforms, which know no such hooks (`zoo.engine.second_order`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MEMORY_SETTINGS = ("default", "low", "min")
+from zoo.engine.second_order import exact
+
+MEMORY_SETTINGS = ("default", "low", "min", "off")
 
 _recording: Saver | None = None  # the saver of the model whose forward runs now
 
@@ -94,6 +98,7 @@ class Saver:
 
     def __init__(self) -> None:
         self.recording = False
+        self.off = False  # memory="off"
         self._entries: dict[int, _Entry] = {}
         self._autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
         self._counted: dict[int, int] | None = None
@@ -175,7 +180,7 @@ class _Recording:
 
     def __enter__(self) -> None:
         saver = self._saver
-        if not torch.is_grad_enabled() or saver.recording or self._device == "meta":
+        if saver.off or not torch.is_grad_enabled() or saver.recording or self._device == "meta" or exact():
             return
         if torch.amp.is_autocast_available(self._device):
             enabled, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)

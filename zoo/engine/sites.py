@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.engine.memory import Saver
+from zoo.engine.second_order import exact
 
 
 @dataclass(eq=False)
@@ -337,7 +338,7 @@ class BlockSite(Site):
                 self._seen(op)
                 run = functools.partial(op.fn, run)
         learns = self.learns or self.state.route is not None or _differentiable(args, kwargs)
-        if self.checkpointed and learns and torch.is_grad_enabled():
+        if self.checkpointed and learns and torch.is_grad_enabled() and not exact():
             if not torch.compiler.is_compiling():
                 run = functools.partial(self.state.run_at, self.state.place(), run)
             return checkpoint(run, *args, use_reentrant=False, **kwargs)

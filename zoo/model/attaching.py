@@ -293,7 +293,7 @@ class AdapterHost(Headed):
     def _watch_memory(self) -> None:
         """Bring all sites up to date: who is active, and whose outputs are recomputed."""
         wanted: dict[int, tuple[nn.Module, str, bool]] = {}
-        if self._state.active or self._state.route:
+        if (self._state.active or self._state.route) and self._memory != "off":
             for point in self.points:
                 if point.kind == "norm":
                     wanted[id(point.module)] = (point.module, "cheap", False)

@@ -28,7 +28,7 @@ class Model(AdapterHost):
     Args:
         family: the backbone, wrapped in its declaration; its classifier is taken off and becomes the head.
         num_classes: width of a new head; None keeps the backbone's own classifier; 0 means no head (features come out).
-        memory: "default", "low" or "min", see `zoo.engine.memory`.
+        memory: "default", "low", "min" or "off", see `zoo.engine.memory`.
         kwargs: how the backbone was built, recorded in saved adapters.
     """
 
@@ -138,7 +138,7 @@ class Model(AdapterHost):
 
     @property
     def memory(self) -> str:
-        """ "default", "low" or "min": what is kept for backward (`zoo.engine.memory`)."""
+        """ "default", "low", "min" or "off": what is kept for backward (`zoo.engine.memory`)."""
         return self._memory
 
     @memory.setter
@@ -146,6 +146,7 @@ class Model(AdapterHost):
         if value not in MEMORY_SETTINGS:
             raise ConfigError(f"memory is {value!r}; expected one of {', '.join(MEMORY_SETTINGS)}.")
         self._memory = value
+        self._state.saver.off = value == "off"
         self._watch_memory()
 
     def saved_bytes(self, *batch: Any, **kwargs: Any) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from zoo.adapters.lora import LowRank
 from zoo.engine.memory import recomputable
+from zoo.engine.second_order import exact, first_order
 from zoo.errors import MismatchError
 from zoo.points import LinearPoint
 
@@ -68,7 +68,7 @@ class Tuned(nn.Module):
             y = run(x, weight, bias)
         else:
             index, delta = torch.cat([i for i, _ in found]), torch.cat([d for _, d in found])
-            if run is F.linear and not weight.requires_grad:
+            if run is F.linear and not weight.requires_grad and not exact():
                 y = _SparselyTuned.apply(x, weight, bias, index, delta)
             else:
                 y = run(x, _moved(weight, index, delta), bias)
@@ -144,7 +144,7 @@ class _SparselyTuned(torch.autograd.Function):
         return F.linear(x, _moved(weight, index, delta), bias).data
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight, index, delta = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.engine.second_order import exact, first_order
 from zoo.errors import ConfigError
 
 WORKING = 2**19  # numbers of one array that is worked on at a time
@@ -57,7 +57,7 @@ def selective_scan(
         ConfigError: the shapes do not fit together.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exact():
         return _plain(u, delta, A, B, C, D, delta_bias, softplus)
     if u.is_cuda and u.dtype != torch.float64:
         kernel = _triton()
@@ -190,7 +190,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plain(*inputs: Any) -> Tensor:
-    """The scan of all that `selective_scan` takes, without an autograd function of its own, for the compiler."""
+    """The scan of all that `selective_scan` takes, without a backward of its own: for the compiler and second derivatives."""
     u, delta, A, B, C, D, bias, softplus = inputs
     u, dt, A, B, C = _prepare(u, delta, A, B, C, bias, softplus)
     x = dt * u
@@ -242,7 +242,7 @@ class _Scan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         *inputs, states = ctx.saved_tensors
         u, delta, A, B, C, D, bias = inputs

@@ -19,7 +19,8 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zoo.engine.second_order import first_order
 
 TILE = 1024  # numbers of a tile: tokens x channels x states
 TOKENS = 32
@@ -182,7 +183,7 @@ class _TritonScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         u, delta, A, B, C, D, bias, carry = ctx.saved_tensors
         launch, grad = ctx.launch, grad.contiguous()

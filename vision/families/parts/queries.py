@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from zoo.engine.attention import heads
+from zoo.engine.second_order import exact, first_order
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, State, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import Point
@@ -65,7 +65,7 @@ class _Read(torch.autograd.Function):
         return read.mean(dim=2)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """dA (B, h, T, c) -> dq."""
         (covariance,) = ctx.saved_tensors
@@ -87,7 +87,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
     rows, _, tokens, width = k.shape
     windows, count = rows // batch, q.shape[2]
     frozen = not k.requires_grad and not v.requires_grad
-    learning = q.requires_grad and torch.is_grad_enabled()
+    learning = q.requires_grad and torch.is_grad_enabled() and not exact()
     if frozen and learning and count <= FEW and count * width <= 2 * windows * tokens:
         # (B, h, W, N, c), contiguous since both are read several times
         k, v = (t.unflatten(0, (batch, windows)).transpose(1, 2).contiguous() for t in (k, v))

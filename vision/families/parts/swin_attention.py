@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.engine.attention import AttentionSite, FusedKeys, Given, Prompts, heads, prepend, recorder
 from zoo.engine.memory import recomputable
+from zoo.engine.second_order import exact
 from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
 
@@ -161,7 +162,7 @@ class WindowBlock(BlockSite):
         held = [each.flow.take() for each in passes]
         prompts = torch.cat(held, dim=1)
         read = any(each.read for each in passes)
-        if self.checkpointed and torch.is_grad_enabled():
+        if self.checkpointed and torch.is_grad_enabled() and not exact():
             run: Any = self.prompted
             if not torch.compiler.is_compiling():
                 run = functools.partial(self.state.run_at, self.state.place(), run)
