@@ -45,6 +45,10 @@ class ConfigError(ZooError, ValueError):
     """A setting is missing, unknown, of the wrong type or out of range."""
 
 
+class ContextError(ZooError, ValueError):
+    """A value that an adapter needs for a forward pass is missing, or not one for each sample."""
+
+
 class MismatchError(ZooError, ValueError):
     """An adapter belongs to another backbone, width, depth or set of weights."""
 

@@ -120,6 +120,13 @@ class Host(Protocol):
     def reset_head(self, num_classes: int, classes: Any = None, kind: str = "linear") -> None:
         """A new, untrained head."""
 
+    def context(self, **values: Any) -> AbstractContextManager[None]:
+        """Values that adapters read in every forward pass inside."""
+
+    @property
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """Names of the context values that attached adapters read, each with these adapters."""
+
     def saved_bytes(self, *batch: Any, **options: Any) -> int:
         """Bytes kept for the backward of one training forward pass."""
 

@@ -79,11 +79,12 @@ def _cell(family: str, method: str) -> Cell:
                 adapter.calibrate(model, [(batch if len(batch) > 1 else batch[0], targets)])
         except ZooError as error:
             return Cell(family, method, **{**done, "train": str(error)}, parameters=0)
-        done["train"] = _train(model, batch, targets)
-        done["save"] = _save(model, batch)
+        with model.context(**model.example_context(*batch)):
+            done["train"] = _train(model, batch, targets)
+            done["save"] = _save(model, batch)
         try:
             merged = model.merge()
-            expected = model.eval()(*batch)
+            expected = model.eval()(*batch, context=model.example_context(*batch))
             close = torch.allclose(model.family.run(merged, *batch), expected, atol=1e-5)
             done["merge"] = "yes" if close else "defect: the merged module gives other logits"
         except MergeError as error:
@@ -117,7 +118,7 @@ def _save(model: Any, batch: tuple[Tensor, ...]) -> str:
             attach(twin, read(saved))
         except ZooError as error:
             return f"defect: {error}"
-    with torch.no_grad():
+    with torch.no_grad(), twin.context(**twin.example_context(*batch)):
         return (
             "yes"
             if torch.equal(twin.eval()(*batch), model(*batch))

@@ -83,7 +83,7 @@ class Prompts:
         if state.route is not None:
             state.serving = self.owner
         try:
-            return self.project(self.module(images))
+            return self.project(state.context.wide(self.module(images), images))
         finally:
             state.aside, state.serving = before
 
@@ -238,7 +238,9 @@ class AttentionSite(Site):
             return [op.fn(self, images) for op in ops]
         tensors: list[Tensor] = []
         key = None
-        if not (torch.is_grad_enabled() or any(m.training for op in ops for m in op.modules)):
+        frame = self.state.context.frame
+        changing = frame is not None and bool(frame.values)  # values of this forward pass may be part of them
+        if not (changing or torch.is_grad_enabled() or any(m.training for op in ops for m in op.modules)):
             tensors = self._tensors()
             key = _state_of(tensors, dtype)
         if key is None:

@@ -6,13 +6,14 @@ what "more keys" means depends on its attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
@@ -127,6 +128,8 @@ class Session:
     ops: list[tuple[Site, Op]] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
     touched: list[Point] = field(default_factory=list)
+    context: Context = field(default_factory=Context)  # the model's
+    wants: list[Want] = field(default_factory=list)
     _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
     _shared: dict[str, nn.Module] = field(default_factory=dict)
@@ -186,6 +189,25 @@ class Session:
             self.family.record(self, point, verb, module, **options)
             return
         getattr(self, f"_{point.kind}")(point, verb, module, **options)
+
+    def want(
+        self,
+        name: str,
+        per: str,
+        *,
+        required: bool = True,
+        choices: Sequence[str] = (),
+        example: Any = None,
+    ) -> Value | Carried:
+        """Called by `points.context` and `points.carried`."""
+        windows = any(getattr(p, "window", None) is not None for p in self.points)
+        want = make_want(self.owner, name, per, required, choices, example, windows)
+        known = next((w for w in self.wants if w.name == name and (w.per == "forward") == (per == "forward")), None)
+        if known is None:
+            self.wants.append(want)
+        elif (known.per, known.required, known.choices) != (want.per, want.required, want.choices):
+            raise AttachError(f"'{self.owner}' asks for the context value '{name}' twice, and differently.")
+        return Carried(self.context, want) if per == "forward" else Value(self.context, want)
 
     def _make(self, point: Point, verb: str, where: str, fn: Callable[..., Any], *modules: nn.Module, **kw: Any) -> Op:
         return Op(self.owner, where, fn, point.name, verb=verb, modules=parts(*modules), **kw)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo.engine.context import Context, Frame
 from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
 
@@ -63,8 +64,8 @@ def parts(*modules: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-# active adapters, the route, its batch, the adapter served alone, whether prompts are under way
-Place = tuple[tuple[str, ...], "dict[str, Tensor] | None", int, "str | None", bool]
+# active adapters, the route, its batch, the adapter served alone, whether prompts are under way, values of the forward pass
+Place = tuple[tuple[str, ...], "dict[str, Tensor] | None", int, "str | None", bool, "Frame | None"]
 
 
 @dataclass(eq=False)
@@ -79,24 +80,38 @@ class State:
     serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)
     watching: set[str] | None = None  # points whose ops ran, while a probe listens
     aside: bool = False  # prompts pass through a module on their own: ops that only watch the token stream do not run
+    context: Context = field(default_factory=Context)
     switch: Callable[[Place], None] = field(
         default=lambda place: None, repr=False
     )  # the model's: all sites go to a place
 
     def place(self) -> Place:
-        """Who is active, and for which rows."""
-        return (self.active, self.route, self.batch, self.serving, self.aside)
+        """Who is active, for which rows, and with which values."""
+        frame = self.context.frame
+        return (*self.here()[:5], None if frame is None else frame.kept())
+
+    def here(self) -> Place:
+        """As `place`, for the time being: with the live values."""
+        return (self.active, self.route, self.batch, self.serving, self.aside, self.context.frame)
 
     def put(self, place: Place) -> None:
         """Set what `place` gave; the sites stay as they are."""
-        self.active, self.route, self.batch, self.serving, self.aside = place
+        self.active, self.route, self.batch, self.serving, self.aside, self.context.frame = place
 
     def run_at(self, place: Place, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`run` with the adapters of another time: recomputation in backward, after a switch or a routed batch."""
-        here = self.place()
-        if here[1] is place[1] and (here[0], *here[2:]) == (place[0], *place[2:]):
+        frame = place[5]
+        if frame is not None and frame.first:  # the forward pass itself: what is put must stay
+            frame.first = False
             return run(*args, **kwargs)
-        self.switch(place)
+        here = self.here()
+        if here[1] is place[1] and (here[0], *here[2:5]) == (place[0], *place[2:5]):
+            self.context.frame = None if frame is None else frame.kept()  # it may be run with again
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.context.frame = here[5]
+        self.switch((*place[:5], None if frame is None else frame.kept()))
         try:
             return run(*args, **kwargs)
         finally:
@@ -221,9 +236,9 @@ class Site:
     def _replay(self, then: tuple[Any, ...], x: Tensor) -> Tensor:
         """The output once more, behind the input ops, with the parameters and adapters of the time of the forward pass."""
         parameters, forwards, outputs, place = then
-        now = self.forwards, self.outputs, self.state.place()
+        now = self.forwards, self.outputs, self.state.here()
         self.forwards, self.outputs = forwards, outputs
-        self.state.put(place)
+        self.state.put((*place[:5], None if place[5] is None else place[5].kept()))
         try:
             with _parameters(self.module, parameters):
                 y = self.forward(x)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from zoo.adapters.base import Adapter
+from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
@@ -24,6 +25,7 @@ class AdapterHost(Headed):
     _sites: dict[int, Site]
     _ops: dict[str, list[tuple[Site, Op]]]
     _swaps: dict[str, list[Swap]]
+    _wants: dict[str, tuple[Want, ...]]  # only of adapters that read values of the forward pass
     _plan: str
     _memory: str
     _resting: dict[str, set[str]]
@@ -94,6 +96,8 @@ class AdapterHost(Headed):
 
     def _install(self, name: str, session: Session) -> None:
         self._ops[name], self._swaps[name] = session.ops, session.swaps
+        if session.wants:
+            self._wants[name] = tuple(session.wants)
         for i, (where, op) in enumerate(session.ops):
             if id(where.module) not in self._sites:
                 self._sites[id(where.module)] = where
@@ -117,7 +121,7 @@ class AdapterHost(Headed):
                 known = upgraded
             return known
 
-        session = Session(name, fresh, self.family, site, self.points)
+        session = Session(name, fresh, self.family, site, self.points, context=self._state.context)
         self.points.session = session
         for point in self.points:
             point.session = session
@@ -188,6 +192,7 @@ class AdapterHost(Headed):
         self.set_active(*(n for n in self._state.active if n != name))
         gone = {id(op) for _, op in self._ops.pop(name)}
         del self._swaps[name], self.adapters[name], self._resting[name]
+        self._wants.pop(name, None)
         if name in self.heads:
             self._resting.pop(f"head/{name}", None)
             del self.heads[name]
@@ -244,15 +249,46 @@ class AdapterHost(Headed):
 
     def _switch(self, place: Place) -> None:
         """For recomputation in backward: the adapters of another time run, and nothing else about the model changes."""
-        for name in self._state.active:
-            for swap in self._swaps.get(name, ()):
+        self._put(place)
+        for where in self._sites.values():
+            where.refresh()
+
+    def _serve(self, place: Place) -> None:
+        """For a part of a routed batch: other adapters run, with their settings of memory; what is trained stays as it is."""
+        self._put(place)
+        self._watch_memory()
+
+    def _put(self, place: Place) -> None:
+        for swaps in self._swaps.values():  # of all: whoever was interrupted may have left one in
+            for swap in swaps:
                 swap.put(False)
         self._state.put(place)
         for name in self._state.active:
             for swap in self._swaps.get(name, ()):
                 swap.put(True)
-        for where in self._sites.values():
-            where.refresh()
+
+    def _train_also(self, names: Sequence[str]) -> None:
+        """Adapters that a routed batch names beside the active ones are trained by it, with the heads that serve them."""
+        for name in names:
+            adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
+            if name not in self._state.active:
+                self._rest(name, adapter, resting=False)
+            if adapter.stateless or any(p.requires_grad for p in adapter.parameters()):
+                head = self._head_of(name)
+                self._rest(f"head/{head}", self.heads[head], resting=False)
+
+    def _routed_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        for name in names:
+            self._known(name)
+        self._train_also(names)
+        named = {f"{n}/{k}": p for n in names for k, p in self.adapters[n].named_parameters()}
+        for head in dict.fromkeys(self._head_of(n) for n in names):
+            named |= {f"head/{head}.{k}": p for k, p in self.heads[head].named_parameters()}
+        return {k: p for k, p in named.items() if p.requires_grad}
+
+    def _head_of(self, name: str | None) -> str:
+        """The head that serves an adapter alone."""
+        return name if name is not None and name in self.heads else "default"
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.session import Swap
 from zoo.engine.sites import Op, Site, State
 from zoo.errors import ConfigError
-from zoo.model.attaching import AdapterHost
+from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
 from zoo.model.routing import forward_routed
 from zoo.points import Points
 from zoo.points.merger import Merger
 
 
-class Model(AdapterHost):
+class Model(Contextual):
     """What `zoo.load` returns. Call it on a batch; train `parameters_to_train()`; `merge()` gives the plain module back.
 
     Args:
@@ -58,6 +58,7 @@ class Model(AdapterHost):
         self._ops: dict[str, list[tuple[Site, Op]]] = {}
         self._swaps: dict[str, list[Swap]] = {}
         self._resting: dict[str, set[str]] = {}  # parameters that are frozen only because their adapter or head rests
+        self._wants = {}
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
         if num_classes is None and own_head is not None:
             self.heads["default"] = own_head
@@ -69,19 +70,32 @@ class Model(AdapterHost):
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, *inputs: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        *inputs: Any,
+        adapters: Sequence[str | None] | None = None,
+        context: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Logits (B, num_classes), or features (B, d) without a head (the network's own output if it does not pool).
 
         Args:
             inputs: what the backbone takes; images (B, 3, H, W) for vision.
             adapters: one adapter name (or None for the bare backbone) for each sample, instead of the active ones.
+            context: values that adapters read in this pass, by name (`model.wanted`): one for the batch or for each sample.
 
         Raises:
+            ContextError: a value that an active adapter needs is missing, or is not one for each sample.
             ConfigError: inputs that do not give what the head stands on (images and texts together, to a classifier).
         """
         if adapters is not None:
-            return forward_routed(self, inputs, adapters, kwargs)
-        features, head = self.features(*inputs, **kwargs), self.head
+            return forward_routed(self, inputs, adapters, kwargs, context)
+        if self._needs_frame(context):
+            return self._framed(self._logits, inputs, kwargs, context)  # type: ignore[no-any-return]
+        return self._logits(*inputs, **kwargs)
+
+    def _logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        features, head = self._pooled(*inputs, **kwargs), self.head
         width = getattr(head, "in_features", features.shape[-1])
         if features.shape[-1] != width:
             raise ConfigError(
@@ -90,8 +104,13 @@ class Model(AdapterHost):
             )
         return head(features)
 
-    def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Pooled features (B, d) with the active adapters, in front of the head."""
+    def features(self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any) -> Tensor:
+        """Pooled features (B, d) with the active adapters, in front of the head; `context` as in a call."""
+        if self._needs_frame(context):
+            return self._framed(self._pooled, inputs, kwargs, context)  # type: ignore[no-any-return]
+        return self._pooled(*inputs, **kwargs)
+
+    def _pooled(self, *inputs: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self._features(*inputs, **kwargs)
         try:
@@ -123,8 +142,14 @@ class Model(AdapterHost):
 
     # -- parameters and memory --------------------------------------------------------------------------------------
 
-    def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters of the active adapters (`<adapter>/<point>.<name>`) and of the head (`head/<name>`)."""
+    def parameters_to_train(self, *adapters: str) -> dict[str, nn.Parameter]:
+        """Trainable parameters of the active adapters (`<adapter>/<point>.<name>`) and of the head (`head/<name>`).
+
+        With names of adapters: those of a batch that is served by them (`model(x, adapters=[...])`), active or not, and of the
+        heads that serve them, which then are `head/<name>` ("default" for adapters without one of their own), each head's own.
+        """
+        if adapters:
+            return self._routed_parameters(adapters)
         named = {f"{n}/{k}": p for n in self._state.active for k, p in self.adapters[n].named_parameters()}
         named |= {f"head/{k}": p for k, p in self.head.named_parameters()}
         return {k: p for k, p in named.items() if p.requires_grad}
@@ -170,6 +195,8 @@ class Model(AdapterHost):
     def probe(self, *batch: Any, **kwargs: Any) -> list[str]:
         """Prove that nothing is dead: run a batch forward and backward and list what was not reached.
 
+        Values that adapters need and that nobody gives are those that they name as examples.
+
         Returns:
             `<adapter>/<point>` of every op that did not run, and names of trainable parameters without a gradient.
         """
@@ -178,7 +205,8 @@ class Model(AdapterHost):
         try:
             for parameter in self.parameters_to_train().values():
                 parameter.grad = None
-            with torch.enable_grad():
+            examples = self.example_context(*batch, **kwargs)
+            with torch.enable_grad(), self.context(**{**examples, **self._state.context.given}):
                 output = self(*batch, **kwargs)
                 (
                     output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)

@@ -1,21 +1,32 @@
-"""Per-sample adapters: each row of a batch is served by the adapter named for it, in training too."""
+"""Per-sample adapters: each row of a batch is served by the adapter named for it, in training too.
+
+Every named adapter gets the gradients of its own rows, those that are attached and not active too (an active one that
+`set_active(..., train=...)` leaves out stays frozen). `model.parameters_to_train(*names)` lists their parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zoo.errors import ConfigError
+from zoo.errors import CombinationError, ConfigError
 
 if TYPE_CHECKING:
     from zoo.model import Model
 
+Parts = dict["str | None", Tensor]  # an adapter (None: the bare backbone) and something about its rows
+
 
 def forward_routed(
-    model: Model, inputs: tuple[Any, ...], names: Sequence[str | None], kwargs: dict[str, Any]
+    model: Model,
+    inputs: tuple[Any, ...],
+    names: Sequence[str | None],
+    kwargs: dict[str, Any],
+    context: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Logits (B, num_classes); row i is what the model gives with only `names[i]` active (None: no adapter).
 
@@ -25,6 +36,7 @@ def forward_routed(
     Raises:
         UnknownNameError: an adapter that is not attached.
         ConfigError: not one name for each sample, or adapters whose heads have different widths.
+        ContextError: a value that one of the adapters needs is missing, or is not one for each sample.
     """
     model.family.check_routed(*inputs)
     batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
@@ -33,42 +45,31 @@ def forward_routed(
             f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample."
         )
     order = list(dict.fromkeys(names))
-    for name in order:
-        if name is not None:
-            model._known(name)
-    device = model.device
+    named = [name for name in order if name is not None]
+    for name in named:
+        model._known(name)
+    device, state = model.device, model._state
     rows = {n: torch.tensor([i for i, m in enumerate(names) if m == n], device=device) for n in order}
-    active, trained = model.active, {k: p.requires_grad for k, p in model.named_parameters()}
+    if torch.is_grad_enabled():
+        model._train_also(named)
+    here = state.here()
     try:
-        single_pass = all(
-            n is None
-            or (
-                all(op.per_row for _, op in model._ops[n])
-                and not model._swaps[n]
-                and not model.adapters[n].trains_backbone
+        if _row_by_row(model, named):
+            served = {name: rows[name] for name in named}
+            model._serve((tuple(named), served, batch, None, False, None))
+            options = {"owners": named, "rows": served}
+            outputs = model._framed(
+                _single_pass, (model, inputs, kwargs, rows), {}, context, call=(inputs, kwargs), **options
             )
-            for n in order
-        )
-        if single_pass:
-            parts = _single_pass(model, inputs, rows, kwargs)
         else:
-            parts = {}
-            for name, index in rows.items():
-                model.set_active(*([] if name is None else [name]))
-                _restore(model, trained)
-                part = [t.index_select(0, index) if isinstance(t, Tensor) else t for t in inputs]
-                parts[name] = model.features(*part, **kwargs)
-        outputs = []
-        for name in order:
-            model._state.active = () if name is None else (name,)
-            features = model.adapters[name].features(parts[name]) if name and single_pass else parts[name]  # type: ignore[operator]
-            outputs.append(model.head(features))
+            outputs = []
+            for name in order:
+                outputs.append(_sub_batch(model, inputs, kwargs, name, rows[name], batch, context))
     finally:
-        for name in order:
-            if name is not None:
-                model.adapters[name].release()  # type: ignore[operator]
-        model.set_active(*active)
-        _restore(model, trained)
+        for name in named:
+            model.adapters[name].release()  # type: ignore[operator]
+        model._serve(here)
+        _modes(model, named)
     widths = {tuple(o.shape[1:]) for o in outputs}
     if len(widths) > 1:
         shapes = ", ".join(f"{n}: {tuple(o.shape[1:])}" for n, o in zip(order, outputs))
@@ -81,21 +82,61 @@ def forward_routed(
     return joined.index_select(0, back)
 
 
-def _single_pass(
-    model: Model, inputs: tuple[Any, ...], rows: dict[str | None, Tensor], kwargs: dict[str, Any]
-) -> dict[str | None, Tensor]:
-    state = model._state
-    model.set_active(*(n for n in rows if n is not None))
-    state.route = {n: r for n, r in rows.items() if n is not None}
-    state.batch = sum(len(r) for r in rows.values())
+def _row_by_row(model: Model, named: Sequence[str]) -> bool:
+    """Whether these adapters can serve their rows of one batch in one pass."""
+    for name in named:
+        if (
+            model._swaps[name]
+            or model.adapters[name].trains_backbone
+            or not all(op.per_row for _, op in model._ops[name])
+        ):
+            return False
     try:
-        with state.saver.record(model.device):
-            pooled = model.family.features(*inputs, **kwargs)
-    finally:
-        state.route = None
-    return {name: pooled.index_select(0, index) for name, index in rows.items()}
+        for name, other in itertools.combinations(named, 2):
+            model._check_pair(other, model._ops[other], model._swaps[other], name)
+    except CombinationError:
+        return False
+    return True
 
 
-def _restore(model: Model, trained: dict[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], rows: Parts) -> list[Tensor]:
+    """The batch goes through once; each adapter's features and head get its own rows."""
+    state = model._state
+    with state.saver.record(model.device):
+        pooled = model.family.features(*inputs, **kwargs)
+    state.route = None
+    outputs = []
+    for name, index in rows.items():
+        part = pooled.index_select(0, index)
+        part = part if name is None else model.adapters[name].features(part)  # type: ignore[operator]
+        outputs.append(model.heads[model._head_of(name)](part))
+    return outputs
+
+
+def _sub_batch(
+    model: Model,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    name: str | None,
+    index: Tensor,
+    batch: int,
+    context: Mapping[str, Any] | None,
+) -> Tensor:
+    """The rows of one adapter alone."""
+    owners = [] if name is None else [name]
+    model._serve((tuple(owners), None, 0, None, False, None))
+    _modes(model, owners)
+    part = tuple(t.index_select(0, index) if isinstance(t, Tensor) else t for t in inputs)
+    options = {
+        k: t.index_select(0, index) if isinstance(t, Tensor) and t.dim() and len(t) == batch else t
+        for k, t in kwargs.items()
+    }
+    served = dict.fromkeys(owners, index)
+    features = model._framed(model._pooled, part, options, context, owners=owners, rows=served, call=(inputs, kwargs))
+    return model.heads[model._head_of(name)](features)  # type: ignore[no-any-return]
+
+
+def _modes(model: Model, named: Sequence[str]) -> None:
+    """The backbone's mode, where one of these adapters trains the backbone itself."""
+    if any(model.adapters[name].trains_backbone for name in named):
+        model.train(model.training)

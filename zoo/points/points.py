@@ -13,7 +13,7 @@ from zoo.points.kinds import KINDS, Point
 from zoo.points.selectors import expand, matcher
 
 if TYPE_CHECKING:
-    from zoo.points.recorder import Recorder
+    from zoo.points.recorder import Carried, Recorder, Value
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -118,9 +118,37 @@ class Points(Sequence[Point]):
 
     def train_everything(self) -> None:
         """Train every parameter of the backbone (inside `Adapter.attach`)."""
+        self._session("train_everything").train_everything()
+
+    def context(
+        self,
+        name: str,
+        per: str = "sample",
+        *,
+        required: bool = True,
+        choices: Sequence[str] = (),
+        example: Any = None,
+    ) -> Value:
+        """A value of the forward context for the adapter that attaches; its modules keep it and read it in their forward.
+
+        Args:
+            name: under which it is given (`model(x, context={name: ...})`); "inputs" is the call's first tensor, "inputs.1" its
+                second argument, "inputs.mask" its keyword `mask`: these are there by themselves.
+            per: "sample": a tensor or list of B, read by `value.rows(x)`; "batch": anything, read by `value.get()`.
+            required: refuse a forward pass without it; otherwise look at `value.given`.
+            choices: names that it may have; per sample they are read as their numbers (B,).
+            example: a value, or a function of B that gives one, for probes and tables.
+        """
+        return self._session("context").want(name, per, required=required, choices=choices, example=example)  # type: ignore[no-any-return]
+
+    def carried(self, name: str) -> Carried:
+        """A place for a tensor that ops of this adapter hand on along the blocks within one forward pass."""
+        return self._session("carried").want(name, "forward")  # type: ignore[no-any-return]
+
+    def _session(self, verb: str) -> Recorder:
         if self.session is None:
-            raise AttachError("'train_everything' was called outside of Adapter.attach.")
-        self.session.train_everything()
+            raise AttachError(f"'{verb}' was called outside of Adapter.attach.")
+        return self.session
 
     def share(self, name: str, module: M) -> M:
         """Register a module that several points use, once, under this name (inside `Adapter.attach`); returns it.

@@ -5,9 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Recorder"]
+__all__ = ["Carried", "Recorder", "Value"]
+
+
+class Value(Protocol):
+    """A value of the forward context, as an adapter's module reads it (`zoo.engine.context`)."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a value in this forward pass."""
+
+    def rows(self, like: Tensor) -> Tensor:
+        """(len(like), ...): the value of the sample that each row belongs to."""
+
+    def get(self) -> Any:
+        """The value as it is."""
+
+
+class Carried(Protocol):
+    """A place for a tensor on its way along the blocks within one forward pass (`zoo.engine.context`)."""
+
+    def put(self, tensor: Tensor) -> None:
+        """Leave a tensor for later ops."""
+
+    def get(self, like: Tensor | None = None) -> Tensor | None:
+        """What was put last, None if nothing was."""
+
+    def take(self) -> Tensor | None:
+        """As `get`, and nothing is left there."""
 
 
 class Recorder(Protocol):
@@ -31,6 +58,9 @@ class Recorder(Protocol):
 
     def op(self, site_module: nn.Module, op: Any, kind: type[Any] = ...) -> None:
         """Record an op (`zoo.engine.sites.Op`) at a module of the backbone."""
+
+    def want(self, name: str, per: str, **options: Any) -> Any:
+        """A value of the forward context (`Value`), or with per="forward" a place for a carried tensor (`Carried`)."""
 
     def train_everything(self) -> None:
         """Trainable copies of all parameters of the backbone."""

@@ -63,6 +63,14 @@ class Task:
         """What the model is called with for a batch (`call`); by default its inputs. Its kept bytes are counted on that."""
         return inputs
 
+    def context(self, model: Host, inputs: Any, targets: Any, *, training: bool) -> dict[str, Any]:
+        """Values for the forward passes of a batch (`zoo.engine.context`); those that no adapter reads are left out.
+
+        By default the labels while training, for a single tensor of targets. An adapter that reads `labels` must not require
+        them, since evaluation has none.
+        """
+        return {"labels": targets} if training and isinstance(targets, Tensor) else {}
+
     def metrics(self, model: Host) -> Mapping[str, Any]:
         """Numbers of an evaluation, by name: objects with `update(outputs, targets)`, `compute()` and `reset()`.
 

@@ -121,6 +121,15 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
     return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, moved)
 
 
+def supplied(model: Any, task: Task, inputs: Any, targets: Any, training: bool) -> AbstractContextManager[None]:
+    """The task's values for a batch, as far as adapters of the model read them."""
+    wanted = model.wanted if hasattr(model, "wanted") else {}
+    if not wanted:
+        return nullcontext()
+    values = task.context(model, inputs, targets, training=training)
+    return model.context(**{k: v for k, v in values.items() if k in wanted})  # type: ignore[no-any-return]
+
+
 def input_dtype(model: Model, precision: str) -> torch.dtype | None:
     """What inputs must be cast to: the backbone's own type, unless autocast sees to it."""
     first = next((p for p in model.backbone.parameters() if p.is_floating_point()), None)
@@ -167,7 +176,7 @@ def run(
                     continue
                 task.check_batch(model, dataset, batch.targets)
                 inputs, targets = to_device(batch.inputs, device, dtype), to_device(batch.targets, device)
-                with autocast(device, precision):
+                with autocast(device, precision), supplied(model, task, inputs, targets, training=False):
                     value, outputs = task.loss(model, inputs, targets)
                 counter.add(outputs, targets, value, batch.count)
                 for metric in further.values():

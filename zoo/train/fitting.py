@@ -14,7 +14,7 @@ from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
-from zoo.train.evaluation import autocast, input_dtype, split_of, to_device
+from zoo.train.evaluation import autocast, input_dtype, split_of, supplied, to_device
 from zoo.train.optimizer import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -217,6 +217,8 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     if hasattr(model, "saved_bytes") and trainer.plan.parts * processes.world == 1:
         for batch in trainer.first_batch():
             inputs = to_device(batch.inputs, processes.device, input_dtype(model, trainer.settings.precision))
-            inputs = trainer.task.example(model, inputs, to_device(batch.targets, processes.device))
-            with autocast(processes.device, trainer.settings.precision):
+            targets = to_device(batch.targets, processes.device)
+            given = supplied(model, trainer.task, inputs, targets, training=True)
+            inputs = trainer.task.example(model, inputs, targets)
+            with autocast(processes.device, trainer.settings.precision), given:
                 record["saved_bytes"] = {getattr(model, "memory", "default"): call(model.saved_bytes, inputs)}

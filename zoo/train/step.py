@@ -14,7 +14,7 @@ from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError, ZooError
 from zoo.tasks import Classify, Task
 from zoo.train.batches import Batch
-from zoo.train.evaluation import autocast, input_dtype, to_device
+from zoo.train.evaluation import autocast, input_dtype, supplied, to_device
 from zoo.train.hooks import Hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
@@ -150,7 +150,8 @@ class Stepper:
             pictures = inputs.reshape(shape[0], *([1] * (4 - inputs.ndim)), *shape[1:])
             pictures, targets = self._mix(pictures, targets)
             inputs = pictures.reshape(shape)
-        with autocast(self.device, self.settings.precision):
+        given = supplied(self.model, self.task, inputs, targets, training=True)
+        with autocast(self.device, self.settings.precision), given:
             loss, outputs = self.task.loss(self.model, inputs, targets, self.settings.label_smoothing)
             extra = self.hooks.extra_loss(outputs, targets)
         (((loss + extra) * (count / planned)) * self.scale.scale).backward()
