@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from context_adapters import ByTask, ScaledByQuality, Stepping
+from context_adapters import ByTask, Graded, ScaledByQuality, Stepping
 from method_models import bare, images
 from torch import Tensor
 from train_parts import easy_data, fit, tiny_model
 
 import zoo
 from zoo.errors import ConfigError, ContextError, UnknownNameError
-from zoo.tasks import Classify
 
 QUALITY = torch.tensor([0.1, 0.9, 0.4, 1.5])
 TASKS = ["birds", "cars", "cars", "birds"]
@@ -297,16 +296,6 @@ def test_a_plain_model_makes_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("vit", "lora")
     model(x())
     model(x(), adapters=["lora"] * 4)
-
-
-class Graded(Classify):
-    """Classification with the brightness of each image as its quality, and one task."""
-
-    name = "graded"
-
-    def context(self, model: Any, inputs: Any, targets: Any, *, training: bool) -> dict[str, Any]:
-        values = super().context(model, inputs, targets, training=training)
-        return {**values, "quality": inputs.mean(dim=(1, 2, 3)), "task": "cars"}
 
 
 def test_training_gets_values_from_its_task(tmp_path: Any) -> None:

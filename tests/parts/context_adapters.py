@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import register_adapter
+from zoo.tasks import Classify
 
 
 class Scaled(nn.Module):
@@ -97,3 +98,13 @@ class Stepping(zoo.Adapter):
         for point in points.select(kind="sublayer"):
             carried = points.carried(f"h{point.stage}")  # a later stage has fewer tokens
             point.after(Step(point.dim_out, self.width, carried))
+
+
+class Graded(Classify):
+    """Classification with the brightness of each image as its quality, and one task."""
+
+    name = "graded"
+
+    def context(self, model: Any, inputs: Any, targets: Any, *, training: bool) -> dict[str, Any]:
+        values = super().context(model, inputs, targets, training=training)
+        return {**values, "quality": inputs.mean(dim=(1, 2, 3)), "task": "cars"}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from context_adapters import Graded, ScaledByQuality, Stepping
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_parts import difference, easy_data, tiny_model, weights
@@ -60,22 +61,27 @@ def train(out: Path) -> None:
     torch.set_num_threads(1)
     histories, tensors = {}, {}
     data = easy_data(37, noise=1)  # the last batch has one image: one process has nothing to do
-    for name in [*METHODS, "odd", "dropout"]:
+    for name in [*METHODS, "odd", "dropout", "context"]:
         model = tiny_model(
             zoo.adapter(name, **METHODS[name])
             if name in METHODS
+            else [ScaledByQuality(targets="q,v"), Stepping()]
+            if name == "context"
             else zoo.adapter("lora", dropout=0.3 * (name == "dropout"))
         )
+        task = Graded() if name == "context" else None
         odd = Odd()
         # random numbers belong to the parts of a batch: two parts draw alike on one process and on two
         parts = 2 // world() if name == "dropout" else 1
         callbacks = [odd] if name == "odd" else []
-        report = zoo.fit(model, data, easy_data(13, seed=1), callbacks=callbacks, accumulate=parts, **SETTINGS)
+        report = zoo.fit(
+            model, data, easy_data(13, seed=1), callbacks=callbacks, accumulate=parts, task=task, **SETTINGS
+        )
         histories[name] = report.history
         tensors |= {f"{name}:{k}": v for k, v in weights(model).items()}
         if name == "odd":
             tensors |= {"odd:draws": odd.draws, "odd:extra": odd.extra.detach()}
-        metrics = zoo.evaluate(model, easy_data(21, seed=2), per_class=True, progress=False, device="cpu")
+        metrics = zoo.evaluate(model, easy_data(21, seed=2), per_class=True, task=task, progress=False, device="cpu")
         histories[f"{name}:test"] = [{k: v for k, v in metrics.items() if "second" not in k}]
     processes = Processes("cpu")
     processes.same(repr([(k, v.tolist()) for k, v in tensors.items()]), "results")

@@ -63,7 +63,7 @@ class Contextual(AdapterHost):
 
     def _framed(
         self,
-        run: Callable[..., Tensor],
+        run: Callable[..., Any],
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: Mapping[str, Any] | None = None,

@@ -57,14 +57,12 @@ def forward_routed(
         if _row_by_row(model, named):
             served = {name: rows[name] for name in named}
             model._serve((tuple(named), served, batch, None, False, None))
-            options = {"owners": named, "rows": served}
+            arguments = (model, inputs, kwargs, rows)
             outputs = model._framed(
-                _single_pass, (model, inputs, kwargs, rows), {}, context, call=(inputs, kwargs), **options
+                _single_pass, arguments, {}, context, owners=named, rows=served, call=(inputs, kwargs)
             )
         else:
-            outputs = []
-            for name in order:
-                outputs.append(_sub_batch(model, inputs, kwargs, name, rows[name], batch, context))
+            outputs = [_sub_batch(model, inputs, kwargs, n, index, batch, context) for n, index in rows.items()]
     finally:
         for name in named:
             model.adapters[name].release()  # type: ignore[operator]

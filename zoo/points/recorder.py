@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ class Recorder(Protocol):
     def op(self, site_module: nn.Module, op: Any, kind: type[Any] = ...) -> None:
         """Record an op (`zoo.engine.sites.Op`) at a module of the backbone."""
 
-    def want(self, name: str, per: str, **options: Any) -> Any:
+    def want(
+        self, name: str, per: str, *, required: bool = True, choices: Sequence[str] = (), example: Any = None
+    ) -> Any:
         """A value of the forward context (`Value`), or with per="forward" a place for a carried tensor (`Carried`)."""
 
     def train_everything(self) -> None:
