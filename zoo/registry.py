@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="type[Adapter]")
 B = TypeVar("B", bound="type[Backbone]")
 T = TypeVar("T", bound="type[Task]")
+R = TypeVar("R", bound="type[Any]")
 
 _adapters: dict[str, type[Adapter]] = {}
 _families: dict[str, type[Backbone]] = {}
 _tasks: dict[str, type[Task]] = {}
+_regimes: dict[str, Any] = {}  # type[Regime]; regimes stand on floors above this one
 OURS = ("vision", "multimodal", "audio")
 
 
@@ -93,13 +95,25 @@ def register_task(name: str) -> Any:
     return decorate
 
 
+def register_regime(name: str) -> Any:
+    """Class decorator, above `@dataclass(eq=False)`: make a training procedure known by name."""
+
+    def decorate(cls: R) -> R:
+        cls.name = name
+        _regimes[name] = cls
+        return cls
+
+    return decorate
+
+
 # How our own files say what they declare: the line that registers it. Nothing is imported to find a name.
 _DECLARED = {
     "zoo.adapters": re.compile(r'^@register_adapter\("([\w-]+)"\)', re.MULTILINE),
     "zoo.backbones": re.compile(r'^@register_backbone\n(?:.*\n)+?    family = "([\w-]+)"', re.MULTILINE),
     "zoo.tasks": re.compile(r'^@register_task\("([\w-]+)"\)', re.MULTILINE),
+    "zoo.regimes": re.compile(r'^@register_regime\("([\w-]+)"\)', re.MULTILINE),
 }
-_ROOMS = {"zoo.adapters": "adapters", "zoo.backbones": "families", "zoo.tasks": "tasks"}
+_ROOMS = {"zoo.adapters": "adapters", "zoo.backbones": "families", "zoo.tasks": "tasks", "zoo.regimes": "regimes"}
 
 
 @cache
@@ -175,6 +189,24 @@ def task(name: str) -> Task:
     if name not in _tasks:
         raise UnknownNameError(f"There is no task '{name}'. {nearest(name, list_tasks())}")
     return _tasks[name]()
+
+
+def regime(name: str, **settings: Any) -> Any:
+    """A regime by name with its settings: `zoo.registry.regime("lae", epochs=5)`.
+
+    Raises:
+        UnknownNameError: no such regime. ConfigError: a setting that it does not have, or of the wrong type.
+    """
+    if name not in _regimes and name in _entry_points("zoo.regimes"):
+        _load("zoo.regimes", name)
+    if name not in _regimes:
+        raise UnknownNameError(f"There is no regime '{name}'. {nearest(name, list_regimes())}")
+    return _regimes[name].from_config(settings)
+
+
+def list_regimes() -> list[str]:
+    """Names of all regimes."""
+    return sorted(set(_entry_points("zoo.regimes")) | set(_regimes))
 
 
 def list_tasks() -> list[str]:

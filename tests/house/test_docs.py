@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ def flowers(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 @pytest.mark.usefixtures("flowers")
-def test_page_runs(page: Path) -> None:
+def test_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
-    names: dict[str, Any] = {"__name__": page.stem}
+    module = types.ModuleType(f"page_{page.stem}")  # a dataclass looks up its module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names: dict[str, Any] = module.__dict__
     for block in BLOCK.finditer(text):
         code = block[1]
         for old, new in SMALLER:

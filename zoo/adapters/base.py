@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zoo.host import Host
     from zoo.points import Merger
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "fits"]
 
 
 @dataclass(eq=False)
@@ -172,7 +172,7 @@ class Adapter(Structured):
         for name, value in config.items():
             if name not in known:
                 raise ConfigError(f"'{cls.method}' has no setting '{name}'. {nearest(name, known)}")
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 raise ConfigError(
                     f"'{cls.method}' setting '{name}' is {value!r} ({type(value).__name__}); expected {_name(hints[name])}."
                 )
@@ -213,17 +213,18 @@ def _wants_tuple(hint: Any) -> bool:
     return any(h is tuple or typing.get_origin(h) is tuple for h in (hint, *typing.get_args(hint)))
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type that a field of a dataclass is annotated with."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, h) for h in typing.get_args(hint))
+        return any(fits(value, h) for h in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin in (tuple, list):
         inner = [h for h in typing.get_args(hint) if h is not Ellipsis]
-        return isinstance(value, (list, tuple)) and all(any(_fits(v, h) for h in inner) for v in value)
+        return isinstance(value, (list, tuple)) and all(any(fits(v, h) for h in inner) for v in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is type(None):

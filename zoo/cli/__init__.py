@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | eval | push | pull | merge | bench | new | demo`.
+"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | bench | new | demo`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, evaluate, listing, new, run, share
+from zoo.cli import bench, catalog, evaluate, listing, new, regime, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main"]
@@ -64,6 +64,7 @@ for _command, _name in (
     (catalog.points, "points"),
     (catalog.info, "info"),
     (run.fit, "fit"),
+    (regime.run, "run"),
     (evaluate.evaluate, "eval"),
     (share.push, "push"),
     (share.pull, "pull"),
@@ -72,6 +73,6 @@ for _command, _name in (
     (new.new, "new"),
     (run.demo, "demo"),
 ):
-    app.command(_name, no_args_is_help=_name in ("points", "info", "fit", "eval", "push", "pull", "merge", "new"))(
-        _command
-    )
+    app.command(
+        _name, no_args_is_help=_name in ("points", "info", "fit", "run", "eval", "push", "pull", "merge", "new")
+    )(_command)

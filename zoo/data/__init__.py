@@ -7,7 +7,18 @@ Everything is an `ImageDataset`: rows of a source, a selection of them, class na
 """
 
 from zoo.data.dataset import ImageDataset, Skipped, collate
+from zoo.data.joined import by_class, join, with_classes
 from zoo.data.open import open_dataset
 from zoo.data.sampling import few_shot, split_train_val
 
-__all__ = ["ImageDataset", "Skipped", "collate", "few_shot", "open_dataset", "split_train_val"]
+__all__ = [
+    "ImageDataset",
+    "Skipped",
+    "by_class",
+    "collate",
+    "few_shot",
+    "join",
+    "open_dataset",
+    "split_train_val",
+    "with_classes",
+]

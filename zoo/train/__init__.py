@@ -5,6 +5,21 @@ from zoo.train.fitting import fit
 from zoo.train.hooks import Hooks, training_hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.report import Report
+from zoo.train.samplers import Mixed, OnePart, PerClass, Sampler
 from zoo.train.step import TrainingError
+from zoo.train.streams import Stream
 
-__all__ = ["Hooks", "OptimizerService", "Report", "TrainingError", "evaluate", "fit", "training_hooks"]
+__all__ = [
+    "Hooks",
+    "Mixed",
+    "OnePart",
+    "OptimizerService",
+    "PerClass",
+    "Report",
+    "Sampler",
+    "Stream",
+    "TrainingError",
+    "evaluate",
+    "fit",
+    "training_hooks",
+]

@@ -9,7 +9,7 @@ on in the middle of an epoch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class BatchPlan(Sampler[list[Key]]):
         rank, world: this process and their number.
         drop_last: leave out a last batch that is not full.
         blocks, window: see `zoo.data.dataset.Rows`.
+        sampled: epoch -> (size,) indices, instead of a shuffle (`zoo.train.samplers`).
     """
 
     size: int
@@ -48,6 +49,7 @@ class BatchPlan(Sampler[list[Key]]):
     drop_last: bool = False
     blocks: np.ndarray | None = None
     window: int = 1
+    sampled: Callable[[int], np.ndarray] | None = None
     epoch: int = field(default=0, init=False)
     start: int = field(default=0, init=False)
     stop: int | None = field(default=None, init=False)
@@ -64,6 +66,8 @@ class BatchPlan(Sampler[list[Key]]):
 
     def order(self, epoch: int) -> np.ndarray:
         """(size,) indices in the order of an epoch."""
+        if self.sampled is not None:
+            return self.sampled(epoch)
         if not self.shuffle:
             return np.arange(self.size)
         random = np.random.default_rng(mixed_seed(self.seed, "order", epoch))

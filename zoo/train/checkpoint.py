@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,26 @@ if TYPE_CHECKING:
     from zoo.model import Model
     from zoo.train.optimizer import OptimizerService
 
-__all__ = ["Run", "Saved", "Snapshot", "Store", "parameters_of", "restore", "restore_plans", "snapshot"]
+__all__ = [
+    "Run",
+    "Saved",
+    "Snapshot",
+    "Store",
+    "pack_extra",
+    "parameters_of",
+    "read_state",
+    "restore",
+    "restore_plans",
+    "snapshot",
+    "unpack_extra",
+    "write_state",
+]
 
 LAST = "last.safetensors"
 FORMAT = 1
 EXTRA = "extra:"
 OPTIMIZER = "optimizer:"
+CALLBACK = "callback:"
 _BEST = re.compile(r"best-\d+\.safetensors")
 _TEMPORARY = re.compile(r"\.(last|best-\d+)\.safetensors\.[0-9a-f]+\.tmp")
 
@@ -69,11 +83,11 @@ class Snapshot(dict[str, Tensor]):
         self.adapters = adapters
 
 
-def snapshot(model: Model) -> Snapshot:
+def snapshot(model: Model, callbacks: Sequence[Any] = ()) -> Snapshot:
     """Copies of everything that training may change: parameters and buffers of the active adapters and of the head.
 
     Also of each adapter its `plan`, and what its `extra_state()` returns: numbers, text and tensors in dicts and lists, for what
-    lives neither in parameters nor in buffers.
+    lives neither in parameters nor in buffers. So do callbacks that have one.
     """
     tensors: dict[str, Tensor] = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in _tensors(model).items()}
     adapters: dict[str, Any] = {}
@@ -81,7 +95,11 @@ def snapshot(model: Model) -> Snapshot:
         adapter: Any = model.adapters[name]
         adapters[name] = {"plan": adapter.plan}
         if (extra := adapter.extra_state()) is not None:
-            adapters[name]["extra"] = _plain(extra, name, tensors)
+            adapters[name]["extra"] = pack_extra(extra, name, tensors)
+    for number, callback in enumerate(callbacks):
+        if hasattr(callback, "extra_state"):
+            name = f"{CALLBACK}{number}"
+            adapters[name] = {"extra": pack_extra(callback.extra_state(), name, tensors)}
     return Snapshot(tensors, adapters)
 
 
@@ -91,6 +109,7 @@ def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
     Raises:
         MismatchError: the run had other adapters.
     """
+    adapters = {name: saved for name, saved in adapters.items() if not name.startswith(CALLBACK)}
     if list(adapters) != list(model.active):
         raise MismatchError(
             f"The checkpoint is of a model with the adapters {', '.join(adapters) or 'none'}; this one has "
@@ -103,7 +122,7 @@ def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
             model.reattach(name)
 
 
-def restore(model: Model, saved: Snapshot) -> None:
+def restore(model: Model, saved: Snapshot, callbacks: Sequence[Any] = ()) -> None:
     """Put a snapshot back.
 
     Shapes that an adapter has changed since (`zoo.adapters.structure`) are made anew. `load_extra_state(model, state)` is called
@@ -113,12 +132,21 @@ def restore(model: Model, saved: Snapshot) -> None:
         MismatchError: the model has other parameters, or of other shapes.
     """
     for name, state in saved.adapters.items():
-        adapter: Any = model.adapters[name]
-        if state["plan"] != adapter.plan:
-            adapter.plan = state["plan"]
-            adapter.restructure({n[len(name) + 1 :]: t for n, t in saved.items() if n.startswith(f"{name}/")})
+        number = name.removeprefix(CALLBACK)
+        if number != name:
+            receiver: Any = dict(enumerate(callbacks)).get(int(number))
+            if not hasattr(receiver, "load_extra_state"):
+                raise MismatchError(
+                    f"The checkpoint holds the state of callbacks[{number}], and no such callback is given. Resume with the "
+                    "callbacks that the run began with, or pass resume=False."
+                )
+        else:
+            receiver = model.adapters[name]
+            if state["plan"] != receiver.plan:
+                receiver.plan = state["plan"]
+                receiver.restructure({n[len(name) + 1 :]: t for n, t in saved.items() if n.startswith(f"{name}/")})
         if "extra" in state:
-            adapter.load_extra_state(model, _tensors_back(state["extra"], saved))
+            receiver.load_extra_state(model, unpack_extra(state["extra"], saved))
     tensors = _tensors(model)
     for name, value in saved.items():
         if name.startswith(EXTRA):
@@ -148,25 +176,26 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     }
 
 
-def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def pack_extra(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """JSON in which tensors are references to entries of `tensors`."""
     if isinstance(value, Tensor):
         tensors[EXTRA + place] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": EXTRA + place}
     if isinstance(value, Mapping):
-        return {"map": {str(k): _plain(v, f"{place}.{k}", tensors) for k, v in value.items()}}
+        return {"map": {str(k): pack_extra(v, f"{place}.{k}", tensors) for k, v in value.items()}}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+        return [pack_extra(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
     return value
 
 
-def _tensors_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack_extra(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack_extra` was given."""
     if isinstance(value, list):
-        return [_tensors_back(v, tensors) for v in value]
+        return [unpack_extra(v, tensors) for v in value]
     if isinstance(value, dict):
         if "tensor" in value:
             return tensors[value["tensor"]].clone()
-        return {k: _tensors_back(v, tensors) for k, v in value["map"].items()}
+        return {k: unpack_extra(v, tensors) for k, v in value["map"].items()}
     return value
 
 
@@ -182,8 +211,8 @@ class Saved:
 class Store:
     """The checkpoint folder of a run; None writes and reads nothing. Only the main process writes."""
 
-    def __init__(self, folder: Path | None, main: bool) -> None:
-        self.folder, self.main = folder, main
+    def __init__(self, folder: Path | None, main: bool, callbacks: Sequence[Any] = ()) -> None:
+        self.folder, self.main, self.callbacks = folder, main, callbacks
 
     def write(
         self,
@@ -206,11 +235,11 @@ class Store:
         if self.folder is None or not self.main:
             return
         if chosen is not None and not (best_file := self.folder / _best(best)).exists():
-            _write(best_file, chosen, {"adapters": chosen.adapters})
-        taken = snapshot(model)
+            write_state(best_file, chosen, {"adapters": chosen.adapters})
+        taken = snapshot(model, self.callbacks)
         plain, tensors = service.save()
         state = {"run": run, "identity": identity, "service": plain, "adapters": taken.adapters}
-        _write(self.folder / LAST, {**taken, **{OPTIMIZER + n: t for n, t in tensors.items()}}, state)
+        write_state(self.folder / LAST, {**taken, **{OPTIMIZER + n: t for n, t in tensors.items()}}, state)
         self._sweep(best)
 
     def read(self, identity: Mapping[str, Any]) -> Saved | None:
@@ -220,7 +249,7 @@ class Store:
             ConfigError: it is of another run.
             WeightsError: it is damaged.
         """
-        found = None if self.folder is None else _read(self.folder / LAST)
+        found = None if self.folder is None else read_state(self.folder / LAST)
         if found is None:
             return None
         tensors, state = found
@@ -244,7 +273,7 @@ class Store:
         """The best weights that the checkpoint names."""
         if self.folder is None:
             return None
-        found = _read(self.folder / _best(step))
+        found = read_state(self.folder / _best(step))
         if found is None:
             raise WeightsError(
                 f"The checkpoint in '{self.folder}' names best weights ({_best(step)}) that are gone. Pass resume=False to "
@@ -273,13 +302,13 @@ def _best(step: int | None) -> str:
     return f"best-{step}.safetensors"
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """One safetensors file with `state` as JSON in its metadata."""
     plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     write_file(path, dump(plain, {"format": "pt", "zoo.format": str(FORMAT), "zoo.state": json.dumps(state)}))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """(tensors, state), or None if there is no such file.
 
     Raises:

@@ -19,7 +19,9 @@ from zoo.train.optimizer import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report
+from zoo.train.samplers import Sampler
 from zoo.train.settings import Settings
+from zoo.train.streams import Stream
 from zoo.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def fit(
     keep: str | None = None,
     val_fraction: float = 0.1,
     drop_last: bool = False,
+    sampler: Sampler | None = None,
+    streams: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = True,
@@ -99,6 +103,10 @@ def fit(
         keep: "best" or "last" weights; by default best if there is `val` or `patience`.
         val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
         drop_last: leave out a last batch that is not full.
+        sampler: which items make a batch, instead of a shuffle: `zoo.train.samplers`.
+        streams: further data beside the training data, by name, for methods and tasks that want a batch of it in a step
+            (`optimizer.stream("replay")`): what `zoo.open_dataset` takes, or a `zoo.train.Stream` of it. A stream that ends
+            begins again, in another order, or is refused beforehand (`Stream(..., ends="refuse")`).
         checkpoint: folder for checkpoints, written after every epoch and every `checkpoint_every` steps. If it holds one
             of the same run and `resume` is true, training goes on from there, to exactly the numbers of an unbroken run.
         out: folder for report.json and curves.png.
@@ -140,6 +148,7 @@ def fit(
         keep=keep,
         val_fraction=val_fraction,
         drop_last=drop_last,
+        sampler=sampler,
     )
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
         raise ConfigError(
@@ -158,6 +167,7 @@ def fit(
         what.check(model, val_set, "validation data")
         if isinstance(what, Classify):
             _same_classes(train_set, val_set)
+    further = {name: Stream.of(data).open(name, model, what, augment) for name, data in (streams or {}).items()}
     processes = Processes(device, model)
     with kept_generators(), Progress(progress and processes.main) as bar:
         trainer = Trainer(
@@ -172,6 +182,7 @@ def fit(
             every=checkpoint_every,
             callbacks=callbacks,
             bar=bar,
+            streams=further,
         )
         trainer.prepare(resume)
         trainer.fit()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from zoo.errors import ConfigError, MismatchError, nearest
+from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
 from zoo.train.schedule import factor
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class OptimizerService:
         """The (inputs, targets) of the step in progress on this process, for methods that probe (IST)."""
         self.reduce: Callable[[Tensor], Tensor] = lambda values: values
         """Sums a tensor over the processes that train together, in place; for scores measured on one's own batches."""
+        self.streams: Mapping[str, Any] = {}
+        """Further data beside the training data, see `stream`."""
 
     @classmethod
     def wrap(cls, optimizer: Optimizer, model: Model, *, total_steps: int) -> OptimizerService:
@@ -98,6 +100,15 @@ class OptimizerService:
         return service
 
     # -- looking ----------------------------------------------------------------------------------------------------
+
+    def stream(self, name: str, number: int | None = None) -> tuple[Any, Any]:
+        """(inputs, targets) of a further stream (`zoo.fit(..., streams=...)`): of this step, or batch `number`."""
+        if name not in self.streams:
+            known = nearest(name, self.streams)
+            raise UnknownNameError(
+                f"This run has no stream '{name}'. {known} Pass zoo.fit(..., streams={{'{name}': ...}})."
+            )
+        return self.streams[name].batch(self.step_count if number is None else number)  # type: ignore[no-any-return]
 
     @property
     def groups(self) -> list[dict[str, Any]]:

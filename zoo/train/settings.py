@@ -41,6 +41,7 @@ class Settings:
     keep: str = "last"
     val_fraction: float = 0.1
     drop_last: bool = False
+    sampler: Any = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -79,6 +80,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON types."""
         values = asdict(self)
+        values["sampler"] = None if self.sampler is None else repr(self.sampler)
         if callable(self.optimizer):
             values["optimizer"] = getattr(self.optimizer, "__name__", type(self.optimizer).__name__)
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from zoo.train.report import Report
 from zoo.train.schedule import add_parameters, default_lr, warmup_steps
 from zoo.train.settings import Settings
 from zoo.train.step import Stepper
+from zoo.train.streams import Stream
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -53,15 +54,18 @@ class Trainer:
         every: int | None,
         callbacks: Sequence[Any],
         bar: Progress,
+        streams: Mapping[str, Stream] | None = None,
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
         self.items = task.items(model)
-        self.store, self.every = Store(folder, processes.main), every
+        self.store, self.every, self.callbacks = Store(folder, processes.main, callbacks), every, callbacks
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
         self.listeners = [c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)]
+        self.streams = dict(streams or {})
+        sampler = settings.sampler.over(train, settings.batch_size, settings.seed) if settings.sampler else None
         self.plan = BatchPlan(
-            len(train),
+            len(train) if sampler is None else sampler.size,
             settings.batch_size,
             parts=settings.accumulate,
             rank=processes.rank,
@@ -70,6 +74,7 @@ class Trainer:
             drop_last=settings.drop_last,
             blocks=train.blocks,
             window=train.rows.window,
+            sampled=sampler and sampler.order,
         )
         if not self.plan.batches:
             raise ConfigError(
@@ -77,6 +82,8 @@ class Trainer:
             )
         self.total = settings.steps or settings.epochs * self.plan.batches
         self.epochs = math.ceil(self.total / self.plan.batches)
+        for stream in self.streams.values():
+            stream.begin(processes.device, settings, self.total)
         self.loader = make_loader(train, self.plan, workers=workers, device=processes.device, seed=settings.seed)
         self.run = Run()
         self.chosen: Snapshot | None = None
@@ -112,7 +119,7 @@ class Trainer:
             warmup=warmup_steps(settings.warmup, self.total),
             options=settings.optimizer_options,
         )
-        service.reduce = processes.add
+        service.reduce, service.streams = processes.add, self.streams
         given = {"default": settings.lr} if isinstance(settings.lr, (int, float)) else settings.lr
         add_parameters(service, model, parameters, given, settings.layer_decay, settings.weight_decay)
         self.service = service
@@ -126,16 +133,15 @@ class Trainer:
             self.store.clear()
 
     def _identity(self) -> dict[str, Any]:
+        data = {"train": self.train, "val": self.val, **{f"stream {n}": s.dataset for n, s in self.streams.items()}}
         return {
             "settings": self.settings.to_json(),
-            "data": {
-                name: _data_identity(d) for name, d in (("train", self.train), ("val", self.val)) if d is not None
-            },
+            "data": {name: _data_identity(d) for name, d in data.items() if d is not None},
             "backbone": [self.model.backbone_name, self.model.fingerprint],
         }
 
     def _go_back(self, saved: Saved) -> None:
-        restore(self.model, saved.model)
+        restore(self.model, saved.model, self.callbacks)
         self.service.load(saved.state["service"], saved.optimizer, parameters_of(self.model))
         self.run = Run(**saved.state["run"])
         self.stepper.sums.copy_(torch.tensor(self.run.sums, dtype=self.stepper.sums.dtype))
@@ -158,7 +164,7 @@ class Trainer:
             run.seconds += time.perf_counter() - evaluated
             self._save()
         if self.chosen is not None:
-            restore(self.model, self.chosen)
+            restore(self.model, self.chosen, self.callbacks)
         self.service.unfreeze(
             self.service.parameters
         )  # what a method froze for the last step is still a parameter to train
@@ -252,7 +258,7 @@ class Trainer:
         if former is None or score > former["score"]:
             run.best = {**record, "score": score}
             if settings.keep == "best":
-                self.chosen = snapshot(self.model)
+                self.chosen = snapshot(self.model, self.callbacks)
         run.waited = 0 if former is None or value > former["score"][0] else run.waited + 1
         run.stopped = settings.patience is not None and run.waited >= settings.patience
 

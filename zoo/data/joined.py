@@ -1,0 +1,158 @@
+"""Several data sets as one, one data set as several, and data with other labels: for regimes of many tasks and sessions.
+
+both = join({"digits": digits, "flowers": flowers})          # labels one behind the other: 0..9, then 10..26
+first, second = by_class(cifar, [5, 5])                      # sessions of five classes each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from zoo.data.dataset import ImageDataset
+from zoo.data.sampling import known_labels
+from zoo.errors import ConfigError, DataError, nearest
+
+__all__ = ["JoinedRows", "RelabelledRows", "by_class", "join", "with_classes"]
+
+
+class JoinedRows:
+    """The rows of several data sets, one behind the other; the labels of part i are shifted by `offsets[i]`.
+
+    `parts` are the names, `part` (n,) says to which each row belongs. A part keeps its own transform.
+    """
+
+    blocks: np.ndarray | None = None
+    window = 1
+
+    def __init__(self, datasets: Mapping[str, ImageDataset]) -> None:
+        self.parts, self.datasets = list(datasets), list(datasets.values())
+        sizes = [len(d.classes or ()) for d in self.datasets]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.part = np.repeat(np.arange(len(sizes)), [len(d) for d in self.datasets])
+        self._starts = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])])
+        self.labels: np.ndarray | None = np.concatenate(
+            [known_labels(d) + offset for d, offset in zip(self.datasets, self.offsets, strict=False)]
+        )
+        self.name = "+".join(dict.fromkeys(d.name for d in self.datasets))
+        self.noun = self.datasets[0].noun
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def _place(self, index: int) -> tuple[ImageDataset, int, int]:
+        part = int(self.part[index])
+        return self.datasets[part], index - int(self._starts[part]), int(self.offsets[part])
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """(image, shifted label); with the part's own transform, if it has one."""
+        dataset, place, offset = self._place(index)
+        image, label = dataset[place]
+        return image, int(label) + offset
+
+    def where(self, index: int) -> str:
+        """The place of a row in words."""
+        dataset, place, _ = self._place(index)
+        return dataset.where(place)
+
+
+def join(datasets: Mapping[str, ImageDataset], *, on_error: Any = "raise") -> ImageDataset:
+    """Several data sets as one; its classes are "<name>: <class>".
+
+    Raises:
+        ConfigError: none, or a name that is no word. DataError: data without known classes.
+    """
+    if not datasets:
+        raise ConfigError("join needs at least one data set, by name.")
+    for name, dataset in datasets.items():
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"'{name}' cannot name a task: use letters, digits, '-' and '_'.")
+        if not dataset.classes:
+            raise DataError(f"The classes of '{name}' ({dataset.name}) are not known. Open it with classes=[...].")
+    classes = [f"{name}: {c}" for name, dataset in datasets.items() for c in dataset.classes or ()]
+    rows = JoinedRows({n: d._like(on_error="raise") for n, d in datasets.items()})
+    return ImageDataset(rows, classes, on_error=on_error)
+
+
+class RelabelledRows:
+    """The rows of a data set, their labels mapped by a table (old label -> new one)."""
+
+    def __init__(self, dataset: ImageDataset, table: np.ndarray) -> None:
+        self.dataset, self.table = dataset._like(transform=None, on_error="raise"), table
+        self.labels: np.ndarray | None = table[known_labels(dataset)]
+        self.name, self.noun = dataset.name, dataset.noun
+        self.blocks, self.window = dataset.blocks, dataset.rows.window
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """(image, new label)."""
+        image, label = self.dataset[index]
+        return image, int(self.table[int(label)])
+
+    def where(self, index: int) -> str:
+        """The place of a row in words."""
+        return self.dataset.where(index)
+
+
+def with_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
+    """The same data with these classes, in this order: labels follow their names.
+
+    Raises:
+        DataError: items of a class that is not among them.
+    """
+    names, labels = dataset.classes, known_labels(dataset)
+    if names is None:
+        raise DataError(f"The classes of '{dataset.name}' are not known. Open it with classes=[...].")
+    place = {name: i for i, name in enumerate(classes)}
+    for label in np.unique(labels):
+        if names[label] not in place:
+            raise DataError(
+                f"{dataset.name}: '{names[label]}' is not among the classes. {nearest(names[label], place)}"
+            )
+    if list(names) == list(classes):
+        return dataset
+    table = np.asarray([place.get(name, -1) for name in names], dtype=np.int64)
+    return ImageDataset(RelabelledRows(dataset, table), classes, transform=dataset.transform, on_error=dataset.on_error)
+
+
+def by_class(
+    dataset: ImageDataset, sizes: int | Sequence[int], order: Sequence[str] | None = None
+) -> list[ImageDataset]:
+    """A data set in sessions of disjoint classes.
+
+    Args:
+        sizes: how many classes each session has, or how many sessions there are (as equal as can be, the larger ones first).
+        order: the classes in the order in which they come; by default that of the labels.
+
+    Returns:
+        The sessions; the classes of each are its own, its labels count from 0.
+
+    Raises:
+        ConfigError: sizes or an order that do not fit the classes.
+    """
+    names = dataset.classes
+    if names is None:
+        raise DataError(f"The classes of '{dataset.name}' are not known. Open it with classes=[...].")
+    order = list(names if order is None else order)
+    if sorted(order) != sorted(names):
+        raise ConfigError(f"order must name each of the {len(names)} classes of '{dataset.name}' once.")
+    if isinstance(sizes, int):
+        if not 1 <= sizes <= len(names):
+            raise ConfigError(f"{sizes} sessions of {len(names)} classes; expected 1 to {len(names)}.")
+        sizes = [len(part) for part in np.array_split(np.arange(len(names)), sizes)]
+    if min(sizes, default=0) < 1 or sum(sizes) != len(names):
+        raise ConfigError(
+            f"sizes are {list(sizes)}, {sum(sizes)} classes in all; '{dataset.name}' has {len(names)}, each session needs one."
+        )
+    labels, index = known_labels(dataset), {name: i for i, name in enumerate(names)}
+    found, start = [], 0
+    for size in sizes:
+        own = order[start : start + size]
+        start += size
+        rows = np.flatnonzero(np.isin(labels, [index[name] for name in own]))
+        found.append(with_classes(dataset.select(rows), own))
+    return found
