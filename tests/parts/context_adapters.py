@@ -1,4 +1,7 @@
-"""Small adapters that read values of the forward pass and carry tensors, for the tests of what that survives."""
+"""Small adapters that read values of the forward pass and carry tensors, for the tests of what that survives.
+
+They are not registered: the names of methods are those of the package.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo import register_adapter
 from zoo.tasks import Classify
 
 
@@ -28,10 +30,11 @@ class Scaled(nn.Module):
         return (x @ self.a.T) * scale.view(*wide, 1) + shift.view(*wide, shift.shape[-1])
 
 
-@register_adapter("scaled-by-quality")
-@dataclass
+@dataclass(eq=False)
 class ScaledByQuality(zoo.Adapter):
     """Reads a number and a name for each sample, at linear points."""
+
+    method = "scaled-by-quality"
 
     targets: str = "q,v,up"
     tasks: tuple[str, ...] = ("birds", "cars")
@@ -55,10 +58,11 @@ class Named(nn.Module):
         return y + self.vectors[self.task.get()] * (0.5 if self.labels.given else 1.0)
 
 
-@register_adapter("by-task")
-@dataclass
+@dataclass(eq=False)
 class ByTask(zoo.Adapter):
     """Reads one name for the batch, and labels if there are any."""
+
+    method = "by-task"
 
     tasks: tuple[str, ...] = ("birds", "cars")
 
@@ -87,10 +91,11 @@ class Step(nn.Module):
         return y + h @ self.b
 
 
-@register_adapter("stepping")
-@dataclass
+@dataclass(eq=False)
 class Stepping(zoo.Adapter):
     """Carries h (n, ..., width) from each sublayer to the next of its stage."""
+
+    method = "stepping"
 
     width: int = 3
 
