@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import zoo` costs little more than torch, and loads neither timm nor open_clip.
 _LAZY = {
     "Adapter": "zoo.adapters.base",
+    "AdapterState": "zoo.model.algebra",
     "AttentionPoint": "zoo.points",
     "Backbone": "zoo.backbone",
     "BlockPoint": "zoo.points",
@@ -34,6 +35,7 @@ _LAZY = {
     "Task": "zoo.tasks",
     "TokensPoint": "zoo.points",
     "adapter": "zoo.registry",
+    "average": "zoo.model.algebra",
     "compatibility": "zoo.table",
     "evaluate": "zoo.train",
     "fit": "zoo.train",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from zoo.exchange.peft import from_peft, to_peft
     from zoo.loading import load
     from zoo.model import Model
+    from zoo.model.algebra import AdapterState, average
     from zoo.points import (
         AttentionPoint,
         BlockPoint,

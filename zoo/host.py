@@ -117,6 +117,9 @@ class Host(Protocol):
     def set_head(self, head: Any, classes: Any = None) -> None:
         """Another head."""
 
+    def grow_head(self, classes: Any, std: float = 0.02) -> None:
+        """Further classes for the head in use."""
+
     def reset_head(self, num_classes: int, classes: Any = None, kind: str = "linear") -> None:
         """A new, untrained head."""
 

@@ -13,6 +13,7 @@ from zoo.backbone import Backbone
 from zoo.engine.sites import State
 from zoo.errors import ConfigError
 from zoo.heads import make_head
+from zoo.heads.growing import grown
 
 
 class Headed(nn.Module):
@@ -81,6 +82,36 @@ class Headed(nn.Module):
             )
         self.heads[self._place_of_head()] = head.to(device=self.device, dtype=self.dtype)
         self.classes = list(classes) if classes is not None else None
+        self.train(self.training)
+
+    def grow_head(self, classes: Sequence[str], std: float = 0.02) -> None:
+        """Further classes for the head in use: their rows are new, N(0, std^2), those that it has stay to the bit.
+
+        A model without a head gets one. All adapters that use this head see the new classes.
+
+        Raises:
+            ConfigError: no class, one that the head has already, or a head whose classes have no names or cannot grow.
+        """
+        names, width = [str(c) for c in classes], self.num_classes
+        own = self.classes or []
+        if width and len(own) != width:
+            raise ConfigError(
+                f"The head has {width} outputs whose classes have no names, so it cannot be told which ones are new. Name them: "
+                "model.classes = [...]."
+            )
+        double = [n for i, n in enumerate(names) if n in own or n in names[:i]]
+        if double or not names:
+            what = f"'{double[0]}' is a class that it has already" if double else "no class is named"
+            raise ConfigError(f"The head cannot grow: {what}. Give the names of classes that are new, each once.")
+        if width:
+            self.heads[self.head_name] = grown(self.head, len(names), std)
+        else:
+            self.reset_head(len(names))
+            with torch.no_grad():
+                for part in self.head.modules():
+                    if isinstance(part, nn.Linear) and part.weight.device.type != "meta":
+                        nn.init.normal_(part.weight, std=std)
+        self.classes = [*own, *names]
         self.train(self.training)
 
     def _place_of_head(self) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.session import Swap
 from zoo.engine.sites import Op, Site, State
 from zoo.errors import ConfigError
+from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
 from zoo.model.routing import forward_routed
@@ -237,6 +239,24 @@ class Model(Contextual):
         if not isinstance(head, nn.Identity):
             self.family.put_head(plain, copy.deepcopy(head))
         return self.family.restore(plain).requires_grad_(True).eval()
+
+    def adapter_state(self, name: str) -> AdapterState:
+        """Copies of all tensors of an adapter, which can be added, scaled and averaged (`zoo.model.algebra`)."""
+        self._known(name)
+        return state_of(self.adapters[name], f"'{name}'")
+
+    def set_adapter_state(self, name: str, state: AdapterState) -> None:
+        """Put a state into an adapter. Raises MismatchError, naming the first key that differs, and changes nothing then."""
+        self._known(name)
+        put(self.adapters[name], state, f"'{name}'")
+
+    def copy_adapter(self, name: str, to: str, *, activate: bool = False) -> Adapter:
+        """A second adapter of the same settings, plan and numbers, under another name; by default not in use."""
+        self._known(name)
+        state = self.adapter_state(name)
+        twin = self.add_adapter(self.adapters[name], to, activate=activate)  # type: ignore[arg-type]
+        put(twin, state, f"'{to}'")
+        return twin
 
     def save_adapter(
         self, folder: str | Path, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None

@@ -1,5 +1,6 @@
 """Training and evaluation: `fit`, `evaluate`, the hooks of adapters, and the optimizer service."""
 
+from zoo.train.averages import MovingAverage
 from zoo.train.evaluation import evaluate
 from zoo.train.fitting import fit
 from zoo.train.hooks import Hooks, training_hooks
@@ -12,6 +13,7 @@ from zoo.train.streams import Stream
 __all__ = [
     "Hooks",
     "Mixed",
+    "MovingAverage",
     "OnePart",
     "OptimizerService",
     "PerClass",
