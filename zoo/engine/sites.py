@@ -10,6 +10,7 @@ of ops that they read, so every set of active adapters is compiled once and swit
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,27 @@ class Site:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs instead of the module's own forward while there are "forward" ops; subclasses say how."""
         return self.original(*args, **kwargs)
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """In a copy of the whole model a site of that model; where only a part of the backbone is copied, one without ops."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        owner = getattr(self.state.switch, "__self__", None)
+        if owner is None or id(owner) in memo:
+            twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        else:  # the copied block is the library's own: what adapters do here belongs to the model, which stays where it is
+            twin.__init__(copy.deepcopy(self.module, memo), State(Saver()))  # type: ignore[misc]
+        return twin
+
+    def settle(self) -> None:
+        """A copied model: forget what was computed, and see to it that the hooks on the module are this site's."""
+        self.reset()
+        if self._handles and site_at(self.module) is not self:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            self.refresh()
 
     # -- what torch calls -------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,22 @@ class AdapterHost(Headed):
             for swap in self._swaps[name]:
                 swap.frozen.data = fn(swap.frozen.data)
         return self
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHost:
+        for where in self._sites.values():  # a block may have been copied in front of us, by who holds both
+            memo.pop(id(where), None)
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a model of its own: its sites stand under its own modules."""
+        super().__setstate__(state)
+        self._sites = {id(where.module): where for where in self._sites.values()}
+        for where in self._sites.values():
+            where.settle()
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
