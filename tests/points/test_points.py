@@ -39,6 +39,17 @@ def test_roles_and_filters(model: zoo.Model) -> None:
     assert names(model.points.select(kind="sublayer", role="mlp", block=[3, 4])) == ["blocks.3.mlp", "blocks.4.mlp"]
 
 
+def test_targets_of_a_method(model: zoo.Model) -> None:
+    assert len(model.points.linears("all-linear")) == len(model.points.linears(("all-linear",))) == 6 * 12
+    assert names(model.points.linears("blocks.0.mlp.up,q"))[-2:] == ["blocks.10.attn.q", "blocks.11.attn.q"]
+    mixer = zoo.load("groupmamba-t", pretrained=False, device="meta", num_classes=0).points
+    assert {p.role for p in mixer.linears(("q", "v"), ("q", "v"))} == {"in"}  # the default: by what the mixer reads
+    with pytest.raises(SelectionError, match="'q'"):
+        mixer.linears(("q", "v"), ("q", "k"))  # a choice
+    with pytest.raises(SelectionError, match="no linear point"):
+        model.points.linears("attn")
+
+
 def test_dims_of_a_fused_projection(model: zoo.Model) -> None:
     q, k, v = (model.points[f"blocks.0.attn.{r}"] for r in "qkv")
     assert [(p.start, p.stop) for p in (q, k, v)] == [(0, 768), (768, 1536), (1536, 2304)]

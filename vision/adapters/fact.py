@@ -35,8 +35,6 @@ from torch import Tensor, nn
 
 from zoo import Adapter, LinearPoint, Merger, Points, register_adapter
 
-ROLES = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")
-
 
 class Factors(nn.Module):
     """What the slices of one width have in common: U (r, dim_in), V (dim_out, r), and for "tk" C (r, r, r), P (r, J)."""
@@ -141,7 +139,7 @@ class FacT(Adapter):
         points.require("linear", "fact")
         rank = self.rank or (32 if self.form == "tk" else 16)
         groups: dict[tuple[str, int, int], list[tuple[LinearPoint, int, str]]] = {}
-        for point in self.selected(points):
+        for point in points.linears(self.targets):
             dim_in, dim_out, count, wide = _slices(point)
             groups.setdefault((point.tower, dim_in, dim_out), []).append((point, count, wide))
         for (tower, dim_in, dim_out), members in groups.items():
@@ -155,17 +153,10 @@ class FacT(Adapter):
                 point.add(Core(factors, count, wide, column, self.scale, self.dropout))
                 first += count
 
-    def selected(self, points: Points) -> list[LinearPoint]:
-        """The target points, in forward order."""
-        if self.targets in ("all-linear", ("all-linear",)):
-            have = points.roles("linear")
-            return points.select(kind="linear", role=[role for role in ROLES if role in have])
-        return points.select(self.targets, kind="linear")
-
     def merge(self, merger: Merger) -> None:
         """W <- W + s V K^T U, slice by slice."""
-        for point in self.selected(merger.points):
-            merger.add_weight(point, self.module_at(point).delta())  # type: ignore[operator]
+        for point in merger.points.linears(self.targets):
+            merger.add_weight(point, self.module_at(point).delta())
 
 
 def _slices(point: LinearPoint) -> tuple[int, int, int, str]:

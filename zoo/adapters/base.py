@@ -192,7 +192,7 @@ class Adapter(Structured):
         if not condition:
             raise ConfigError(f"{self.method or type(self).__name__}: {message}")
 
-    def module_at(self, point: Point | str) -> nn.Module:
+    def module_at(self, point: Point | str) -> Any:
         """What this adapter registered under a point's name."""
         return self.get_submodule(point if isinstance(point, str) else point.name)
 

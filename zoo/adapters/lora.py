@@ -38,7 +38,6 @@ from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 Part = tuple["LowRank", int, int]
-ALL_LINEAR = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")
 
 
 class LowRank(nn.Module):
@@ -235,11 +234,7 @@ class LoRA(Adapter):
 
     def selected(self, points: Points) -> list[LinearPoint]:
         """The target points; "all-linear" takes those of q, k, v, o, in, out, gate, up and down that the backbone has."""
-        if self.targets in ("all-linear", ("all-linear",)):
-            have = points.roles("linear")
-            return points.select(kind="linear", role=[r for r in ALL_LINEAR if r in have])
-        targets = points.usual(LoRA.targets) if self.targets == LoRA.targets else self.targets  # type: ignore[arg-type]
-        return points.select(targets, kind="linear")
+        return points.linears(self.targets, LoRA.targets)  # type: ignore[arg-type]
 
     def merge(self, merger: Merger) -> None:
         """W <- W + s B A, or the DoRA weight."""

@@ -191,12 +191,12 @@ class $Class(Adapter):
 
     def selected(self, points: Points) -> list[LinearPoint]:
         """The target points; on a backbone without attention the default is the projection by which its mixer reads."""
-        return points.select(points.usual(TARGETS) if self.targets == TARGETS else self.targets, kind="linear")
+        return points.linears(self.targets, TARGETS)
 
     def merge(self, merger: Merger) -> None:
         """W <- W + s u a^T."""
         for point in self.selected(merger.points):
-            merger.add_weight(point, self.module_at(point).delta())  # type: ignore[operator]
+            merger.add_weight(point, self.module_at(point).delta())
 '''
 )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zoo.points.recorder import Carried, Recorder, Value
 
 M = TypeVar("M", bound=nn.Module)
+PROJECTIONS = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")  # what "all-linear" stands for
 
 
 class Points(Sequence[Point]):
@@ -62,6 +63,21 @@ class Points(Sequence[Point]):
         """Roles of linear points that a method takes by default, or `in`, by which a mixer without attention reads its tokens."""
         have = self.roles("linear")
         return ("in",) if "in" in have and not set(roles) & set(have) else roles
+
+    def linears(self, targets: str | Sequence[str], usual: tuple[str, ...] = ()) -> list[Any]:
+        """The linear points that a method's `targets` name, in forward order.
+
+        Args:
+            targets: a selector; or "all-linear": q, k, v, o, in, out, gate, up and down, those that there are.
+            usual: the method's default. On a backbone without attention it stands for the projection by which the mixer reads.
+
+        Raises:
+            SelectionError: as `select`.
+        """
+        if targets in ("all-linear", ("all-linear",)):
+            have = self.roles("linear")
+            return self.select(kind="linear", role=[role for role in PROJECTIONS if role in have])
+        return self.select(self.usual(usual) if targets == usual else targets, kind="linear")
 
     def select(
         self,
