@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError, ConfigError, MergeError, MismatchError, nearest
 from zoo.points import (
     AttentionPoint,
     BlockPoint,
@@ -28,6 +28,15 @@ from zoo.points.rows import Row, find, make_linear, norm_dim, side_of
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
     from zoo.points.recorder import Recorder
+
+
+OUTPUTS = {
+    "pooled": "pooled features (B, d), on which a classifier stands",
+    "tokens": "the last block's tokens behind the final norm, (B, N, d), prefix tokens in front (`model.family.num_prefix`)",
+    "maps": "a list of maps (B, C, H, W), one for each stage, or that of the last block",
+    "text": "features of the texts, (n, d), in the space of the pooled features",
+    "scale": "by what similarities of images and texts are multiplied, and what is added to them, (2,)",
+}
 
 
 class Backbone:
@@ -47,6 +56,8 @@ class Backbone:
     # (an image of noise, scores of words), and `num_classes` is refused
     pools: ClassVar[bool] = True
     loads_in_dtype: ClassVar[bool] = False  # whether `build` takes `dtype=` and reads the checkpoint in it
+    # What `outputs` can be asked for, besides what a head computes itself
+    gives: ClassVar[tuple[str, ...]] = ("pooled",)
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
     # Options of `zoo.load` that say which points there are: a saved adapter brings those that it was attached with
     point_options: ClassVar[tuple[str, ...]] = ()
@@ -88,6 +99,27 @@ class Backbone:
     def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Pooled features (B, d) of a batch."""
         raise TypeError(f"{type(self).__name__} does not implement features.")
+
+    def outputs(self, *inputs: Any, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """What `want` names (`OUTPUTS` describes each), of a batch, in one pass.
+
+        Raises:
+            ConfigError: a name that there is not. MismatchError: one that this family does not give.
+        """
+        self.check_wanted(want)
+        return {"pooled": self.features(*inputs, **kwargs)}
+
+    def check_wanted(self, want: Sequence[str], what: str = "this") -> None:
+        """Raise unless `outputs` can give all of these; `what` needs them."""
+        for name in want:
+            if name not in OUTPUTS:
+                raise ConfigError(f"there is no output '{name}'. {nearest(name, OUTPUTS)}")
+            if name not in self.gives or (name == "pooled" and not self.pools):
+                have = ", ".join(n for n in self.gives if n != "pooled" or self.pools) or "none"
+                raise MismatchError(
+                    f"{what} needs the output '{name}' ({OUTPUTS[name]}), which '{self.name}' of the family '{self.family}' does "
+                    f"not give (it gives: {have})."
+                )
 
     @property
     def feature_dim(self) -> int:

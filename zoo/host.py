@@ -6,7 +6,7 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -67,6 +67,9 @@ class Host(Protocol):
 
     def features(self, *inputs: Any, **options: Any) -> Tensor:
         """What stands in front of the head."""
+
+    def outputs(self, *inputs: Any, want: Sequence[str] = ("pooled",), **options: Any) -> dict[str, Any]:
+        """Named outputs of the backbone."""
 
     def train(self, mode: bool = True) -> Any:
         """Training mode for adapters and head."""

@@ -20,6 +20,7 @@ def load(
     adapter: str | Adapter | Path | Sequence[str | Adapter | Path] | None = None,
     *,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
     pretrained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -35,6 +36,7 @@ def load(
         adapter: a method's name ("lora"), a config object (`zoo.adapter("lora", rank=4)`), the name of an embedded adapter,
             a folder, a Hub repository `user/name[@revision]`, or a list of these.
         num_classes: width of a new head; None keeps the checkpoint's own (or the saved adapter's); 0 means features.
+        classes: names of the classes, in the order of the labels; without `num_classes` they say how many there are.
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
         dtype: precision of the backbone and of the adapters; large checkpoints are read in it, without a float32 copy.
@@ -46,6 +48,12 @@ def load(
         UnknownNameError: no such backbone, method, folder or repository; with the nearest names.
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
+    if classes is not None:
+        num_classes = len(classes) if num_classes is None else num_classes
+        if num_classes != len(classes):
+            raise ConfigError(
+                f"num_classes is {num_classes}, and classes= names {len(classes)}. Leave num_classes out."
+            )
     wanted = [adapter] if isinstance(adapter, (str, Adapter, Path)) else list(adapter or [])
     sources = [_resolve(a) for a in wanted]
     saved = [s for s in sources if not isinstance(s, Adapter)]
@@ -68,6 +76,10 @@ def load(
         if cls.point_options and registry.find_backbone(first.backbone_name) == (cls, own):
             points = {k: v for k, v in first.backbone_kwargs.items() if k in cls.point_options}
             backbone_kwargs = {**points, **backbone_kwargs}
+    needed = {k: v for s in sources if isinstance(s, Adapter) for k, v in s.point_options.items()}
+    if needed:
+        options = registry.find_backbone(backbone)[0].point_options
+        backbone_kwargs = {**{k: v for k, v in needed.items() if k in options}, **backbone_kwargs}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -91,6 +103,8 @@ def load(
                 from zoo.disk import attach
 
                 attach(model, packs[id(source)], head=num_classes is None)
+        if classes is not None:
+            model.classes = [str(name) for name in classes]
     return model
 
 

@@ -169,7 +169,7 @@ class VQT(Adapter):
     def _kept(self) -> list[int] | None:
         return None if self.plan is None else self.plan["features"]
 
-    def init_head(self, head: nn.Linear) -> None:
+    def init_head(self, head: Any) -> None:
         """The authors' initial values."""
         nn.init.kaiming_normal_(head.weight, mode="fan_out")
         if head.bias is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +46,9 @@ class Adapter(Structured):
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
     trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
     trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points
+    # Options of `zoo.load` that it needs, where the family has them among its `point_options`
+    point_options: ClassVar[dict[str, Any]] = {}
+    head_kind: ClassVar[str] = ""  # the head that it is made for, a name of `zoo.heads.HEADS`; "": any
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
@@ -83,8 +86,17 @@ class Adapter(Structured):
         """Width of what `features` returns for pooled features of width `dim`."""
         return dim
 
-    def init_head(self, head: nn.Linear) -> None:
-        """Initial values of a head that was made for this adapter, since `feature_dim` changes the width; (K, width)."""
+    def logits(self, logits: Tensor, outputs: Mapping[str, Any]) -> Tensor:
+        """What becomes of the head's logits (B, K); `outputs` holds "pooled" (B, d), and what the head needed besides."""
+        return logits
+
+    @property
+    def behind_head(self) -> bool:
+        """Whether it changes logits."""
+        return type(self).logits is not Adapter.logits
+
+    def init_head(self, head: Any) -> None:
+        """Initial values of a head that was made for this adapter: of its `head_kind`, or of the width of `feature_dim`."""
 
     def release(self) -> None:
         """The forward pass is over, or broke off: drop what was kept for `features`."""

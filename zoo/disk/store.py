@@ -98,7 +98,9 @@ def save(
         tensors.update({f"{HEAD}/{key}": value for key, value in model.heads[own_head].state_dict().items()})
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    classes = model.classes if model.classes and len(model.classes) == num_classes else None
+    # heads that read class names have their own; others go by the model's
+    named = getattr(model.heads[own_head], "classes", None) or model.classes
+    classes = named if named and len(named) == num_classes else None
     config: dict[str, Any] = {
         "backbone": {
             "name": model.backbone_name,
@@ -278,12 +280,13 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
             fresh.plan = entry.plan
             fresh.check_structure(tensors)
             before = set(model.adapters)
-            model.add_adapter(fresh, name, num_classes=saved.num_classes if own_head and last else None)
+            wanted = (own_head and last) or (head and fresh.head_kind)
+            model.add_adapter(fresh, name, num_classes=saved.num_classes if wanted else None)
             added += [one for one in model.adapters if one not in before]
             _fill(model.adapters[added[-1]], tensors, f"adapter '{entry.name}'", model, saved)
         if head and saved.num_classes is not None:
             if not own_head or saved.head_kind != "linear":
-                model.reset_head(saved.num_classes, kind=saved.head_kind)
+                model.reset_head(saved.num_classes, saved.classes, kind=saved.head_kind)
             _fill(model.head, saved.head_tensors(), "head", model, saved)
             model.classes = saved.classes
     if not model.record:

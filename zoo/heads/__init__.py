@@ -1,5 +1,7 @@
 """What stands on a backbone's features."""
 
-from zoo.heads.classifiers import HEADS, CosineHead, TwoHeads, kind_of, make_head
+from zoo.heads.base import HEADS, Head, register_head
+from zoo.heads.classifiers import CosineHead, TwoHeads, kind_of, make_head
+from zoo.heads.text import TextHead
 
-__all__ = ["HEADS", "CosineHead", "TwoHeads", "kind_of", "make_head"]
+__all__ = ["HEADS", "CosineHead", "Head", "TextHead", "TwoHeads", "kind_of", "make_head", "register_head"]

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, nearest
+from zoo.heads.base import HEADS, register_head
 
 __all__ = ["HEADS", "CosineHead", "TwoHeads", "kind_of", "make_head"]
 
 
+@register_head("cosine")
 class CosineHead(nn.Linear):
     """`W x / |x| + b`: with rows of one length, their cosines with the features, times that length (zero-shot classifiers)."""
 
@@ -20,6 +22,7 @@ class CosineHead(nn.Linear):
         return F.linear(F.normalize(x, dim=-1), self.weight, self.bias)
 
 
+@register_head("two")
 class TwoHeads(nn.Module):
     """The mean of two linear heads on the same features: of a distilled network, one of which learned from its teacher."""
 
@@ -34,7 +37,7 @@ class TwoHeads(nn.Module):
         return (self.head(x) + self.dist_head(x)) / 2
 
 
-HEADS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "cosine": CosineHead, "two": TwoHeads}
+HEADS["linear"] = nn.Linear
 
 
 def kind_of(head: nn.Module) -> str:

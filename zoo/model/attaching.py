@@ -14,7 +14,7 @@ from zoo.adapters.base import Adapter
 from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
-from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
 from zoo.model.headed import Headed
 from zoo.points import Points
 
@@ -82,12 +82,19 @@ class AdapterHost(Headed):
         if name in self.adapters:
             raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
         fresh.name = name
+        width = self.num_classes if num_classes is None else num_classes
+        self.points.num_classes = width
         session = self._attach(name, fresh, activate)
         self.adapters[name] = fresh
-        width = self.num_classes if num_classes is None else num_classes
         dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
-        if num_classes is not None or (width and dim != _in_features(self.head if activate else self.heads["default"])):
-            self.heads[name] = self._new_head(width, dim, fresh)
+        other = dim != _in_features(self.head if activate else self.heads["default"]) or fresh.head_kind
+        if num_classes is not None or (width and other):
+            try:
+                self.heads[name] = self._new_head(width, dim, fresh, fresh.head_kind or "linear")
+            except ZooError:
+                del self.adapters[name]
+                self._watch_memory()  # clears the sites that were made
+                raise
         self._install(name, session)
         self.set_active(*self._state.active, *([name] if activate else []))
         return fresh
@@ -98,6 +105,7 @@ class AdapterHost(Headed):
         adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
         twin, active = adapter.fresh(), self._state.active
         twin.name = name
+        self.points.num_classes = self.num_classes
         head = dict(self.heads.items()).get(name)
         session = self._attach(name, twin, activate=name in active)
         self.remove_adapter(name)

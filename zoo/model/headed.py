@@ -12,7 +12,7 @@ from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.sites import State
 from zoo.errors import ConfigError
-from zoo.heads import make_head
+from zoo.heads import HEADS, Head, make_head
 from zoo.heads.growing import grown
 
 
@@ -25,6 +25,17 @@ class Headed(nn.Module):
     heads: nn.ModuleDict
     classes: list[str] | None
     _state: State
+    _answers: bool  # the head needs named outputs, or an adapter stands behind it (`zoo.model.answering`)
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; every change of heads and adapters ends here."""
+        self._answers = isinstance(self.head, Head) or any(a.behind_head for a in self._active_adapters())
+        return super().train(mode)
+
+    def _rich(self, name: str | None) -> bool:
+        """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
+        behind = name is not None and self.adapters[name].behind_head
+        return bool(behind) or isinstance(self.heads[self._head_of(name)], Head)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +74,11 @@ class Headed(nn.Module):
         """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`."""
         dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()
         made_for: Any = dict(self.adapters.items()).get(name)
-        self.heads[name] = self._new_head(num_classes, dim, made_for, kind)
+        if num_classes and kind == "linear" and made_for is not None:
+            kind = made_for.head_kind or kind
+        self.heads[name] = head = self._new_head(num_classes, dim, made_for, kind)
+        if isinstance(head, Head) and classes is not None:
+            head.name_classes(classes)
         self.classes = list(classes) if classes is not None else None
         self.train(self.training)
 
@@ -117,6 +132,8 @@ class Headed(nn.Module):
     def _place_of_head(self) -> str:
         if self.head_name == "default" and self._feature_dim(self._active_adapters()) != self.family.feature_dim:
             return self._state.active[-1]  # the bare backbone needs its own
+        if self.head_name == "default" and self._active_adapters() and self._active_adapters()[-1].head_kind:
+            return self._state.active[-1]
         return self.head_name
 
     def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
@@ -137,12 +154,15 @@ class Headed(nn.Module):
             )
         own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
         plain = kind == "linear" and own
+        if isinstance(made := HEADS.get(kind), type) and issubclass(made, Head):
+            self.family.check_wanted(made.needs, f"a head of the kind '{kind}'")
         head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
         if self.device.type != "meta":
             for part in head.modules():
                 if isinstance(part, nn.Linear):
                     nn.init.trunc_normal_(part.weight, std=0.02)
                     nn.init.zeros_(part.bias)
-            if adapter is not None and isinstance(head, nn.Linear) and not own:
-                adapter.init_head(head)
+        widened = isinstance(head, nn.Linear) and not own and self.device.type != "meta"
+        if adapter is not None and (adapter.head_kind == kind or widened):
+            adapter.init_head(head)
         return head

@@ -17,6 +17,7 @@ from zoo.engine.session import Swap
 from zoo.engine.sites import Op, Site, State
 from zoo.errors import ConfigError
 from zoo.model.algebra import AdapterState, put, state_of
+from zoo.model.answering import answer, named_outputs
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
 from zoo.model.routing import forward_routed
@@ -61,6 +62,7 @@ class Model(Contextual):
         self._swaps: dict[str, list[Swap]] = {}
         self._resting: dict[str, set[str]] = {}  # parameters that are frozen only because their adapter or head rests
         self._wants = {}
+        self._answers = False
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
         if num_classes is None and own_head is not None:
             self.heads["default"] = own_head
@@ -77,6 +79,7 @@ class Model(Contextual):
         *inputs: Any,
         adapters: Sequence[str | None] | None = None,
         context: Mapping[str, Any] | None = None,
+        targets: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Logits (B, num_classes), or features (B, d) without a head (the network's own output if it does not pool).
@@ -85,26 +88,33 @@ class Model(Contextual):
             inputs: what the backbone takes; images (B, 3, H, W) for vision.
             adapters: one adapter name (or None for the bare backbone) for each sample, instead of the active ones.
             context: values that adapters read in this pass, by name (`model.wanted`): one for the batch or for each sample.
+            targets: of the batch, for heads that see them in training (`zoo.Head.sees_targets`).
 
         Raises:
             ContextError: a value that an active adapter needs is missing, or is not one for each sample.
             ConfigError: inputs that do not give what the head stands on (images and texts together, to a classifier).
         """
         if adapters is not None:
-            return forward_routed(self, inputs, adapters, kwargs, context)
+            return forward_routed(self, inputs, adapters, kwargs, context, targets)
+        if self._answers or targets is not None:
+            return self._framed(answer, (self, self.head, inputs, targets, kwargs), {}, context, call=(inputs, kwargs))  # type: ignore[no-any-return]
         if self._needs_frame(context):
             return self._framed(self._logits, inputs, kwargs, context)  # type: ignore[no-any-return]
         return self._logits(*inputs, **kwargs)
 
     def _logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         features, head = self._pooled(*inputs, **kwargs), self.head
+        self.check_width(features, head)
+        return head(features)
+
+    def check_width(self, features: Tensor, head: nn.Module) -> None:
+        """Raise ConfigError unless the head takes features of this width."""
         width = getattr(head, "in_features", features.shape[-1])
         if features.shape[-1] != width:
             raise ConfigError(
                 f"The head takes features of width {width}; these inputs give {tuple(features.shape)}. model.features(...) gives "
                 "what stands in front of the head, and zoo.load(..., num_classes=0) a model without one."
             )
-        return head(features)
 
     def features(self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any) -> Tensor:
         """Pooled features (B, d) with the active adapters, in front of the head; `context` as in a call."""
@@ -121,6 +131,25 @@ class Model(Contextual):
         finally:
             for name in self._state.active:
                 self.adapters[name].release()  # type: ignore[operator]
+
+    def outputs(
+        self,
+        *inputs: Any,
+        want: Sequence[str] = ("pooled",),
+        context: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Named outputs of the backbone with the active adapters, all of one pass: "pooled", "tokens", "maps", "text".
+
+        `zoo.backbone.OUTPUTS` describes each, and `model.family.gives` lists those that this backbone has.
+
+        Raises:
+            ConfigError: a name that there is not. MismatchError: one that this backbone does not give.
+        """
+        arguments = (self, inputs, want, kwargs)
+        if self._state.context.frame is None and self._needs_frame(context):
+            return self._framed(named_outputs, arguments, {}, context, call=(inputs, kwargs))  # type: ignore[no-any-return]
+        return named_outputs(*arguments)
 
     def _features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         names = [] if self._plan == "" else list(self._state.active)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import CombinationError, ConfigError
+from zoo.model.answering import answer
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -27,11 +28,13 @@ def forward_routed(
     names: Sequence[str | None],
     kwargs: dict[str, Any],
     context: Mapping[str, Any] | None = None,
+    targets: Any = None,
 ) -> Tensor:
     """Logits (B, num_classes); row i is what the model gives with only `names[i]` active (None: no adapter).
 
     Where every op of the named adapters works row by row, the batch goes through the backbone once. Methods that change the
-    sequence or the backbone's parameters go through in one sub-batch for each adapter; the result is the same.
+    sequence or the backbone's parameters, and heads that need named outputs, go through in one sub-batch for each adapter; the
+    result is the same.
 
     Raises:
         UnknownNameError: an adapter that is not attached.
@@ -54,7 +57,7 @@ def forward_routed(
         model._train_also(named)
     here = state.here()
     try:
-        if _row_by_row(model, named):
+        if targets is None and not any(model._rich(name) for name in order) and _row_by_row(model, named):
             served = {name: rows[name] for name in named}
             model._serve((tuple(named), served, batch, None, False, None))
             arguments = (model, inputs, kwargs, rows)
@@ -62,7 +65,7 @@ def forward_routed(
                 _single_pass, arguments, {}, context, owners=named, rows=served, call=(inputs, kwargs)
             )
         else:
-            outputs = [_sub_batch(model, inputs, kwargs, n, index, batch, context) for n, index in rows.items()]
+            outputs = [_sub_batch(model, inputs, kwargs, n, index, batch, context, targets) for n, index in rows.items()]
     finally:
         for name in named:
             model.adapters[name].release()  # type: ignore[operator]
@@ -119,6 +122,7 @@ def _sub_batch(
     index: Tensor,
     batch: int,
     context: Mapping[str, Any] | None,
+    targets: Any,
 ) -> Tensor:
     """The rows of one adapter alone."""
     owners = [] if name is None else [name]
@@ -130,8 +134,12 @@ def _sub_batch(
         for k, t in kwargs.items()
     }
     served = dict.fromkeys(owners, index)
-    features = model._framed(model._pooled, part, options, context, owners=owners, rows=served, call=(inputs, kwargs))
-    return model.heads[model._head_of(name)](features)  # type: ignore[no-any-return]
+    framing: dict[str, Any] = {"owners": owners, "rows": served, "call": (inputs, kwargs)}
+    head = model.heads[model._head_of(name)]
+    if targets is not None or model._rich(name):
+        mine = None if targets is None else targets.index_select(0, index)
+        return model._framed(answer, (model, head, part, mine, options), {}, context, **framing)  # type: ignore[no-any-return]
+    return head(model._framed(model._pooled, part, options, context, **framing))  # type: ignore[no-any-return]
 
 
 def _modes(model: Model, named: Sequence[str]) -> None:

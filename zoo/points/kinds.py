@@ -5,7 +5,7 @@
 | `linear`    | a projection; a slice of a fused one is its own   | `add`, `rescale`, `rescale_input`, `reparametrize`, `train` |
 | `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`                         |
 | `attention` | queries, keys and values just before the product  | `extend`, `query`                                       |
-| `tokens`    | the sequence entering a block                     | `prompt`, `train`                                       |
+| `tokens`    | the sequence entering a block                     | `prompt`, `train`, `words`                              |
 | `norm`      | a normalisation's scale and shift                 | `train`, `rescale`                                      |
 | `block`     | a whole residual block                            | `before`, `after`, `watch`, `replace`                   |
 | `condition` | the embedding that conditions a model             | `before`, `after`                                       |
@@ -16,6 +16,7 @@ the model installs what was recorded after `attach` has returned, all or nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -192,11 +193,14 @@ class TokensPoint(Point):
     """The token sequence that enters block `block`. dim_in = dim_out = d."""
 
     kind: ClassVar[str] = "tokens"
-    verbs: ClassVar[tuple[str, ...]] = ("prompt", "train")
+    verbs: ClassVar[tuple[str, ...]] = ("prompt", "train", "words")
 
     num_prefix: int = 0  # class and register tokens in front of the patches
     first: bool = False  # the first block of the backbone (or tower)
     parameter: str = ""  # path of a trainable token of the backbone, such as cls_token
+    # first block of a text tower: the embedding of its words, and the token ids of a text without start, end and padding
+    embedding: nn.Module | None = field(default=None, repr=False)
+    spell: Callable[[str], Tensor] | None = field(default=None, repr=False)
 
     def prompt(self, module: nn.Module, keep: bool = False, pooled: bool = False) -> None:
         """`module(B) -> (1 or B, T, d)` tokens between the prefix tokens and the patches; B images.
@@ -209,6 +213,25 @@ class TokensPoint(Point):
         if keep and not self.first:
             raise AttachError(f"prompts that are kept can only start at the first block, not at '{self.name}'.")
         self._record("prompt", module, keep=keep, pooled=pooled)
+
+    def words(self, module: nn.Module) -> None:
+        """`module(words, ids) -> words`: the embedded words of texts (n, L, d), in front of the positions; ids (n, L).
+
+        Negative ids stand where an adapter puts vectors of its own: they are embedded as token 0 first, and the module, which
+        knows what they mean (`zoo.heads.text`), replaces them. Texts without such ids should pass unchanged.
+        """
+        if self.embedding is None:
+            raise AttachError(
+                f"the tokens at '{self.name}' are no words of a text; those are at the first block of a text tower."
+            )
+        self._record("words", module)
+
+    def embed(self, text: str) -> Tensor:
+        """The frozen embeddings (T, d) of a text's words, without positions."""
+        if self.embedding is None or self.spell is None:
+            raise AttachError(f"the tokens at '{self.name}' are no words of a text.")
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.detach()[self.spell(text).to(weight.device)]
 
     def train(self) -> None:
         """Train the backbone's own token (`parameter`), such as the class token."""

@@ -27,6 +27,7 @@ class Points(Sequence[Point]):
         self._by_name = {p.name: p for p in self._points}
         self.backbone = backbone
         self.session: Recorder | None = None
+        self.num_classes = 0  # width of the head that the adapter now attaching is going to have; 0: none
         if len(self._by_name) != len(self._points):
             names = [p.name for p in self._points]
             raise AttachError(

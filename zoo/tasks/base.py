@@ -16,14 +16,20 @@ if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
     from zoo.host import Host
 
-__all__ = ["Task", "call"]
+__all__ = ["Task", "call", "seen_targets"]
 
 
-def call(model: Any, inputs: Any) -> Any:
+def call(model: Any, inputs: Any, **options: Any) -> Any:
     """`model` on a batch's inputs: a tuple or list is spread over its arguments, a dict over its keywords."""
     if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        return model(*inputs, **options)
+    return model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
+
+
+def seen_targets(model: Any, targets: Any) -> dict[str, Any]:
+    """The keyword with which a model is called, if its head sees targets and is being trained."""
+    sees = model.training and getattr(getattr(model, "head", None), "sees_targets", False)
+    return {"targets": targets} if sees else {}
 
 
 class Task:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.heads import Head
 from zoo.registry import register_task
-from zoo.tasks.base import Task, call
+from zoo.tasks.base import Task, call, seen_targets
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -51,6 +52,16 @@ class Classify(Task):
                 f"Class {first} is '{named[0][first]}' for the model, '{named[1][first]}' in the {what} '{dataset.name}'. Open "
                 "the data with classes=model.classes, so that equal labels mean equal classes."
             )
+        if isinstance(head := getattr(model, "head", None), Head) and "text" in head.needs and head.classes is None:
+            numbers = all(str(name).isdigit() for name in dataset.classes or ())
+            known = model.classes or (None if numbers else dataset.classes)
+            if known is None:
+                raise ConfigError(
+                    f"The head reads the names of its {model.num_classes} classes, and neither the model nor the {what} "
+                    f"'{dataset.name}' has any (numbers are no names). Load the model with classes=[...], or open the data with "
+                    "classes=[...]."
+                )
+            head.name_classes(known)
 
     def check_batch(self, model: Host, dataset: ImageDataset, targets: Tensor) -> None:
         """Raise DataError for labels that the head has no output for."""
@@ -63,8 +74,11 @@ class Classify(Task):
             )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities."""
-        outputs = call(model, inputs).float()
+        """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities.
+
+        Heads with margins see the targets while training.
+        """
+        outputs = call(model, inputs, **seen_targets(model, targets)).float()
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing), outputs
 
 

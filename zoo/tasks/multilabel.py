@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
-from zoo.tasks.base import Task, call
+from zoo.tasks.base import Task, call, seen_targets
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -104,7 +104,7 @@ class MultiLabel(Task):
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Binary cross-entropy; smoothed targets are t (1 - e) + e / 2."""
-        outputs = call(model, inputs).float()
+        outputs = call(model, inputs, **seen_targets(model, targets)).float()
         wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(outputs, wanted), outputs
 

@@ -185,6 +185,24 @@ class PackedSite(AttentionSite):
         return attention.finish(self.attend(q, k, v, len(q), mask_bias(mask)))
 
 
+@dataclass(eq=False)
+class Words:
+    """The words of texts, between their embedding and their positions (`TokensPoint.words`)."""
+
+    module: nn.Module
+    held: Tensor | None = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Ids (n, L), kept for `write`; negative ones are embedded as token 0."""
+        self.held = ids
+        return ids.clamp(min=0)
+
+    def write(self, ids: Tensor, words: Tensor) -> Tensor:
+        """Embedded words (n, L, d) -> (n, L, d)."""
+        given, self.held = self.held, None
+        return self.module(words, given)  # type: ignore[no-any-return]
+
+
 def record(
     tower: Tower,
     session: Recorder,
@@ -194,7 +212,7 @@ def record(
     keep: bool = False,
     pooled: bool = False,
 ) -> None:
-    """Record the ops of `point.extend(module)` and `point.prompt(module, keep, pooled)` in one tower.
+    """Record the ops of `point.extend(module)`, `point.prompt(module, keep, pooled)` and `point.words(module)` in one tower.
 
     Raises:
         AttachError: the blocks have an attention whose product is not described here.
@@ -203,6 +221,12 @@ def record(
     attention = block.attn
     kind: type[AttentionSite] = PackedSite if isinstance(attention, PackedAttention) else FusedAttention
     op = recorder(session, point, verb, module)
+    if verb == "words":
+        assert isinstance(point, TokensPoint) and point.embedding is not None
+        words = Words(module)
+        op(point.embedding, Site, "input", words.read, per_row=False, excludes=("words",))
+        op(point.embedding, Site, "output", words.write, per_row=False)
+        return
     if verb not in ("extend", "prompt"):
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family 'clip'.")
     # Where one token alone is read, prompts that leave the last block are read by nobody.

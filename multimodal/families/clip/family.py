@@ -50,6 +50,7 @@ class CLIPBackbone(Backbone):
     }
     elementwise = ("mlp.gelu", "mlp.act")
     weights_folder = Path(__file__).parents[2] / "weights"
+    gives = ("pooled", "text", "scale")
     task = "contrast"
     point_options = ("tower",)
     tiny = (
@@ -57,7 +58,7 @@ class CLIPBackbone(Backbone):
         {
             "embed_dim": 24,
             "vision_cfg": {"width": 48, "layers": 2, "head_width": 16, "image_size": 16},
-            "text_cfg": {"width": 32, "layers": 2, "heads": 2, "vocab_size": 600, "context_length": 12},
+            "text_cfg": {"width": 32, "layers": 2, "heads": 2, "vocab_size": 600, "context_length": 32},
         },
     )
     tiny_classes = None
@@ -174,11 +175,24 @@ class CLIPBackbone(Backbone):
                         "num_prefix": tower.num_prefix,
                         "first": i == 0,
                         "parameter": tower.parameter if i == 0 else "",
+                        **(self._words(tower) if i == 0 else {}),
                     },
                 )
             found += self._norms(tower, tower.behind)
             found += self._linear(tower, "proj", "proj", tower.proj)
         return found
+
+    def _words(self, tower: Tower) -> dict[str, Any]:
+        """What the first block of the text tower says of its words."""
+        embedding = find(self.module, tower.embed) if tower.embed else None
+        return {} if embedding is None else {"embedding": embedding, "spell": self._spell}
+
+    def _spell(self, text: str) -> Tensor:
+        """Token ids (T,) of a text: what the tokenizer puts between the start and the end."""
+        from multimodal.families.clip.text import spell, tokenizer
+
+        vocab = int(self.module.vocab_size)  # type: ignore[arg-type]
+        return spell(tokenizer(self.own_name, self.context_length, vocab), text)
 
     def _ahead(self, tower: Tower) -> list[Point]:
         """Points in front of the blocks."""
@@ -230,6 +244,32 @@ class CLIPBackbone(Backbone):
             DataError: neither, or texts that do not fit the context.
         """
         return self.run(self.module, images, texts)
+
+    def outputs(  # type: ignore[override]
+        self, images: Tensor | None = None, texts: Any = None, *, want: Sequence[str] = ("pooled",)
+    ) -> dict[str, Any]:
+        """ "pooled" of images, "text" of texts (in the common space, not normalised), "scale": (exp(a), b).
+
+        Raises:
+            DataError: images or texts that an output needs are not given.
+        """
+        self.check_wanted(want)
+        module: Any = self.module
+        found: dict[str, Any] = {}
+        if "pooled" in want:
+            if images is None:
+                raise DataError("'pooled' are features of images, and none are given.")
+            found["pooled"] = module.encode_image(images)
+        if "text" in want:
+            if texts is None:
+                raise DataError("'text' are features of texts, and none are given.")
+            found["text"] = module.encode_text(self._ids(texts))
+        if "scale" in want:
+            scale, bias = module.logit_scale, module.logit_bias
+            wide = torch.promote_types(scale.dtype, torch.float32)
+            bias = scale.new_zeros(()) if bias is None else bias
+            found["scale"] = torch.stack([scale.exp().to(wide).reshape(()), bias.to(wide).reshape(())])
+        return found
 
     def run(self, module: Any, images: Any = None, texts: Any = None) -> Tensor:  # type: ignore[override]
         """`features` of a plain module."""

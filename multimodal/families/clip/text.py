@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
@@ -67,3 +68,12 @@ def _length(tokenizer: Any, text: str) -> int:
     if getattr(tokenizer, "tokenizer_mode", ""):  # start, end and class token are put on by open_clip
         return len(inner(clean, add_special_tokens=False).input_ids) + 3
     return len(inner(clean).input_ids)
+
+
+def spell(tokenizer: Any, text: str) -> Tensor:
+    """Token ids (T,) of a text without start, end and padding."""
+    if hasattr(tokenizer, "encode"):
+        found = tokenizer.encode(text)
+    else:
+        found = tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False).input_ids
+    return torch.tensor(found, dtype=torch.long)

@@ -1,0 +1,145 @@
+"""The text head: images are compared with texts of the class names, which the model's own text tower encodes.
+
+    logits(x) = exp(a) <I(x) / |I(x)|, t_k / |t_k|> + b        t_k = T(p(k)): text of class k;  a, b: the model's scale and bias
+
+It is a zero-shot classifier that stays alive: gradients flow through the frozen text tower into whatever is attached there.
+The texts are encoded once in each forward pass, whatever the batch, and in evaluation once, until a parameter changes. The head
+has no parameters; it is saved as the names of the classes.
+
+A template holds `{}` for the name of the class, and `<*>` wherever a vector of an adapter's stands instead of a word. Ids of
+these places are negative: -1 - m is vector m, counted through in the order of the template (and, if `specific`, class by class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ConfigError, DataError
+from zoo.heads.base import Head, register_head
+
+if TYPE_CHECKING:
+    from zoo.host import Host
+
+__all__ = ["SLOT", "TextHead", "class_ids"]
+
+SLOT = "<*>"
+_FILLERS = ("x", "z", "q", "j", "*", "~", "@", "%")  # one token each, to be replaced by vectors
+
+
+@register_head("text")
+class TextHead(Head):
+    """Logits by similarity with the class texts. `template` and `specific` are set by the adapter that stands in the words."""
+
+    needs = ("pooled", "text", "scale")
+
+    def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
+        super().__init__(in_features, out_features, **place)
+        self.template, self.specific = "a photo of a {}.", False
+        self._ids: Tensor | None = None
+        self._written: tuple[Any, ...] = ()  # what the ids were made of
+        self._kept: tuple[Any, dict[str, Any]] | None = (
+            None  # evaluation: state of all parameters, and the texts' outputs
+        )
+
+    def forward(self, outputs: Mapping[str, Any], targets: Any = None) -> Tensor:
+        """pooled (B, d), text (K, d), scale (2,) -> (B, K)."""
+        pooled, scale = outputs["pooled"], outputs["scale"]
+        wide = torch.promote_types(pooled.dtype, torch.float32)
+        weight = scale[0] * F.normalize(outputs["text"].to(wide), dim=-1)
+        bias = scale[1].to(pooled.dtype).expand(len(weight))
+        return F.linear(F.normalize(pooled, dim=-1), weight.to(pooled.dtype), bias)
+
+    def more(self, model: Host) -> dict[str, Any]:
+        """ "text" (K, d) and "scale" of the classes.
+
+        Raises:
+            ConfigError: the names of the classes are not known, or too long for the model with this template.
+        """
+        ids = self.ids(model)
+        keeps = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or model.wanted)
+        key = _state(model) if keeps else None
+        if key is None:
+            self._kept = None
+            return model.outputs(texts=ids, want=("text", "scale"))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, model.outputs(texts=ids, want=("text", "scale")))
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> TextHead:
+        """Forget what was kept for evaluation."""
+        self._kept = None
+        return super().train(mode)
+
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """As `Head.name_classes`; the texts are written anew."""
+        super().name_classes(classes)
+        self._kept = None
+
+    def ids(self, model: Host) -> Tensor:
+        """Token ids of the class texts (K, L) on the model's device."""
+        if self.classes is None:
+            if not model.classes:
+                raise ConfigError(
+                    f"The head compares images with the names of its {self.out_features} classes, and they are not known. Load "
+                    "the model with classes=[...], or train on data with class names (zoo.open_dataset(..., classes=[...]))."
+                )
+            self.name_classes(model.classes)
+        assert self.classes is not None
+        wanted = (self.template, self.specific, self.classes)
+        if self._written != wanted:
+            self._ids = class_ids(model.family, self.classes, self.template, self.specific)
+            self._written = wanted
+        assert self._ids is not None
+        if self._ids.device != model.device:
+            self._ids = self._ids.to(model.device)
+        return self._ids
+
+
+@torch.compiler.disable
+def class_ids(family: Any, names: Sequence[str], template: str, specific: bool = False) -> Tensor:
+    """Token ids (K, L) of the template with each name; slots are negative. Underscores in names are spaces.
+
+    Raises:
+        ConfigError: a text that does not fit the context, or slots that cannot be told from words.
+    """
+    clean = [" ".join(str(name).replace("_", " ").split()) for name in names]
+    slots = template.count(SLOT)
+    try:
+        if not slots:
+            return family.tokenize([template.replace("{}", name) for name in clean])  # type: ignore[no-any-return]
+        for filler in _FILLERS:
+            token = _token(family, filler)
+            ids = family.tokenize([template.replace(SLOT, filler).replace("{}", name) for name in clean])
+            here = ids == token
+            if token is None or not bool((here.sum(1) == slots).all()):
+                continue  # a name holds it too, or it grows together with what is beside it
+            number = here.long().cumsum(1) - 1
+            if specific:
+                number = number + torch.arange(len(ids)).unsqueeze(1) * slots
+            return torch.where(here, -1 - number, ids)
+    except DataError as error:
+        raise ConfigError(f"A class name with its {slots} vectors does not fit the text tower: {error}") from error
+    raise ConfigError(
+        f"The vectors of '{template}' cannot be told from words by this tokenizer; choose another class position."
+    )
+
+
+def _token(family: Any, filler: str) -> int | None:
+    """The id of a filler that is one token wherever it stands by itself."""
+    few, many = (family.tokenize(" ".join([filler] * n))[0] for n in (2, 4))
+    found = [int(i) for i in few.unique() if int((few == i).sum()) == 2 and int((many == i).sum()) == 4]
+    return found[0] if len(found) == 1 else None
+
+
+def _state(model: Host) -> Any:
+    """Identity and version of every parameter that the texts may depend on; None where these cannot be told."""
+    try:
+        tensors = [*model.backbone.parameters(), *(p for n in model.active for p in model.adapters[n].parameters())]
+        return (model.active, [(id(t), t.data_ptr(), t._version) for t in tensors])
+    except RuntimeError:  # made in inference mode, or wrapped by a functional transform
+        return None

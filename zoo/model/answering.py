@@ -1,0 +1,56 @@
+"""What a model answers where a pooled vector and a plain head are not enough: named outputs, heads that need them, logits
+behind the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError
+from zoo.heads import Head
+
+if TYPE_CHECKING:
+    from zoo.model.model import Model
+
+
+def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`Backbone.outputs` with the active adapters, memory recorded as in `features`."""
+    if torch.compiler.is_compiling():
+        return _outputs(model, inputs, want, kwargs)
+    try:
+        with model._state.saver.record(model.device):
+            return _outputs(model, inputs, want, kwargs)
+    finally:
+        for adapter in model._active_adapters():
+            adapter.release()
+
+
+def _outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    found = model.family.outputs(*inputs, want=want, **kwargs)
+    if "pooled" in found:
+        for adapter in model._active_adapters():
+            found["pooled"] = adapter.features(found["pooled"])
+    return found
+
+
+def answer(model: Model, head: nn.Module, inputs: tuple[Any, ...], targets: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Logits (B, K) of a head that needs named outputs, or behind which adapters stand."""
+    behind = [a for a in model._active_adapters() if a.behind_head]
+    rich = head if isinstance(head, Head) else None
+    if targets is not None and (rich is None or not rich.sees_targets):
+        raise ConfigError(f"targets= is for heads with margins; the head in use ({type(head).__name__}) sees none.")
+    more = {} if rich is None else rich.more(model)
+    needs = dict.fromkeys([*(("pooled",) if rich is None else rich.needs), *(("pooled",) if behind else ())])
+    outputs = {**named_outputs(model, inputs, [n for n in needs if n not in more], kwargs), **more}
+    if "pooled" in outputs:
+        model.check_width(outputs["pooled"], head)
+    if rich is None:
+        logits: Tensor = head(outputs["pooled"])
+    else:
+        logits = rich(outputs, targets) if rich.sees_targets else rich(outputs)
+    for adapter in behind:
+        logits = adapter.logits(logits, outputs)
+    return logits
