@@ -13,7 +13,7 @@ from zoo.errors import ConfigError
 from zoo.heads import Head
 
 if TYPE_CHECKING:
-    from zoo.model.model import Model
+    from zoo.model import Model
 
 
 def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
