@@ -65,7 +65,9 @@ def forward_routed(
                 _single_pass, arguments, {}, context, owners=named, rows=served, call=(inputs, kwargs)
             )
         else:
-            outputs = [_sub_batch(model, inputs, kwargs, n, index, batch, context, targets) for n, index in rows.items()]
+            outputs = [
+                _sub_batch(model, inputs, kwargs, n, index, batch, context, targets) for n, index in rows.items()
+            ]
     finally:
         for name in named:
             model.adapters[name].release()  # type: ignore[operator]
