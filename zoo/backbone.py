@@ -6,7 +6,7 @@ not a table is how the family's attention takes more keys or queries (`record`),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,6 +64,10 @@ class Backbone:
     # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
     tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
     tiny_classes: ClassVar[int | None] = 3  # width of its head; None: no head
+    # The options of `build` that a saved adapter may bring: sizes and the like, never what is read and how. Each with what
+    # it may be: a range (whole numbers, or lists of them), float (numbers, or lists of them), bool, str (a list of words), a
+    # tuple of texts to choose from, a pattern that a text matches, or a mapping of the same kind. See `zoo.disk.trust`.
+    saved_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
@@ -76,6 +80,14 @@ class Backbone:
     def accepts(cls, name: str) -> bool | str:
         """Whether the family builds a backbone of this (library's) name; a string says why it almost does."""
         return False
+
+    @classmethod
+    def known(cls, name: str) -> bool:
+        """Whether a (library's) name is of a source that is registered here or in the library; without a network.
+
+        A saved adapter may name such a backbone; any other one needs the user's word (`zoo.load(trust_backbone=...)`).
+        """
+        return name in cls.aliases.values()
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:

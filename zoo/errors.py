@@ -49,6 +49,10 @@ class ContextError(ZooError, ValueError):
     """A value that an adapter needs for a forward pass is missing, or not one for each sample."""
 
 
+class TrustError(ConfigError):
+    """A file asks for something that needs the user's word first, such as a backbone of an unknown source."""
+
+
 class MismatchError(ZooError, ValueError):
     """An adapter belongs to another backbone, width, depth or set of weights."""
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +33,49 @@ def library(name: str, extra: str) -> ModuleType:
         ) from error
 
 
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_lock = threading.Lock()
+_inside: list[dict[str, str | None]] = []
+
+
+@contextmanager
+def only_tensors() -> Iterator[None]:
+    """A context in which torch reads files as tensors only, whatever a library's options say; a pickle in it cannot run code.
+
+    By torch's own switch, which holds for the whole process while any thread is inside.
+    """
+    with _lock:
+        if not _inside:
+            before = {name: os.environ.get(name) for name in (_FORCE, _FORBID)}
+            os.environ[_FORCE] = "1"
+            os.environ.pop(_FORBID, None)
+        else:
+            before = _inside[-1]
+        _inside.append(before)
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _inside.pop()
+            if not _inside:
+                for name, value in before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+
+
+def _fetched_code(config: Any) -> str | None:
+    """The entry of a configuration that has the library fetch and run code of a repository; None if there is none."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+                return f"{key}: {value!r:.80}"
+            if found := _fetched_code(value):
+                return found
+    return None
+
+
 @cache
 def pretrained_config(source: str, file: str = "config.json") -> dict[str, Any] | str:
     """The JSON configuration of a local folder or a Hub repository, or a sentence that says why there is none."""
@@ -43,4 +90,8 @@ def pretrained_config(source: str, file: str = "config.json") -> dict[str, Any] 
         found = json.loads(text)
     except Exception as error:  # the Hub's client has a class of its own for each way of failing
         return f"'{file}' of '{source}' could not be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    return found if isinstance(found, dict) else f"'{file}' of '{source}' is not a JSON object."
+    if not isinstance(found, dict):
+        return f"'{file}' of '{source}' is not a JSON object."
+    if entry := _fetched_code(found):
+        return f"'{file}' of '{source}' asks for code from a repository ({entry}), which is never fetched. Take the entry out."
+    return found

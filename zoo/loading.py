@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from zoo import registry
 from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, UnknownNameError, nearest
+from zoo.library import only_tensors
 from zoo.model import Model
 
 
@@ -26,6 +28,7 @@ def load(
     dtype: torch.dtype | None = None,
     memory: str = "default",
     seed: int | None = None,
+    trust_backbone: bool | str = False,
     **backbone_kwargs: Any,
 ) -> Model:
     """A backbone with adapters and a head.
@@ -42,10 +45,13 @@ def load(
         dtype: precision of the backbone and of the adapters; large checkpoints are read in it, without a float32 copy.
         memory: "default", "low", "min" or "off" (`zoo.engine.memory`).
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
+        trust_backbone: a saved adapter may name a backbone of any repository or folder; one that is not of a source known here
+            is built only with your word: True, or the backbone's name. (To name the backbone yourself is your word, too.)
         backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
 
     Raises:
         UnknownNameError: no such backbone, method, folder or repository; with the nearest names.
+        TrustError: a saved adapter names a backbone of an unknown source. Nothing of it was downloaded.
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
     if classes is not None:
@@ -69,12 +75,16 @@ def load(
                 "Name a backbone, for example zoo.load('vit-micro'), or a saved adapter that knows its own."
             )
         first = next(iter(packs.values()))
-        backbone, backbone_kwargs = first.backbone_name, {**first.backbone_kwargs, **backbone_kwargs}
+        backbone = first.backbone_name
+        backbone_kwargs = of_file(backbone, first.backbone_kwargs, first.folder, trust_backbone, backbone_kwargs)
     elif packs:
         cls, own = registry.find_backbone(backbone)
         first = next(iter(packs.values()))
-        if cls.point_options and registry.find_backbone(first.backbone_name) == (cls, own):
+        if cls.point_options and registry.library_name(first.backbone_name) == own:
+            from zoo.disk.trust import check_options
+
             points = {k: v for k, v in first.backbone_kwargs.items() if k in cls.point_options}
+            check_options(cls.saved_options, points, first.folder, backbone)
             backbone_kwargs = {**points, **backbone_kwargs}
     needed = {k: v for s in sources if isinstance(s, Adapter) for k, v in s.point_options.items()}
     if needed:
@@ -108,6 +118,30 @@ def load(
     return model
 
 
+def of_file(
+    name: str, options: dict[str, Any], where: Path, trust: bool | str, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of the backbone that a file (a saved adapter) names, if it may have it built; the user's own come first.
+
+    Raises:
+        TrustError, ConfigError: see `zoo.disk.trust`.
+    """
+    from zoo.disk.trust import check_backbone, check_size
+
+    theirs = {k: v for k, v in options.items() if k not in given}
+    own_words = inspect.signature(load).parameters
+    check_backbone(name, theirs, where, trust)
+    cls, own = registry.find_backbone(name)
+    more = {k: v for k, v in given.items() if k not in own_words}
+
+    def build(options: dict[str, Any]) -> torch.nn.Module:
+        with torch.device("meta"), only_tensors():
+            return cls.build(own, pretrained=False, **{**options, **more})
+
+    check_size(name, build, {k: v for k, v in theirs.items() if k not in cls.point_options}, where)
+    return {**theirs, **given}
+
+
 def load_backbone(
     name: str,
     *,
@@ -120,16 +154,22 @@ def load_backbone(
 ) -> Model:
     """A bare model: the backbone and its head."""
     cls, own = registry.find_backbone(name)
+    for option in ("weights_only", "trust_remote_code"):
+        if option in kwargs:
+            raise ConfigError(
+                f"'{option}' is no option here: weights are read as tensors only, and no repository's code is run. Leave it out."
+            )
     kwargs = cls.options(num_classes, kwargs)
     where = torch.device(device) if device is not None else None
     meta = where is not None and where.type == "meta"
     if meta:
-        with torch.device("meta"):
+        with torch.device("meta"), only_tensors():
             module = cls.build(own, pretrained=False, **kwargs)
         module = module.to("meta")
     else:
         precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
-        module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
+        with only_tensors():
+            module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
     family = cls(module, name)
     family.pretrained = pretrained and not meta
     family.configure(**kwargs)

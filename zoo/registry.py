@@ -230,6 +230,16 @@ def list_backbones(pattern: str = "*") -> list[str]:
     return sorted(n for n in names if fnmatch.fnmatch(n, pattern))
 
 
+def known_backbone(name: str) -> bool:
+    """Whether the weights of a backbone come from a source that is registered here or in its library; asks no network."""
+    return any(name in family(key).aliases or family(key).known(name) for key in families())
+
+
+def library_name(name: str) -> str:
+    """The library's own name of a backbone, by the short names alone: two names of one backbone give the same."""
+    return next((cls.aliases[name] for cls in map(family, families()) if name in cls.aliases), name)
+
+
 def find_backbone(name: str) -> tuple[type[Backbone], str]:
     """The family that serves a backbone name, and the library's own name for it.
 

@@ -309,8 +309,8 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
                 f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
                 "pretrained=True unless you saved it on random ones), or train it again on these."
             )
-    elif registry.find_backbone(saved.backbone_name) == registry.find_backbone(model.backbone_name):
-        return
+    elif registry.library_name(saved.backbone_name) == registry.library_name(model.backbone_name):
+        return  # compared by name alone: what a file names is not looked up
     raise MismatchError(
         f"The adapter in '{saved.folder}' belongs to the backbone '{saved.backbone_name}', this model's is "
         f"'{model.backbone_name}'. Use zoo.load(adapter={str(saved.folder)!r}), which builds the right one."

@@ -227,7 +227,13 @@ def _suffixes(wanted: Iterable[str], modules: list[str]) -> list[str] | str:
 
 @overload
 def from_peft(
-    folder: str | Path, backbone: str | None = None, *, model: None = None, name: str | None = None, **options: Any
+    folder: str | Path,
+    backbone: str | None = None,
+    *,
+    model: None = None,
+    name: str | None = None,
+    trust_backbone: bool | str = False,
+    **options: Any,
 ) -> Model: ...
 
 
@@ -241,6 +247,7 @@ def from_peft(
     *,
     model: Model | None = None,
     name: str | None = None,
+    trust_backbone: bool | str = False,
     **options: Any,
 ) -> Model | str:
     """Read a LoRA adapter that peft saved; all or nothing.
@@ -251,13 +258,15 @@ def from_peft(
             folder was written by `to_peft`.
         model: attach to this model instead, and return the adapter's name there.
         name: of the adapter; by default "lora".
+        trust_backbone: as of `zoo.load`, where the folder names the backbone.
 
     Raises:
+        TrustError: the folder names a backbone of an unknown source.
         ConfigError: a setting of peft that has no equal here (named, with the reason).
         MismatchError: the adapter belongs to another backbone, width, depth or set of weights.
         WeightsError: the weights are damaged, a pickle, or not finite.
     """
-    from zoo.loading import load
+    from zoo.loading import load, of_file
 
     saved = read_peft(Path(folder))
     if model is not None:
@@ -270,7 +279,8 @@ def from_peft(
                 f"'{folder}' does not say which backbone it is for. Name it: from_peft(folder, 'vit-b16'), or "
                 "from_peft(folder, model=model)."
             )
-        backbone, options = saved.backbone_name, {**saved.backbone_kwargs, **options}
+        backbone = saved.backbone_name
+        options = of_file(backbone, saved.backbone_kwargs, saved.folder, trust_backbone, options)
     built = load(backbone, **options)
     attach_saved(built, saved, name)
     return built

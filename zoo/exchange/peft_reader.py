@@ -120,7 +120,9 @@ def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
         note = json.loads(metadata.get(NOTE, "{}"))
     except ValueError:
         return {}
-    return note if isinstance(note, dict) and isinstance(note.get("backbone", {}), dict) else {}
+    backbone = note.get("backbone", {}) if isinstance(note, dict) else None
+    whole = isinstance(backbone, dict) and isinstance(backbone.get("kwargs", {}), dict)
+    return note if whole else {}
 
 
 def _check_settings(config: dict[str, Any], path: Path) -> None:

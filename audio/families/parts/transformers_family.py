@@ -19,10 +19,35 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]
 
 
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("patch_size", "frequency_stride", "time_stride", "max_length", "num_mel_bins"),
+    *("conv_dim", "conv_stride", "conv_kernel", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups"),
+    *("classifier_proj_size", "mask_time_length", "mask_feature_length", "num_feat_extract_layers"),
+)
+_NUMBERS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range", "hidden_dropout"),
+    *("activation_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
+    *("mask_time_prob", "mask_feature_prob", "seconds"),
+)
+# What a saved adapter may say of its backbone: fields of the configuration, nothing that `from_pretrained` itself takes
+OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(_SIZES, range(1, 65537)),
+    "num_hidden_layers": range(1, 257),
+    "num_labels": range(1, 1_000_001),
+    **dict.fromkeys(_NUMBERS, float),
+    **dict.fromkeys(("qkv_bias", "conv_bias", "do_stable_layer_norm", "apply_spec_augment"), bool),
+    "hidden_act": ("gelu", "gelu_new", "relu", "silu"),
+    "feat_extract_norm": ("group", "layer"),
+    "attn_implementation": ("eager", "sdpa"),  # any other name may be that of a repository with code
+}
+
+
 class TransformersAudio(Backbone):
     """A `...Classification` model of transformers; `transformers:<repository or folder>` is any of the family's types."""
 
     modality, noun = "audio", "sounds"
+    saved_options = OPTIONS
     # model_type of a configuration -> the library's classes of configuration and model
     library_classes: ClassVar[dict[str, tuple[str, str]]] = {}
     # source -> model_type and the fields in which its configuration differs from the library's defaults
@@ -39,6 +64,13 @@ class TransformersAudio(Backbone):
             return True
         config = pretrained_config(source)
         return config if isinstance(config, str) else config.get("model_type") in cls.library_classes
+
+    @classmethod
+    def known(cls, name: str) -> bool:
+        """Also the repositories whose configurations are listed here."""
+        return super().known(name) or (
+            name.startswith("transformers:") and name.removeprefix("transformers:") in cls.configs
+        )
 
     @classmethod
     def described(cls, source: str) -> tuple[str, Fields]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,60 @@ def parts(name: str) -> tuple[str, str]:
         return name, ""
     architecture, _, tag = name.partition("/")
     return architecture, tag
+
+
+_TOWER: dict[str, Any] = {
+    **dict.fromkeys(("width", "image_size", "vocab_size", "context_length"), range(1, 1_000_001)),
+    **dict.fromkeys(("layers", "heads", "head_width", "patch_size"), range(1, 257)),
+    **dict.fromkeys(("attn_pooler_queries", "attn_pooler_heads"), range(1, 4097)),
+    **dict.fromkeys(("pad_id", "eos_id"), range(1_000_001)),
+    **dict.fromkeys(("mlp_ratio", "ls_init_value", "patch_dropout"), float),
+    **dict.fromkeys(
+        (
+            *("no_ln_pre", "final_ln_after_pool", "output_tokens", "attentional_pool", "embed_cls", "no_causal_mask"),
+            *(
+                "proj_bias",
+                "qk_norm",
+                "scaled_cosine_attn",
+                "scale_heads",
+                "scale_attn_inner",
+                "scale_attn",
+                "scale_fc",
+            ),
+        ),
+        bool,
+    ),
+    "pool_type": ("tok", "avg", "none", "first", "last", "argmax", "eos"),
+    "pos_embed_type": ("learnable", "sin_cos_2d"),
+    "proj_type": ("linear", "none"),
+    "block_type": ("default", "custom"),
+    "norm_kwargs": {"eps": float},
+    # a tower of timm's own registry (a colon would be somebody's repository), with random weights or those of the whole
+    "timm_model_name": re.compile(r"[a-z]\w*"),
+    "timm_pool": ("", "avg", "abs_attn", "rot_attn", "map", "token"),
+    "timm_proj": ("", "linear", "mlp", "none"),
+    "timm_proj_bias": bool,
+    **dict.fromkeys(("timm_drop", "timm_drop_path"), float),
+}
+# What a saved adapter may say of its backbone: sizes and forms, nothing that is read from somewhere
+SAVED_OPTIONS: dict[str, Any] = {
+    "tower": ("image", "text", "both"),
+    "image_size": range(1, 8193),
+    "context_length": range(1, 65537),
+    "embed_dim": range(1, 65537),
+    "vision_cfg": _TOWER,
+    "text_cfg": _TOWER,
+    **dict.fromkeys(("init_logit_scale", "init_logit_bias"), float),
+    **dict.fromkeys(("quick_gelu", "force_quick_gelu", "nonscalar_logit_scale"), bool),
+}
+
+
+def registered(name: str) -> bool:
+    """Whether `open_clip:<architecture>[/<tag>]` is all in open_clip's own registry."""
+    architecture, tag = parts(name)
+    if ":" in architecture:
+        return False
+    return not tag or tag in library("open_clip", "multimodal").list_pretrained_tags_by_model(architecture)
 
 
 def tag_config(architecture: str, tag: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class CLIPBackbone(Backbone):
     gives = ("pooled", "text", "scale")
     task = "contrast"
     point_options = ("tower",)
+    saved_options = clip_build.SAVED_OPTIONS
     tiny = (
         "clip-micro",
         {
@@ -80,6 +81,11 @@ class CLIPBackbone(Backbone):
         if ":" in architecture or architecture in known:
             return True
         return nearest(name, [f"open_clip:{k}" for k in known])
+
+    @classmethod
+    def known(cls, name: str) -> bool:
+        """Also open_clip's own architectures with its own tags; its `hf-hub:`, its `local-dir:` and paths are somebody's."""
+        return super().known(name) or (name.startswith("open_clip:") and clip_build.registered(name))
 
     @classmethod
     def options(cls, num_classes: int | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -56,10 +56,42 @@ def embedder(role: str, path: str, name: str = "") -> tuple[Outside, ...]:
     )
 
 
+_SIZES = (
+    *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "sample_size", "patch_size"),
+    *("patch_size_t", "sample_width", "sample_height", "sample_frames", "norm_num_groups", "num_embeds_ada_norm"),
+    *("time_embed_dim", "ofs_embed_dim", "text_embed_dim", "max_text_seq_length", "temporal_compression_ratio"),
+    *("cross_attention_dim", "caption_channels", "joint_attention_dim", "pooled_projection_dim"),
+    *("caption_projection_dim", "pos_embed_max_size"),
+)
+_YES_NO = (
+    *("attention_bias", "upcast_attention", "norm_elementwise_affine", "flip_sin_to_cos", "guidance_embeds"),
+    *("use_rotary_positional_embeddings", "use_learned_positional_embeddings", "patch_bias"),
+    *("use_additional_conditions", "double_self_attention", "only_cross_attention"),
+)
+_NUMBERS = (
+    *("dropout", "norm_eps", "spatial_interpolation_scale", "temporal_interpolation_scale", "interpolation_scale"),
+    "freq_shift",
+)
+# What a saved adapter may say of its backbone: fields of the classes' configurations, nothing that `from_pretrained` itself takes
+OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(_SIZES, range(1, 65537)),
+    **dict.fromkeys(("num_layers", "num_single_layers"), range(257)),
+    **dict.fromkeys(("dual_attention_layers", "axes_dims_rope"), range(65537)),
+    **dict.fromkeys(_NUMBERS, float),
+    **dict.fromkeys(_YES_NO, bool),
+    "activation_fn": ("gelu", "gelu-approximate", "geglu"),
+    "timestep_activation_fn": ("silu",),
+    "norm_type": ("ada_norm_zero", "ada_norm_single"),
+    "qk_norm": ("rms_norm",),
+    "attention_type": ("default",),
+}
+
+
 class DiffusersBackbone(Backbone):
     """A transformer of diffusers; `diffusers:<repository or folder>` is any one of the family's class."""
 
     modality = "diffusion-image"
+    saved_options = OPTIONS
     pools = False
     tiny_classes = None
     task = "diffuse"
@@ -95,6 +127,11 @@ class DiffusersBackbone(Backbone):
                 f"Its transformer is a {known}, which no family here describes (they describe {', '.join(FAMILIES)})."
             )
         return known == cls.diffusers_class
+
+    @classmethod
+    def known(cls, name: str) -> bool:
+        """Also the repositories whose settings are listed here."""
+        return super().known(name) or name in cls.configs
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:

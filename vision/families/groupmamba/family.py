@@ -144,6 +144,19 @@ class GroupMambaFamily(Backbone):
         Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
         Row("block", "block", "", ""),
     )
+    saved_options = {
+        "embed_dims": range(1, 16385),
+        "depths": range(1, 257),
+        "mlp_ratios": float,
+        "stem_hidden_dim": range(1, 4097),
+        "stem_kernel": range(1, 65),
+        "stem_stride": range(1, 65),
+        "in_chans": range(1, 1025),
+        "distillation": bool,
+        "d_state": range(1, 1025),
+        "drop_path_rate": float,
+        "img_size": range(1, 8193),
+    }
     elementwise = ("mlp.act", *(f"attn.mamba_g{g}.act" for g in range(1, 5)))
     tiny = (
         "groupmamba-micro",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,11 +27,37 @@ MEMBER_DATA = {  # of the members that come with the package: all of them were t
 }
 
 
+_RATE = dict.fromkeys(
+    ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), float
+)
+_YES_NO = ("qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm")
+# What a saved adapter may say of its backbone: sizes and forms of timm's classes, nothing that `timm.create_model` itself takes
+OPTIONS: dict[str, Any] = {
+    "img_size": range(1, 8193),
+    "patch_size": range(1, 513),
+    "window_size": range(1, 513),
+    "in_chans": range(1, 1025),
+    "embed_dim": range(1, 16385),
+    "depth": range(1, 257),
+    "depths": range(1, 257),
+    "num_heads": range(1, 257),
+    "mlp_ratio": float,
+    "init_values": float,
+    **_RATE,
+    **dict.fromkeys(_YES_NO, bool),
+    "reg_tokens": range(1025),
+    "global_pool": ("", "avg", "avgmax", "max", "token", "map"),
+    "pos_embed": ("", "none", "learn"),
+    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "always_partition", "patch_norm"), bool),
+}
+
+
 class TimmBackbone(Backbone):
     """A backbone built by `timm.create_model`; `timm:<name>` is any timm model of the family's class."""
 
     timm_class: ClassVar[type[nn.Module]]
     weights_folder = WEIGHTS
+    saved_options = OPTIONS
     members: ClassVar[dict[str, dict[str, Any]]] = {}  # what comes with the package: name -> options of timm's class
 
     @classmethod
@@ -48,6 +75,11 @@ class TimmBackbone(Backbone):
         return module in cls.timm_modules
 
     timm_modules: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def known(cls, name: str) -> bool:
+        """Also a plain `timm:<model>[.tag]`: one of timm's own registry. Its `hf-hub:` and `local-dir:` are somebody's."""
+        return super().known(name) or re.fullmatch(r"timm:[\w.]+", name) is not None
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
