@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from zoo import registry
 from zoo.adapters.base import Adapter
-from zoo.errors import ConfigError, UnknownNameError, nearest
+from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
 from zoo.library import only_tensors
 from zoo.model import Model
 
@@ -168,8 +169,18 @@ def load_backbone(
         module = module.to("meta")
     else:
         precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
-        with only_tensors():
-            module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
+        try:
+            with only_tensors():
+                module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
+        except ZooError:
+            raise
+        except Exception as error:
+            if not _of_pickle(error):
+                raise
+            raise WeightsError(
+                f"A file of '{name}' holds more than tensors, so it was not read: it could run any code. Ask for safetensors, or "
+                f"convert it where you trust its source. {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            ) from error
     family = cls(module, name)
     family.pretrained = pretrained and not meta
     family.configure(**kwargs)
@@ -179,6 +190,13 @@ def load_backbone(
     elif dtype is not None:
         model.to(dtype=dtype)
     return model
+
+
+def _of_pickle(error: BaseException | None) -> bool:
+    """Whether an error came of torch's refusal to unpickle."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _resolve(source: str | Adapter | Path) -> Adapter | Path:

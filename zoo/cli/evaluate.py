@@ -17,6 +17,7 @@ from zoo.cli.options import (
     Precision,
     Quiet,
     SkipBroken,
+    TrustBackbone,
     WhatFor,
     Workers,
     data_option,
@@ -42,6 +43,7 @@ def evaluate(
     task: WhatFor = None,
     pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
     seed: Annotated[int, model_option("Of random weights (--no-pretrained): that of zoo fit.")] = 0,
+    trust_backbone: TrustBackbone = False,
     precision: Precision = "fp32",
     device: Device = None,
     workers: Workers = None,
@@ -66,7 +68,7 @@ def evaluate(
     import zoo
     from zoo.tasks import resolve
 
-    model = load_target(target, pretrained, seed)
+    model = load_target(target, pretrained, seed, trust_backbone)
     what = resolve(model, task)
     on_error: Any = "skip" if skip_broken else "raise"
     dataset = (_dataset if what.on_head else partial(opened, what))(model, data, split, on_error)
@@ -103,14 +105,14 @@ def evaluate(
         console().print(table(["class", "accuracy"], shown, right=["accuracy"]))
 
 
-def load_target(target: str, pretrained: bool = True, seed: int = 0) -> Model:
+def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backbone: bool = False) -> Model:
     """A saved adapter on its backbone, or a bare backbone with its classifier."""
     import zoo
     from zoo import registry
     from zoo.errors import UnknownNameError, nearest
 
     try:
-        return zoo.load(adapter=target, pretrained=pretrained, seed=seed).eval()
+        return zoo.load(adapter=target, pretrained=pretrained, seed=seed, trust_backbone=trust_backbone).eval()
     except ConfigError:
         if target in registry.list_adapters():
             raise ConfigError(

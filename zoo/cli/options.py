@@ -20,6 +20,14 @@ Workers = Annotated[int | None, typer.Option(help="Processes that load the data.
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without items that cannot be read.", rich_help_panel=DATA)
 ]
+TrustBackbone = Annotated[
+    bool,
+    typer.Option(
+        "--trust-backbone",
+        help="Build the backbone that the folder names even if it is of somebody's repository or folder.",
+        rich_help_panel=MODEL,
+    ),
+]
 WhatFor = Annotated[
     str | None,
     typer.Option(

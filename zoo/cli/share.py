@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zoo.cli.common import JSON_HELP, console, count, is_folder, print_json, size
+from zoo.cli.options import TrustBackbone
 from zoo.errors import ConfigError, SaveError
 
 Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
@@ -94,6 +95,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, ending in .safetensors.")],
     pretrained: Annotated[bool, typer.Option(help="On the backbone's pretrained weights, or on random ones.")] = True,
     seed: Annotated[int, typer.Option(help="Of random weights (--no-pretrained): that of zoo fit.")] = 0,
+    trust_backbone: TrustBackbone = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into its backbone's weights: a plain checkpoint of the library, nothing of ours left in it.
@@ -113,7 +115,7 @@ def merge(
         raise ConfigError(f"--out is '{out}'; expected a file that ends in .safetensors (pickles are not written).")
     if not is_folder(target) and target in registry.list_backbones():
         raise ConfigError(f"'{target}' is a backbone without an adapter; there is nothing to merge.")
-    model = load_target(target, pretrained, seed)
+    model = load_target(target, pretrained, seed, trust_backbone)
     plain = model.merge()
     gap = _gap(model, plain)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in plain.state_dict().items()}

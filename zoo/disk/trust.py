@@ -50,7 +50,7 @@ def check_backbone(
         raise TrustError(
             f"The {kind} in '{where}' names the backbone '{name}', which is none of a source registered here: somebody's "
             "repository or folder. Nothing of it was downloaded or read. If you trust it, say so: trust_backbone=True (or "
-            f"trust_backbone={name!r}, this one alone)."
+            f"trust_backbone={name!r}, this one alone; on the command line --trust-backbone)."
         )
     cls, _ = registry.find_backbone(name)
     check_options(cls.saved_options, options, where, name)
