@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.engine.memory import recomputable
+from zoo.engine.memory import recomputable, state_of
 from zoo.engine.sites import Op, Site, parts, site_at
 
 if TYPE_CHECKING:
@@ -242,7 +242,8 @@ class AttentionSite(Site):
         changing = frame is not None and bool(frame.values)  # values of this forward pass may be part of them
         if not (changing or torch.is_grad_enabled() or any(m.training for op in ops for m in op.modules)):
             tensors = self._tensors()
-            key = _state_of(tensors, dtype)
+            state = state_of(tensors)
+            key = None if state is None else (dtype, state)
         if key is None:
             self._kept = None
         elif self._kept is not None and self._kept[0] == key:
@@ -351,16 +352,6 @@ class FusedAttention(AttentionSite):
 
 def _select(own: Tensor, rows: Tensor, *extra: Tensor) -> Tensor:
     return prepend(own.index_select(0, rows), *extra)
-
-
-def _state_of(tensors: list[Tensor], dtype: torch.dtype) -> Any:
-    """Identity, address and version of tensors, and the precision; None where these cannot be told."""
-    try:
-        device = tensors[0].device.type
-        precision = (dtype, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        return (precision, [(id(t), t.data_ptr(), t._version) for t in tensors])
-    except RuntimeError:  # made in inference mode, or wrapped by a functional transform
-        return None
 
 
 def recorder(session: Recorder, point: Point, verb: str, module: nn.Module) -> Callable[..., None]:

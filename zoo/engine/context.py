@@ -39,7 +39,7 @@ GIVE = "model(x, context={{'{0}': ...}}), or `with model.context({0}=...):`"
 
 @dataclass(frozen=True, eq=False)
 class Want:
-    """What one adapter asks for; `per` is "sample", "batch", or "forward" for a carried tensor."""
+    """What one adapter asks for; `per` is "sample", "batch", "forward" for a carried tensor, "made" for generated weights."""
 
     owner: str
     name: str
@@ -48,6 +48,7 @@ class Want:
     choices: tuple[str, ...] = ()
     example: Any = None
     windows: bool = False  # whether rows may be windows of an image
+    made: Any = None  # of generated weights: `zoo.engine.generated.Made`
 
     @property
     def of_inputs(self) -> bool:
@@ -217,6 +218,8 @@ def make_frame(
         if want.per == "forward":
             frame.carries = True
             continue
+        if want.made is not None:  # made as soon as the other values are there
+            continue
         value = _input(want, inputs, kwargs) if want.of_inputs else given.get(want.name)
         if value is None:
             if want.required:
@@ -240,7 +243,7 @@ def make_frame(
 
 def check_names(given: Mapping[str, Any], wants: Sequence[Want]) -> None:
     """Raise UnknownNameError for a value that no attached adapter would read."""
-    known = {w.name for w in wants if w.per != "forward" and not w.of_inputs}
+    known = {w.name for w in wants if w.per in PER and not w.of_inputs}
     for name in given:
         if name not in known:
             raise UnknownNameError(

@@ -238,3 +238,15 @@ def dropped(x: Tensor, drop: nn.Dropout) -> Tensor:
 
 def _masked(x: Tensor, keep: Tensor, p: float) -> Tensor:
     return x * keep / (1 - p)
+
+
+def state_of(tensors: list[Tensor]) -> Any:
+    """Identity, address and version of tensors, and the precision of products; None where these cannot be told."""
+    if not tensors:
+        return None
+    try:
+        device = tensors[0].device.type
+        precision = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        return (precision, [(id(t), t.data_ptr(), t._version) for t in tensors])
+    except RuntimeError:  # made in inference mode, or wrapped by a functional transform
+        return None

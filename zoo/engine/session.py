@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.engine.context import Carried, Context, Value, Want, make_want
+from zoo.engine.generated import Made
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
@@ -208,6 +209,13 @@ class Session:
         elif (known.per, known.required, known.choices) != (want.per, want.required, want.choices):
             raise AttachError(f"'{self.owner}' asks for the context value '{name}' twice, and differently.")
         return Carried(self.context, want) if per == "forward" else Value(self.context, want)
+
+    def generate(self, name: str, generator: nn.Module, values: Sequence[Value]) -> Made:
+        """Called by `points.generate`."""
+        self.share(name, generator)
+        made = Made(self.context, self.owner, name, generator, tuple(values))
+        self.wants.append(Want(self.owner, made.key[1], "made", made=made))
+        return made
 
     def _make(self, point: Point, verb: str, where: str, fn: Callable[..., Any], *modules: nn.Module, **kw: Any) -> Op:
         return Op(self.owner, where, fn, point.name, verb=verb, modules=parts(*modules), **kw)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.engine.context import Want, batch_of, check_names, make_frame
+from zoo.engine.context import PER, Want, batch_of, check_names, make_frame
 from zoo.model.attaching import AdapterHost
 
 __all__ = ["Contextual"]
@@ -40,7 +40,7 @@ class Contextual(AdapterHost):
         """Names of the context values that attached adapters read, each with these adapters."""
         found: dict[str, tuple[str, ...]] = {}
         for want in self._all_wants():
-            if want.per != "forward" and not want.of_inputs:
+            if want.per in PER and not want.of_inputs:
                 found[want.name] = (*found.get(want.name, ()), want.owner)
         return found
 
@@ -54,6 +54,15 @@ class Contextual(AdapterHost):
         wants = [w for n in self._state.active for w in self._wants.get(n, ())]
         examples = {w.name: w.example(count) if callable(w.example) else w.example for w in wants}
         return {name: value for name, value in examples.items() if value is not None}
+
+    def train(self, mode: bool = True) -> Contextual:
+        """As torch's; what generators made for evaluation is forgotten."""
+        super().train(mode)
+        for wants in self._wants.values():
+            for want in wants:
+                if want.made is not None:
+                    want.made.forget()
+        return self
 
     def _all_wants(self) -> list[Want]:
         return [want for wants in self._wants.values() for want in wants]
@@ -87,6 +96,9 @@ class Contextual(AdapterHost):
         before = state.frame
         state.frame = frame
         try:
+            for want in wants:
+                if want.made is not None and frame is not None:
+                    frame.values[want.made.key] = want.made.make()
             return run(*inputs, **kwargs)
         finally:
             state.frame = before

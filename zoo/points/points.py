@@ -13,7 +13,7 @@ from zoo.points.kinds import KINDS, Point
 from zoo.points.selectors import expand, matcher
 
 if TYPE_CHECKING:
-    from zoo.points.recorder import Carried, Recorder, Value
+    from zoo.points.recorder import Carried, Made, Recorder, Value
 
 M = TypeVar("M", bound=nn.Module)
 PROJECTIONS = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")  # what "all-linear" stands for
@@ -175,16 +175,31 @@ class Points(Sequence[Point]):
         Raises:
             AttachError: the name is one of the points' own, or taken; nothing at a point uses the module (when `attach` is over).
         """
-        if self.session is None:
-            raise AttachError("'share' was called outside of Adapter.attach.")
+        session = self._session("share")
+        self._free(name)
+        session.share(name, module)
+        return module
+
+    def _free(self, name: str) -> None:
         taken = {p.name.split(".")[0] for p in self._points} | {"backbone"}
         if not name.isidentifier() or name in taken:
             raise AttachError(
                 f"'{name}' cannot name a shared module: expected a word other than {', '.join(sorted(taken))}, under which the "
                 f"points of {self.backbone} are saved."
             )
-        self.session.share(name, module)
-        return module
+
+    def generate(self, name: str, generator: nn.Module, *values: Value) -> Made:
+        """Register a module that makes the weights of many points, shared as by `share`; it runs once for each forward pass.
+
+        Args:
+            name: under which the generator is saved.
+            generator: called with what `values` are in this pass (None for one that is not given) before the backbone runs. What it
+                returns is what the modules at the points, which name it in their `shared`, read by `made.get()`.
+            values: of `points.context(..., per="batch")`.
+        """
+        session = self._session("generate")
+        self._free(name)
+        return session.generate(name, generator, values)  # type: ignore[no-any-return]
 
     def require(self, kind: str, method: str) -> list[Any]:
         """All points of a kind, or an AttachError that says that this backbone has none."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Carried", "Recorder", "Value"]
+__all__ = ["Carried", "Made", "Recorder", "Value"]
 
 
 class Value(Protocol):
@@ -37,6 +37,13 @@ class Carried(Protocol):
         """As `get`, and nothing is left there."""
 
 
+class Made(Protocol):
+    """Generated weights, as an adapter's module reads them (`zoo.engine.generated`)."""
+
+    def get(self) -> Any:
+        """What the generator made for this forward pass."""
+
+
 class Recorder(Protocol):
     """The session of one adapter, as the floors below see it (`zoo.engine.session.Session`)."""
 
@@ -55,6 +62,9 @@ class Recorder(Protocol):
 
     def share(self, name: str, module: nn.Module) -> None:
         """Register a module that several points have in common, once, under this name."""
+
+    def generate(self, name: str, generator: nn.Module, values: Any) -> Any:
+        """Register a module that makes the weights of several points once for each forward pass (`Made`)."""
 
     def op(self, site_module: nn.Module, op: Any, kind: type[Any] = ...) -> None:
         """Record an op (`zoo.engine.sites.Op`) at a module of the backbone."""

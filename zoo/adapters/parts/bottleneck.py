@@ -31,6 +31,13 @@ def bend(hidden: Tensor, activation: str) -> Tensor:
     return recomputable(fn, hidden) if keeps_input else fn(hidden)
 
 
+def bottleneck(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str = "relu"
+) -> Tensor:
+    """`up f(down x + down_bias) + up_bias`, (..., d) -> (..., d), with weights that somebody else made; down (r, d), up (d, r)."""
+    return F.linear(bend(F.linear(x, down, down_bias), activation), up, up_bias)
+
+
 class Bottleneck(nn.Module):
     """`x (..., d) -> s (W_up f(W_down x + b_down) + b_up)`, plus x itself if `sequential`."""
 
