@@ -14,21 +14,22 @@ Points: `sublayer` (verb `after`); `norm` (verb `train`) with `train_norms`. Con
 | `++`          | [task; layer; kind of sublayer]          | one set                                  |
 
 A stack (encoder, decoder, tower; on hierarchical backbones the blocks of one width) has its own network, maps and rows of
-layers and kinds; the rows of tasks are common to all. f is the GELU by tanh. Start: rows N(0, 1), all matrices N(0, 0.01^2), biases 0:
-close to the pretrained function, since gamma is small, not equal to it.
+layers and kinds; the rows of tasks are common to all. f is the GELU by tanh. Start: rows N(0, 1), all matrices N(0, 0.01^2),
+biases 0: close to the pretrained function, since gamma is small, not equal to it.
 
-The weights are made once for each forward pass, in front of the backbone, and kept in evaluation (`points.generate`). A batch has one
-task: `model(x, context={"task": "mnli"})`, or `with model.context(task="mnli"):`; with a single task it need not be said. What a task's
-adapters have become can be taken out as a plain `adapter` (`extract`), which costs no hypernetwork any more.
+The weights are made once for each forward pass, in front of the backbone, and kept in evaluation (`points.generate`). A batch
+has one task: `model(x, context={"task": "mnli"})`, or `with model.context(task="mnli"):`; with a single task it need not be
+said. What a task's adapters have become can be taken out as a plain `adapter` (`extract`), which needs no hypernetwork.
 
 Defaults: m = 64, h = 128, p = 64, b = d / 32, self-attention and MLP, no cross-attention. Their T5 trains its LayerNorms too
 (`train_norms=True`); the default leaves them frozen.
-Counts: for each stack and set (p + 1) (2 d b + b + 3 d), its network h (z + 1) + p (h + 1) + 2 p, m (layers + kinds); m for each task.
-T5-base with its norms and 8 tasks: ++ 5,211,056 (0.29 % of T5 for each task), hyperformer 10,289,376. ViT-B/16, one task: ++ 2,581,528.
+Counts: for each stack and set (p + 1) (2 d b + b + 3 d), its network h (z + 1) + p (h + 1) + 2 p, m (layers + kinds); m for
+each task. T5-base with its norms and 8 tasks: ++ 5,211,056 (0.29 % of T5 for each task), hyperformer 10,289,376. ViT-B/16, one
+task: ++ 2,581,528, hyperformer 5,120,688.
 Source: Karimi Mahabadi, Ruder, Dehghani and Henderson, "Parameter-efficient Multi-task Fine-tuning for Transformers via Shared
 Hypernetworks", ACL 2021 (rabeehk/hyperformer).
-Deviations: b is d / reduction rounded, theirs is rounded down (32 divides 768). The rows of all tasks are one table, so an optimizer
-with momentum also moves rows of tasks that were not in the batch, as theirs does once their gradients exist.
+Deviations: b is d / reduction rounded, theirs is rounded down (32 divides 768). The rows of all tasks are one table, so an
+optimizer with momentum also moves rows of tasks that were not in the batch, as theirs does once their gradients exist.
 """
 
 from __future__ import annotations
@@ -187,8 +188,8 @@ class Hyperformer(Adapter):
     def extract(self, model: Host, task: str, name: str | None = None) -> tuple[str, ...]:
         """Attach a task's bottlenecks to the model as a plain `adapter` (switched off), and return its name in the model.
 
-        With `train_norms`, the trained norms come as a second adapter, `norm`, whose name is returned too. Together they give what
-        this adapter gives for the task; `model.save_adapter(folder, adapters=names)` writes them.
+        With `train_norms`, the trained norms come as a second adapter, `norm`, whose name is returned too. Together they give
+        what this adapter gives for the task; `model.save_adapter(folder, adapters=names)` writes them.
 
         Raises:
             UnknownNameError: this adapter has no such task.
@@ -231,11 +232,13 @@ class Hyperformer(Adapter):
             MergeError: always.
         """
         raise MergeError(
-            "'hyperformer' cannot be merged: it is a network of its own behind the sublayer, not a change of the weights. Take a task "
-            "out as a plain adapter (extract), or keep the model as it is."
+            "'hyperformer' cannot be merged: it is a network of its own behind the sublayer, not a change of the weights. Take a "
+            "task out as a plain adapter (extract), or keep the model as it is."
         )
 
 
 def _kind(point: SublayerPoint) -> str:
     """What a block calls its sublayer: `attn`, `mlp`, `text.attn`; two of one role are two kinds."""
-    return point.name.partition(f".{point.block}.")[2] or point.role
+    parts = point.name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

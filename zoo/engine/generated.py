@@ -7,10 +7,11 @@ adapter's modules read the result in their forward:
     made = points.generate("hyper", HyperNetwork(...), points.context("task", per="batch", choices=tasks))    attach
     weight = self.made.get()[self.index]                                                                      forward
 
-The result belongs to the frame of the forward pass (`zoo.engine.context`). So a block that is recomputed in backward reads the very
-tensors of its forward, and their graph ends in one run of the generator; per-sample adapters each have their own; a compiled model has
-the generator at the head of its graph. In evaluation without gradients the result is kept, for each combination of values, until a
-parameter of the generator changes (a change through `parameter.data` that autograd cannot see: until `model.train()` or `model.eval()`).
+The result belongs to the frame of the forward pass (`zoo.engine.context`). So a block that is recomputed in backward reads the
+very tensors of its forward, and their graph ends in one run of the generator; per-sample adapters each have their own; a compiled
+model has the generator at the head of its graph. In evaluation without gradients the result is kept, for each combination of
+values, until a parameter of the generator changes (a change through `parameter.data`, which autograd cannot see, is noticed only
+at the next `model.train()` or `model.eval()`).
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Made:
         frame = self.context.frame
         if frame is None or self.key not in frame.values:
             raise ContextError(
-                f"'{self.owner}' read what '{self.name}' generates outside of a forward pass; it is there only inside of model(...) "
-                "and model.features(...)."
+                f"'{self.owner}' read what '{self.name}' generates outside of a forward pass; it is there only inside of "
+                "model(...) and model.features(...)."
             )
         return frame.values[self.key]
 

@@ -193,8 +193,8 @@ class Points(Sequence[Point]):
 
         Args:
             name: under which the generator is saved.
-            generator: called with what `values` are in this pass (None for one that is not given) before the backbone runs. What it
-                returns is what the modules at the points, which name it in their `shared`, read by `made.get()`.
+            generator: called with what `values` are in this pass (None for one that is not given) before the backbone runs. The
+                modules at the points, which name it in their `shared`, read what it returns by `made.get()`.
             values: of `points.context(..., per="batch")`.
         """
         session = self._session("generate")

@@ -34,7 +34,7 @@ def bend(hidden: Tensor, activation: str) -> Tensor:
 def bottleneck(
     x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str = "relu"
 ) -> Tensor:
-    """`up f(down x + down_bias) + up_bias`, (..., d) -> (..., d), with weights that somebody else made; down (r, d), up (d, r)."""
+    """`up f(down x + down_bias) + up_bias`, (..., d) -> (..., d), with weights made elsewhere; down (r, d), up (d, r)."""
     return F.linear(bend(F.linear(x, down, down_bias), activation), up, up_bias)
 
 
