@@ -129,6 +129,9 @@ class Host(Protocol):
     def context(self, **values: Any) -> AbstractContextManager[None]:
         """Values that adapters read in every forward pass inside."""
 
+    def passing(self, run: Callable[[], Any], *inputs: Any, **kwargs: Any) -> Any:
+        """`run()`, in which a library calls the backbone by itself, as one forward pass over these inputs."""
+
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
         """Names of the context values that attached adapters read, each with these adapters."""

@@ -126,15 +126,12 @@ class Generate(Task):
         ids, mask, _, *visual = inputs
         family.check_visual(visual[0] if visual else None)
         given = dict(zip(("visual_features", "boxes"), visual, strict=False))
-        found = model.backbone.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            num_beams=self.beams,
-            do_sample=False,
-            max_new_tokens=length,
-            **given,
-        )
-        return decode(family, found)
+        options = {"num_beams": self.beams, "do_sample": False, "max_new_tokens": length}
+
+        def run() -> Tensor:
+            return model.backbone.generate(input_ids=ids, attention_mask=mask, **options, **given)  # type: ignore[operator]
+
+        return decode(family, model.passing(run, ids, *visual))
 
     def answer(self, model: Host, images: Sequence[Any], questions: Sequence[str | None]) -> list[str]:
         """Answers to questions about images, which are PIL images, paths, encoded bytes or (features, boxes).

@@ -12,6 +12,7 @@ import pytest
 import torch
 from method_models import bare, images, loss_of
 from torch import Tensor, nn
+from train_parts import easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo import registry
@@ -35,6 +36,21 @@ class Vectors(nn.Module):
             RUNS.append(task)
         row = self.rows[0 if task is None else self.names.index(task)]
         return self.map(row).view(-1, self.dim).unbind(0)
+
+
+class Stop(Exception):
+    pass
+
+
+@dataclass
+class StopAt:
+    """Ends a run after a step, as a kill would."""
+
+    step: int
+
+    def step_end(self, model: zoo.Model, step: int) -> None:
+        if step == self.step:
+            raise Stop
 
 
 class Shift(nn.Module):
@@ -204,6 +220,21 @@ def test_compiles_as_one_graph_with_one_run() -> None:
     assert len(graphs) == 2  # one for each task
     for graph in graphs:  # what only the generator does
         assert [n.args[1:] for n in graph.graph.nodes if n.target == "view" and n.args[-1] == 48] == [(-1, 48)]
+
+
+def test_a_broken_off_run_goes_on_exactly(tmp_path: Path) -> None:
+    def run(folder: Path | None, stop: int | None) -> dict[str, Tensor]:
+        model = tiny_model(zoo.adapter("made"))
+        with model.context(task="b"):
+            options = {"epochs": 2, "batch_size": 8, "checkpoint": folder, "checkpoint_every": 1, "lr": 1e-2}
+            fit(model, easy_data(24), callbacks=[] if stop is None else [StopAt(stop)], **options)
+        return weights(model)
+
+    with pytest.raises(Stop):
+        run(tmp_path / "run", stop=3)
+    resumed, unbroken = run(tmp_path / "run", None), run(tmp_path / "whole", None)
+    assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
 
 
 def test_refusals() -> None:

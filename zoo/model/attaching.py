@@ -234,7 +234,8 @@ class AdapterHost(Headed):
 
         Args:
             names: none at all switches every adapter off.
-            train: which of them are trained; by default all.
+            train: which of them are trained; by default all. What a method froze inside its adapter, or you in an adapter or a
+                head, stays frozen.
 
         Raises:
             CombinationError: two of them cannot work together; nothing is changed.

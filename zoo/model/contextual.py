@@ -64,6 +64,14 @@ class Contextual(AdapterHost):
                     want.made.forget()
         return self
 
+    def passing(self, run: Callable[[], Any], *inputs: Any, **kwargs: Any) -> Any:
+        """`run()`, in which a library calls the backbone by itself (text generation), as one forward pass over these inputs.
+
+        Raises:
+            ContextError: a value that an active adapter needs is missing.
+        """
+        return self._framed(run, (), {}, call=(inputs, kwargs)) if self._needs_frame(None) else run()
+
     def _all_wants(self) -> list[Want]:
         return [want for wants in self._wants.values() for want in wants]
 

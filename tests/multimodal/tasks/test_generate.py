@@ -19,7 +19,7 @@ import zoo
 from multimodal.data.questions import Question, open_questions
 from multimodal.metrics.answers import exact_match, normalized, vqa_accuracy
 from multimodal.metrics.cider import cider
-from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.errors import ConfigError, ContextError, DataError, MismatchError
 
 pytest.importorskip("transformers", reason="the extra 'multimodal' is not installed")
 
@@ -294,6 +294,28 @@ def test_fit_learns_and_evaluate_writes(folder: Path) -> None:
         task.answer(network, images, ["what color?"])
     with network.disable():
         assert zoo.evaluate(network, folder, split="test", task=task, progress=False)["exact_match"] < 1
+
+
+def test_writes_with_weights_made_for_a_task(folder: Path) -> None:
+    """Writing is many passes of the library's own: one forward pass here, with its values and one run of the generator."""
+    network = model(num_layers=2)
+    method = zoo.adapter("hyperformer", tasks=("a", "b"), form="++", rank=4, task_dim=4, hidden=8, projected=8)
+    adapter = network.add_adapter(method)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    task, image = _task(front(), beams=2), Image.new("RGB", (32, 32), COLORS["red"])
+    with pytest.raises(ContextError, match="needs 'task'"):
+        task.answer(network, [image], ["what color?"])
+    written = {}
+    for name in ("a", "b"):
+        with network.context(task=name):
+            written[name] = task.answer(network, [image], ["what color?"])
+    for name in ("a", "b"):
+        network.set_active(*adapter.extract(network, name))
+        assert task.answer(network, [image], ["what color?"]) == written[name]
+    assert written["a"] != written["b"]
 
 
 def test_captions_are_described(tmp_path: Path) -> None:
