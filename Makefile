@@ -3,17 +3,22 @@
 #   make test     every test            (PYTEST_ARGS="tests/test_cli.py -k list" for a part)
 #   make lint     ruff and mypy         make format   lay the code out, fix what can be fixed, write README's table of methods
 #   make docs     the documentation, into site/
+#   make lock     the exact versions that all of these install, anew: requirements/lock-py*.txt
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CODE := zoo vision multimodal audio tests benchmarks scripts docs
 
-.PHONY: demo test lint format docs install dev clean help
+# Exact versions where there is a lock for this Python, else the newest that the ranges of pyproject.toml allow
+LOCK = $$($(BIN)/python -c 'import os, sys; lock = "requirements/lock-py%d%d.txt" % sys.version_info[:2]; print("-c " + lock if os.path.exists(lock) else "")')
+
+.PHONY: demo test lint format docs lock install dev clean help
 
 help:
 	@sed -n 's/^#  *make/  make/p' Makefile
@@ -22,7 +27,7 @@ demo: install
 	$(BIN)/zoo demo $(DEMO_ARGS)
 
 test: dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: dev
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -37,22 +42,27 @@ format: dev
 docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
+# Run the suite before committing what comes out
+lock: dev
+	$(PIP) install --quiet 'uv>=0.9,<0.14'
+	$(BIN)/python scripts/lock.py
+
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
-# The stamps depend on pyproject.toml: nothing is installed twice, and a changed dependency is installed at once.
+# The stamps depend on pyproject.toml and the locks: nothing is installed twice, and a changed dependency is installed at once.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "adapter-zoo needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet -e '.[demo]'
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
+	$(PIP) install --quiet $(LOCK) -e '.[demo]'
 	$(BIN)/python scripts/check_install.py
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet -e '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
+	$(PIP) install --quiet $(LOCK) -e '.[dev]'
 	$(BIN)/python scripts/check_install.py
 	@touch $@ $(VENV)/.installed
 
