@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.errors import AttachError, MergeError, MissingPackageError, UnknownNameError, ZooError
+from zoo.errors import MergeError, MissingPackageError, UnknownNameError, ZooError
 
 STEPS = ("attach", "train", "save", "merge")
 
@@ -73,7 +73,7 @@ def _cell(family: str, method: str) -> Cell:
             if registry.adapter_class(method).head_kind == "text":  # compares inputs of one tower with names
                 batch, targets = _named(model, batch)
             adapter = model.add_adapter(method)
-        except AttachError as error:
+        except ZooError as error:  # no such points, a role that the family lacks, a setting that does not fit
             return Cell(family, method, **{**done, "attach": str(error)}, parameters=0)
         done["attach"] = "yes"
         try:

@@ -91,3 +91,36 @@ def test_command_line_shows_the_table() -> None:
     assert all(c[step] for c in cells for step in STEPS)
     wrong = CliRunner().invoke(app, ["list", "lineer", "--table"])
     assert wrong.exit_code == 1 and "linear" in wrong.output
+
+
+def test_every_refusal_at_attaching_is_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default role that a family lacks raises SelectionError, a setting ConfigError; neither breaks the table off."""
+    from dataclasses import dataclass
+    from typing import Any
+
+    from zoo import registry
+    from zoo.adapters.base import Adapter
+    from zoo.errors import ConfigError
+
+    @dataclass(eq=False)
+    class OfScan(Adapter):
+        """Asks for a role that a ViT does not have."""
+
+        targets: str = "scan"
+
+        def attach(self, points: Any) -> None:
+            points.select(self.targets, kind="linear")
+
+    @dataclass(eq=False)
+    class Unfit(Adapter):
+        """Refuses the width."""
+
+        def attach(self, points: Any) -> None:
+            raise ConfigError("48 is no power of two")
+
+    for name, cls in (("of-scan", OfScan), ("unfit", Unfit)):
+        cls.method = name
+        monkeypatch.setitem(registry._adapters, name, cls)
+    of_scan, unfit = zoo.compatibility(["vit"], ["of-scan", "unfit"])
+    assert "'scan' matches no linear point" in of_scan.attach and of_scan.train == of_scan.merge == "not reached"
+    assert unfit.attach == "48 is no power of two" and unfit.parameters == 0
