@@ -66,9 +66,14 @@ class LowRank(nn.Module):
         x = dropped(x, first.drop)
         slices = tuple((start, stop, m.scale) for m, start, stop in parts)
         factors = [f for m, _, _ in parts for f in (m.lora_a, m.lora_b)]
-        if torch.compiler.is_compiling() or x.device.type == "meta" or exact():
-            return _plain(x, y, slices, factors)
-        return _LowRankAdd.apply(y, x, slices, *factors)
+        return add_low_rank(x, y, slices, factors)
+
+
+def add_low_rank(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: Sequence[Tensor]) -> Tensor:
+    """`y[..., start:stop] += s B A x` for slices (start, stop, s), with factors A_1, B_1, A_2, ...; y is changed in place."""
+    if torch.compiler.is_compiling() or x.device.type == "meta" or exact():
+        return _plain(x, y, slices, factors)
+    return _LowRankAdd.apply(y, x, slices, *factors)
 
 
 def _plain(x: Tensor, y: Tensor, slices: tuple[tuple[int, int, float], ...], factors: Sequence[Tensor]) -> Tensor:
