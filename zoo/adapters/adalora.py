@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.lora import ALL_LINEAR, add_low_rank
+from zoo.adapters.lora import add_low_rank
 from zoo.adapters.parts.budget import Schedule, distance, forget, kept, measure, score, steps_of, track
 from zoo.engine.memory import dropped, recomputable
 from zoo.host import Host
-from zoo.points import LinearPoint, Points
+from zoo.points import Points
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
@@ -154,12 +154,8 @@ class AdaLoRA(Adapter):
 
     def attach(self, points: Points) -> None:
         """Add triplets at every selected linear point."""
-        have = points.require("linear", "adalora") and points.roles("linear")
-        if self.targets in ("all-linear", ("all-linear",)):
-            chosen: list[LinearPoint] = points.select(kind="linear", role=[r for r in ALL_LINEAR if r in have])
-        else:
-            chosen = points.select(self.targets, kind="linear")
-        for point in chosen:
+        points.require("linear", "adalora")
+        for point in points.linears(self.targets):
             scale = self.alpha / (self.rank + 1e-5)
             point.add(Triplets(point.dim_in, point.dim_out, self.rank, scale, self.dropout))
 
