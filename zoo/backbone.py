@@ -134,6 +134,11 @@ class Backbone:
                 )
 
     @property
+    def num_prefix(self) -> int:
+        """Class, register and other tokens in front of the patches in the output "tokens"."""
+        return 0
+
+    @property
     def feature_dim(self) -> int:
         """d of `features`."""
         raise TypeError(f"{type(self).__name__} does not implement feature_dim.")

@@ -12,7 +12,7 @@ Source: Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class AST(TransformersAudio):
     """`ast`, `ast-speech-commands`, `ast-micro`, or `transformers:<repository or folder>` of this model type."""
 
     family = "ast"
+    gives = ("pooled", "tokens")
     weights_folder = WEIGHTS
     library_classes = {MODEL_TYPE: ("ASTConfig", "ASTForAudioClassification")}
     configs = {source: (MODEL_TYPE, fields) for source, fields in CONFIGS.items()}
@@ -201,6 +202,21 @@ class AST(TransformersAudio):
         Raises:
             DataError: spectrograms of another size.
         """
+        return self._body(*inputs, **kwargs).pooler_output  # type: ignore[no-any-return]
+
+    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """Tokens behind the final norm: CLS, DIST, then the patches, row by row of frequencies."""
+        self.check_wanted(want)
+        found = self._body(*inputs, **kwargs)
+        everything = {"pooled": found.pooler_output, "tokens": found.last_hidden_state}
+        return {name: everything[name] for name in want}
+
+    @property
+    def num_prefix(self) -> int:
+        """CLS and DIST."""
+        return 2
+
+    def _body(self, *inputs: Tensor, **kwargs: Any) -> Any:
         (spectrograms,) = inputs
         config = self.body.config
         if spectrograms.ndim != 3 or spectrograms.shape[1:] != (config.max_length, config.num_mel_bins):
@@ -208,7 +224,7 @@ class AST(TransformersAudio):
                 f"spectrograms of shape {tuple(spectrograms.shape)}; expected (B, {config.max_length}, {config.num_mel_bins}). "
                 "model.preprocess() makes one out of a waveform; zoo.load(..., max_length=...) takes another length."
             )
-        return self.body(spectrograms, **kwargs).pooler_output  # type: ignore[no-any-return]
+        return self.body(spectrograms, **kwargs)
 
     @property
     def feature_dim(self) -> int:

@@ -5,10 +5,11 @@ Blocks as in ViT, but attention sees windows (B * nW, M * M, C), batch-major: wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from vision.families.parts.timm_family import TimmBackbone
 from zoo.points import NormPoint, Point
@@ -59,10 +60,30 @@ class Swin(TimmBackbone):
         Row("block", "block", "", ""),
     )
     elementwise = ("mlp.act",)
+    gives = ("pooled", "tokens", "maps")
     tiny = (
         "swin-t",
         {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
     )
+
+    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """A map of every stage, the last one behind the final norm; tokens are its places, row by row."""
+        self.check_wanted(want)
+        module: Any = self.module
+        x = module.patch_embed(*inputs, **kwargs)
+        maps = []
+        for stage in module.layers:
+            x = stage(x)
+            maps.append(x)
+        maps[-1] = x = module.norm(x)
+        found: dict[str, Any] = {}
+        if "pooled" in want:
+            found["pooled"] = module.forward_head(x, pre_logits=True).contiguous()
+        if "tokens" in want:
+            found["tokens"] = x.flatten(1, 2)
+        if "maps" in want:
+            found["maps"] = [m.permute(0, 3, 1, 2) for m in maps]
+        return found
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""

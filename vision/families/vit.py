@@ -5,11 +5,12 @@ Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from vision.families.parts.timm_family import TimmBackbone
 from zoo.errors import MismatchError
@@ -61,6 +62,7 @@ class ViT(TimmBackbone):
         Row("block", "block", "", ""),
     )
     elementwise = ("mlp.act",)
+    gives = ("pooled", "tokens", "maps")
     tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
 
     @classmethod
@@ -78,6 +80,22 @@ class ViT(TimmBackbone):
     def num_prefix(self) -> int:
         """Class and register tokens in front of the patches."""
         return int(self.module.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """Tokens behind the final norm, [prefix | prompts that stay | patches]; the map is that of the patches."""
+        self.check_wanted(want)
+        module: Any = self.module
+        tokens = module.forward_features(*inputs, **kwargs)
+        found: dict[str, Any] = {}
+        if "pooled" in want:
+            found["pooled"] = module.forward_head(tokens, pre_logits=True).contiguous()
+        if "tokens" in want:
+            found["tokens"] = tokens
+        if "maps" in want:
+            height, width = module.patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
+            patches = tokens[:, tokens.shape[1] - height * width :]
+            found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
+        return found
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every block, and of the final norms."""

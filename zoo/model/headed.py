@@ -34,8 +34,8 @@ class Headed(nn.Module):
 
     def _rich(self, name: str | None) -> bool:
         """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
-        behind = name is not None and self.adapters[name].behind_head
-        return bool(behind) or isinstance(self.heads[self._head_of(name)], Head)
+        adapter: Any = None if name is None else self.adapters[name]
+        return (adapter is not None and adapter.behind_head) or isinstance(self.heads[self._head_of(name)], Head)
 
     @property
     def device(self) -> torch.device:

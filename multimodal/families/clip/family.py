@@ -50,7 +50,7 @@ class CLIPBackbone(Backbone):
     }
     elementwise = ("mlp.gelu", "mlp.act")
     weights_folder = Path(__file__).parents[2] / "weights"
-    gives = ("pooled", "text", "scale")
+    gives = ("pooled", "tokens", "maps", "text", "scale")
     task = "contrast"
     point_options = ("tower",)
     saved_options = clip_build.SAVED_OPTIONS
@@ -254,7 +254,7 @@ class CLIPBackbone(Backbone):
     def outputs(  # type: ignore[override]
         self, images: Tensor | None = None, texts: Any = None, *, want: Sequence[str] = ("pooled",)
     ) -> dict[str, Any]:
-        """ "pooled" of images, "text" of texts (in the common space, not normalised), "scale": (exp(a), b).
+        """ "pooled", "tokens" and "maps" of images, "text" of texts (in the common space, not normalised), "scale": (exp(a), b).
 
         Raises:
             DataError: images or texts that an output needs are not given.
@@ -262,10 +262,16 @@ class CLIPBackbone(Backbone):
         self.check_wanted(want)
         module: Any = self.module
         found: dict[str, Any] = {}
-        if "pooled" in want:
-            if images is None:
-                raise DataError("'pooled' are features of images, and none are given.")
+        pictured = [name for name in ("pooled", "tokens", "maps") if name in want]
+        if pictured and images is None:
+            raise DataError(f"'{pictured[0]}' is an output of images, and none are given.")
+        if pictured == ["pooled"]:
             found["pooled"] = module.encode_image(images)
+        elif pictured:
+            from multimodal.families.clip.towers import look
+
+            everything = look(module.visual, images)
+            found |= {name: everything[name] for name in pictured}
         if "text" in want:
             if texts is None:
                 raise DataError("'text' are features of texts, and none are given.")
@@ -314,6 +320,13 @@ class CLIPBackbone(Backbone):
         if isinstance(projection, Tensor):
             return projection.shape[1]
         return int(getattr(text, "output_dim", None) or text.ln_final.weight.shape[0])
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens of the image tower."""
+        visual: Any = self.module.visual
+        trunk = getattr(visual, "trunk", None)
+        return 1 if trunk is None else int(getattr(trunk, "num_prefix_tokens", 0))
 
     @property
     def context_length(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.points.rows import Row
 
@@ -101,6 +101,30 @@ class Tower:
 def towers(module: Any) -> dict[str, Tower | str]:
     """The towers of an open_clip model by name; instead of one that is not described here the reason, in words."""
     return {"image": _image(module.visual), "text": _text(module)}
+
+
+def look(visual: Any, images: Tensor) -> dict[str, Any]:
+    """"pooled" (B, d), "tokens" (B, N, width) and "maps" [(B, width, H, W)] of an image tower.
+
+    Tokens are those behind the final norm, or of the last block, where that norm stands behind the pooling.
+    """
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        tokens = trunk.forward_features(images)
+        pooled = visual.head(trunk.forward_head(tokens))
+        grid = trunk.patch_embed.dynamic_feat_size(images.shape[-2:])
+    else:
+        tokens = visual.transformer(visual._embeds(images))
+        if visual.attn_pool is None and not visual.final_ln_after_pool:
+            tokens = visual.ln_post(tokens)
+            pooled = visual._global_pool(tokens)[0]
+        else:
+            pooled = visual._pool(tokens)[0]
+        pooled = pooled if visual.proj is None else pooled @ visual.proj
+        grid = visual.grid_size
+    patches = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+    maps = [patches.transpose(1, 2).unflatten(2, tuple(grid))]
+    return {"pooled": pooled, "tokens": tokens, "maps": maps}
 
 
 def _blocks_reason(blocks: Any, *classes: type) -> str:

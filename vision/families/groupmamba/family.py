@@ -118,6 +118,7 @@ class GroupMambaFamily(Backbone):
     """GroupMamba by its short names. `weights=<file or folder>` reads a released checkpoint converted to safetensors."""
 
     family = "groupmamba"
+    gives = ("pooled", "maps")
     aliases = {name: f"zoo:{name}" for name in MODELS}
     weights_folder = WEIGHTS
     block_table = (
@@ -250,6 +251,14 @@ class GroupMambaFamily(Backbone):
     def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Images (B, 3, H, W) -> the class token behind the last norm, (B, d)."""
         return self.module.forward_features(*inputs, **kwargs)
+
+    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """A map of every stage (behind its norm, but the last); the pooled class token is made of the last one."""
+        self.check_wanted(want)
+        maps: list[Tensor] = []
+        pooled = self.module.forward_features(*inputs, maps=maps, **kwargs)
+        everything = {"pooled": pooled, "maps": [m.permute(0, 3, 1, 2) for m in maps]}
+        return {name: everything[name] for name in want}
 
     @property
     def feature_dim(self) -> int:

@@ -310,8 +310,11 @@ class GroupMamba(nn.Module):
         """The embedding, the blocks and the norm of a stage, counted from 0."""
         return tuple(getattr(self, f"{part}{index + 1}") for part in ("patch_embed", "block", "norm"))  # type: ignore[return-value]
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the class token behind the last norm, (B, d)."""
+    def forward_features(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Images (B, 3, H, W) -> the class token behind the last norm, (B, d).
+
+        `maps` gets what each stage gives, (B, H', W', d').
+        """
         for s in range(self.num_stages):
             embed, blocks, norm = self.stage(s)
             x = embed(x)
@@ -319,6 +322,8 @@ class GroupMamba(nn.Module):
                 x = block(x)
             if s < self.num_stages - 1:
                 x = norm(x)
+            if maps is not None:
+                maps.append(x)
         token = x.mean(dim=(1, 2), keepdim=True)
         for block in self.post_network:
             token = block(token)
