@@ -22,6 +22,7 @@ _LAZY = {
     "Backbone": "zoo.backbone",
     "BlockPoint": "zoo.points",
     "ConditionPoint": "zoo.points",
+    "Head": "zoo.heads",
     "LinearPoint": "zoo.points",
     "Merger": "zoo.points",
     "Model": "zoo.model",
@@ -49,6 +50,7 @@ _LAZY = {
     "recomputable": "zoo.engine.memory",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
+    "register_head": "zoo.heads",
     "register_regime": "zoo.registry",
     "register_task": "zoo.registry",
     "run": "zoo.regimes",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from zoo.engine.memory import recomputable, saved_bytes
     from zoo.engine.second_order import second_order
     from zoo.exchange.peft import from_peft, to_peft
+    from zoo.heads import Head, register_head
     from zoo.loading import load
     from zoo.model import Model
     from zoo.model.algebra import AdapterState, average

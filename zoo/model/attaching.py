@@ -15,6 +15,7 @@ from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
+from zoo.heads import Head
 from zoo.model.headed import Headed
 from zoo.points import Points
 
@@ -311,6 +312,11 @@ class AdapterHost(Headed):
         for head in dict.fromkeys(self._head_of(n) for n in names):
             named |= {f"head/{head}.{k}": p for k, p in self.heads[head].named_parameters()}
         return {k: p for k, p in named.items() if p.requires_grad}
+
+    def _rich(self, name: str | None) -> bool:
+        """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
+        adapter: Any = None if name is None else self.adapters[name]
+        return (adapter is not None and adapter.behind_head) or isinstance(self.heads[self._head_of(name)], Head)
 
     def _head_of(self, name: str | None) -> str:
         """The head that serves an adapter alone."""

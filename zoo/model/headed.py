@@ -32,11 +32,6 @@ class Headed(nn.Module):
         self._answers = isinstance(self.head, Head) or any(a.behind_head for a in self._active_adapters())
         return super().train(mode)
 
-    def _rich(self, name: str | None) -> bool:
-        """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
-        adapter: Any = None if name is None else self.adapters[name]
-        return (adapter is not None and adapter.behind_head) or isinstance(self.heads[self._head_of(name)], Head)
-
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -33,12 +33,13 @@ def seen_targets(model: Any, targets: Any) -> dict[str, Any]:
 
 
 class Task:
-    """Base of all tasks. An instance may hold settings; it holds no state of a run."""
+    """Base of all tasks. An instance may hold settings; of a run it holds the modules of its own, if it has some."""
 
     name: ClassVar[str] = ""
     noun: ClassVar[str] = ""  # what the items of the data are called in reports; "": as the backbone calls them
     hub: ClassVar[str | None] = None  # the Hub's name of the task
     monitor: ClassVar[str] = "loss"  # by which number of an evaluation the best epoch is chosen
+    own: nn.Module | None = None  # what `modules` gave, in a run
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
 
     def open(
@@ -76,6 +77,14 @@ class Task:
         them, since evaluation has none.
         """
         return {"labels": targets} if training and isinstance(targets, Tensor) else {}
+
+    def modules(self, model: Host) -> nn.Module | None:
+        """Modules of the task's own (proxies, a decoder that aids), made anew for each run; None: it has none.
+
+        They are trained with the model, as `task/<name>`, and checkpointed; `loss` finds them as `self.own`. They are not saved
+        with adapters and not published.
+        """
+        return None
 
     def metrics(self, model: Host) -> Mapping[str, Any]:
         """Numbers of an evaluation, by name: objects with `update(outputs, targets)`, `compute()` and `reset()`.

@@ -14,6 +14,8 @@ from zoo.data.dataset import ImageDataset
 from zoo.data.open import SPLITS
 from zoo.errors import ConfigError, DataError
 from zoo.tasks import Classify, Task, resolve
+from zoo.tasks.metrics import named_metrics
+from zoo.train.aids import make_aids
 from zoo.train.batches import BatchPlan, make_loader
 from zoo.train.hooks import Hooks
 from zoo.train.processes import Processes
@@ -36,7 +38,7 @@ def evaluate(
     split: str | None = None,
     record: str | None = None,
     per_class: bool = False,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | Sequence[str] | None = None,
     task: str | Task | None = None,
     loss: Loss | None = None,
     precision: str = "fp32",
@@ -51,7 +53,8 @@ def evaluate(
         record: the split's name under which the numbers are kept in `model.record["metrics"]` for the card. By default that of
             the data if it is a test or validation split ("cifar10/test"); "" keeps nothing.
         per_class: also the accuracy of each class.
-        metrics: further ones by name, objects of torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
+        metrics: further ones: names (`zoo.tasks.metrics`: "top3", "f1", "miou", "recall@1"), or names with objects of
+            torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
         task: what the model is measured at (`zoo.tasks`); by default what `zoo.fit` would train it for.
         loss: (outputs, targets) -> mean loss, instead of a task.
         precision: "fp32", "bf16" or "fp16".
@@ -68,7 +71,12 @@ def evaluate(
     what = resolve(model, task, loss)
     dataset = what.open(model, data, train=False, split=split)
     what.check(model, dataset)
+    further = named_metrics(metrics, model.num_classes)
     model.to(processes.device)
+    if what.own is None:
+        make_aids(what, model, processes.device, 0)
+    if what.own is not None:
+        what.own.eval()
     with Progress(progress and processes.main) as bar:
         result = run(
             model,
@@ -80,7 +88,7 @@ def evaluate(
             precision=precision,
             workers=workers,
             per_class=per_class,
-            metrics=metrics,
+            metrics=further,
             bar=bar,
         )
     found = split_of(dataset.name) if record is None else record

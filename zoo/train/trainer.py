@@ -18,6 +18,7 @@ from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError
 from zoo.tasks import Task
 from zoo.train import evaluation
+from zoo.train.aids import make_aids
 from zoo.train.batches import Batch, BatchPlan, make_loader
 from zoo.train.checkpoint import Run, Saved, Snapshot, Store, parameters_of, restore, restore_plans, snapshot
 from zoo.train.evaluation import to_device
@@ -59,6 +60,9 @@ class Trainer:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
         self.items = task.items(model)
+        # a task's own modules: the first, whatever callbacks a run goes on with
+        self.aids = make_aids(task, model, processes.device, settings.seed)
+        callbacks = callbacks if self.aids is None else [self.aids, *callbacks]
         self.store, self.every, self.callbacks = Store(folder, processes.main, callbacks), every, callbacks
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
         self.listeners = [c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)]
@@ -105,6 +109,9 @@ class Trainer:
             self.hooks.calibrate(_Calibration(self))
             processes.share_module(model)
         parameters = model.parameters_to_train()
+        if self.aids is not None:
+            processes.share_module(self.aids.module)
+            parameters = {**parameters, **self.aids.parameters()}
         if not parameters:
             raise ConfigError(
                 "The model has nothing to train: no adapter with parameters, and no head. Load it with adapter=... and "
@@ -142,7 +149,8 @@ class Trainer:
 
     def _go_back(self, saved: Saved) -> None:
         restore(self.model, saved.model, self.callbacks)
-        self.service.load(saved.state["service"], saved.optimizer, parameters_of(self.model))
+        own = {} if self.aids is None else self.aids.parameters()
+        self.service.load(saved.state["service"], saved.optimizer, {**parameters_of(self.model), **own})
         self.run = Run(**saved.state["run"])
         self.stepper.sums.copy_(torch.tensor(self.run.sums, dtype=self.stepper.sums.dtype))
         self.stepper.scale.load(self.run.scale)

@@ -267,7 +267,7 @@ class CLIPBackbone(Backbone):
             raise DataError(f"'{pictured[0]}' is an output of images, and none are given.")
         if pictured == ["pooled"]:
             found["pooled"] = module.encode_image(images)
-        elif pictured:
+        elif pictured and images is not None:
             from multimodal.families.clip.towers import look
 
             everything = look(module.visual, images)

@@ -104,7 +104,7 @@ def towers(module: Any) -> dict[str, Tower | str]:
 
 
 def look(visual: Any, images: Tensor) -> dict[str, Any]:
-    """"pooled" (B, d), "tokens" (B, N, width) and "maps" [(B, width, H, W)] of an image tower.
+    """ "pooled" (B, d), "tokens" (B, N, width) and "maps" [(B, width, H, W)] of an image tower.
 
     Tokens are those behind the final norm, or of the last block, where that norm stands behind the pooling.
     """

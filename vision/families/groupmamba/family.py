@@ -20,6 +20,7 @@ checkpoint's layout, and the stem's normalisations are over batches: only full t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,8 @@ class GroupMambaFamily(Backbone):
         """A map of every stage (behind its norm, but the last); the pooled class token is made of the last one."""
         self.check_wanted(want)
         maps: list[Tensor] = []
-        pooled = self.module.forward_features(*inputs, maps=maps, **kwargs)
+        (images,) = inputs
+        pooled = self.module.forward_features(images, maps=maps, **kwargs)
         everything = {"pooled": pooled, "maps": [m.permute(0, 3, 1, 2) for m in maps]}
         return {name: everything[name] for name in want}
 
