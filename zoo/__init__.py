@@ -37,7 +37,9 @@ _LAZY = {
     "TokensPoint": "zoo.points",
     "adapter": "zoo.registry",
     "average": "zoo.model.algebra",
+    "capture": "zoo.model.probing",
     "compatibility": "zoo.table",
+    "damped": "zoo.model.damping",
     "evaluate": "zoo.train",
     "fit": "zoo.train",
     "from_peft": "zoo.exchange.peft",
@@ -47,6 +49,7 @@ _LAZY = {
     "list_tasks": "zoo.registry",
     "load": "zoo.loading",
     "open_dataset": "zoo.data",
+    "probing": "zoo.model.probing",
     "recomputable": "zoo.engine.memory",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
@@ -71,6 +74,8 @@ if TYPE_CHECKING:
     from zoo.loading import load
     from zoo.model import Model
     from zoo.model.algebra import AdapterState, average
+    from zoo.model.damping import damped
+    from zoo.model.probing import capture, probing
     from zoo.points import (
         AttentionPoint,
         BlockPoint,

@@ -65,7 +65,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def scored() -> tuple[zoo.Model, list[Tensor], Tensor]:
     """The model, the scores of its candidates, and the owners of the highest ones."""
     model = build()
-    scores, count, samples = sensitivity(model, candidates(model.points, "lora", 8, 10, 5), batches(), 16, model.head)
+    scores, count, samples = sensitivity(model, candidates(model.points, "lora", 8, 10, 5), batches(), 16)
     assert (count, samples) == (3, 24)
     return model, scores, most_sensitive(scores, TAUS[-1])[0]
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
 from vision.adapters.parts.tuned import Tuned
+from zoo import Task, damped
 from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.bottleneck import Bottleneck
@@ -104,11 +106,12 @@ class SPT(Adapter):
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def calibrate(self, model: Host, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: Host, batches: Iterable[Any], task: Task | None = None) -> None:
         """Decide what to tune and attach it; if that was decided before, anew, on the pretrained weights.
 
         Args:
             batches: (inputs, targets), of which `num_batches` are read.
+            task: whose loss the sensitivities are of; by default what the model is for.
 
         Raises:
             ConfigError: the adapter is in no model, or the model has no head.
@@ -118,20 +121,13 @@ class SPT(Adapter):
         if name is None:
             raise ConfigError("This 'spt' is attached to no model: calibrate what model.add_adapter('spt') returned.")
         self.check(
-            model.num_classes > 0, "sensitivity is that of a task, so the model needs a head: pass num_classes=..."
+            model.num_classes > 0 or (task is not None and not task.on_head),
+            "sensitivity is that of a task, so the model needs a head: pass num_classes=...",
         )
         found = candidates(model.points, self.form, self.rank, self.alpha, self.beta)
-        head, active = model.head, model.active
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            if self.plan is not None:
-                model.set_active(*(n for n in active if n != name))
-            scores, count, samples = sensitivity(model, found, batches, self.num_batches, head)
-        finally:
-            if self.plan is not None:
-                model.set_active(*active)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        # on the pretrained weights: what was chosen before is off, while the head in use stays
+        with damped(model, name, 0.0) if self.plan is not None and name in model.active else nullcontext():
+            scores, count, samples = sensitivity(model, found, batches, self.num_batches, task)
         before = self.plan
         try:
             self._decide(found, scores, model)

@@ -22,6 +22,7 @@ from zoo.points import Point, Points
 if TYPE_CHECKING:
     from zoo.host import Host
     from zoo.points import Merger
+    from zoo.tasks.base import Task
 
 __all__ = ["Adapter", "fits"]
 
@@ -103,8 +104,11 @@ class Adapter(Structured):
 
     # -- taking part in training; all optional ----------------------------------------------------------------------
 
-    def calibrate(self, model: Host, batches: Iterable[Any]) -> None:
-        """Before training, with (inputs, targets) batches; called only if `needs_calibration`."""
+    def calibrate(self, model: Host, batches: Iterable[Any], task: Task | None = None) -> None:
+        """Before training, with (inputs, targets) batches of this task; called only if `needs_calibration`.
+
+        `zoo.probing(model, task)` gives the task's loss on a batch without side effects. None: what the model is for.
+        """
 
     def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
         """Training begins; `optimizer` is the optimizer service."""

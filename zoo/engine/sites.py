@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.engine.context import Context, Frame
 from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
+from zoo.errors import ConfigError
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class State:
     watching: set[str] | None = None  # points whose ops ran, while a probe listens
     aside: bool = False  # prompts pass through a module on their own: ops that only watch the token stream do not run
     context: Context = field(default_factory=Context)
+    damping: object | None = None  # which `zoo.damped` ops are scaled for now
     switch: Callable[[Place], None] = field(
         default=lambda place: None, repr=False
     )  # the model's: all sites go to a place
@@ -117,6 +119,15 @@ class State:
             return run(*args, **kwargs)
         finally:
             self.switch(here)
+
+    def steady(self, damping: object | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`run`, if effects are still scaled as when the forward pass ran."""
+        if self.damping is not damping:
+            raise ConfigError(
+                "A block is run again for backward, and `zoo.damped` was entered or left since its forward pass: its "
+                "gradients would be those of another model. Call backward inside of the context, or use memory='low'."
+            )
+        return run(*args, **kwargs)
 
     def rows(self, name: str, leading: int) -> Tensor | None:
         """Rows of a tensor with `leading` = batch * k rows (k windows per image) that adapter `name` serves."""
@@ -378,5 +389,6 @@ class BlockSite(Site):
         if self.checkpointed and learns and torch.is_grad_enabled() and not exact():
             if not torch.compiler.is_compiling():
                 run = functools.partial(self.state.run_at, self.state.place(), run)
+                run = functools.partial(self.state.steady, self.state.damping, run)
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return run(*args, **kwargs)

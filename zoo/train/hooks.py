@@ -20,6 +20,7 @@ does not define costs nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from zoo.train.optimizer import OptimizerService
 
 if TYPE_CHECKING:
     from zoo.model import Model
+    from zoo.tasks import Task
 
 __all__ = ["HOOKS", "Hooks", "training_hooks"]
 
@@ -81,14 +83,16 @@ class Hooks:
         """Whether an active adapter has to see data before its parameters are final, and has not yet (it has no `plan`)."""
         return any(_uncalibrated(r) for r in self.receivers)
 
-    def calibrate(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[tuple[Any, Tensor]], task: Task | None = None) -> None:
         """Before training, and before an optimizer is made. `batches` must be iterable more than once.
 
-        An adapter that has a `plan` was calibrated before, or was loaded, and is left alone.
+        An adapter that has a `plan` was calibrated before, or was loaded, and is left alone. `task`: what it is trained for, by
+        default what the model is for; handed to those whose `calibrate` asks for it.
         """
         for receiver in self.receivers:
             if _uncalibrated(receiver):
-                receiver.calibrate(self.model, batches)
+                told = task is not None and "task" in inspect.signature(receiver.calibrate).parameters
+                receiver.calibrate(self.model, batches, **({"task": task} if told else {}))
 
     def fit_start(self, optimizer: OptimizerService | Optimizer, total_steps: int) -> None:
         """Training begins."""

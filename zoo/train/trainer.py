@@ -106,7 +106,7 @@ class Trainer:
         model.train()
         if self.hooks.needs_calibration and saved is None:
             seed_everything(settings.seed, "calibrate")
-            self.hooks.calibrate(_Calibration(self))
+            self.hooks.calibrate(_Calibration(self), self.task)
             processes.share_module(model)
         parameters = model.parameters_to_train()
         if self.aids is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from spt_models import IMAGES, batches, both, build, calibrated, snapshot
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,6 +16,8 @@ from torch.nn.functional import cross_entropy
 import zoo
 from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
 from zoo.errors import DataError
+from zoo.tasks import Custom
+from zoo.tasks.multilabel import MultiLabel
 
 # -- scores -----------------------------------------------------------------------------------------------------------
 
@@ -27,7 +31,7 @@ def test_scores_are_squared_gradients_of_batch_means(family: str, memory: str) -
         parameter.grad = torch.ones_like(parameter)
     model.train()
     before = snapshot(model)
-    scores, count, samples = sensitivity(model, found, iter(batches(4)), 3, model.head)
+    scores, count, samples = sensitivity(model, found, iter(batches(4)), 3)
     assert (count, samples) == (3, 12)
     assert all(a[:2] == b[:2] and a[2] is b[2] and a[3] == b[3] for a, b in zip(before, snapshot(model)))
 
@@ -149,3 +153,45 @@ def test_the_grid_is_the_authors_from_04_million_on() -> None:
 def test_the_choice_depends_on_the_head_and_on_nothing_else() -> None:
     plans = [calibrated(build(seed=seed)).plan for seed in (0, 0, 1)]
     assert plans[0] == plans[1] != plans[2]
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "regression", "focal"])
+def test_sensitivity_is_that_of_the_task(kind: str) -> None:
+    """By `zoo.fit` and by hand: the scores are squared gradients of the task's own loss."""
+    torch.manual_seed(0)
+    model = zoo.load("vit-micro", "spt", num_classes=3, pretrained=False, embed_dim=48, depth=2, num_heads=3)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    wanted = torch.rand(8, 3, generator=torch.Generator().manual_seed(2))
+    losses: dict[str, Any] = {
+        "multilabel": F.binary_cross_entropy_with_logits,
+        "regression": F.mse_loss,
+        "focal": lambda z, t: (
+            (t - z.sigmoid()).square() * F.binary_cross_entropy_with_logits(z, t, reduction="none")
+        ).mean(),
+    }
+    task = MultiLabel() if kind == "multilabel" else Custom(losses[kind])
+    found = candidates(model.points, "lora", 8, 10, 5)
+    scores, _, _ = sensitivity(model, found, [(images, wanted)], 1, task)
+    model.requires_grad_(True)
+    losses[kind](model(images), wanted).backward()
+    for candidate, score in zip(found, scores):
+        module, part = candidate.slot
+        gradient = candidate.slice(module._parameters[part].grad)  # type: ignore[union-attr,arg-type]
+        torch.testing.assert_close(score, gradient.square(), rtol=1e-4, atol=1e-12)
+    model.requires_grad_(False)
+
+    rows = torch.utils.data.TensorDataset(images, wanted)
+    options: dict[str, Any] = {"task": "multilabel"} if kind == "multilabel" else {"loss": losses[kind]}
+    by_fit = zoo.load(
+        "vit-micro",
+        zoo.adapter("spt", num_batches=1),
+        num_classes=3,
+        pretrained=False,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+    )
+    by_hand = copy.deepcopy(by_fit)
+    zoo.fit(by_fit, rows, epochs=1, batch_size=8, seed=0, **options)
+    by_hand.adapters["spt"].calibrate(by_hand, [(images, wanted)], task=task)  # type: ignore[operator]
+    assert by_fit.adapters["spt"].plan == by_hand.adapters["spt"].plan

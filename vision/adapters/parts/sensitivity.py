@@ -1,6 +1,6 @@
 """Which weights matter for a task, and which of them to tune within a parameter budget (for `vision.adapters.spt`).
 
-Sensitivity of a weight: the square of its gradient of the mean loss of a batch, summed over batches. Scores are kept in
+Sensitivity of a weight: the square of its gradient of the task's mean loss of a batch, summed over batches. Scores are kept in
 float32, one for each weight; gradients are squared and dropped one tensor at a time, as backward makes them.
 
 Budget: the `tau` highest scores of all candidates are hits. A candidate with at least `threshold` hits is tuned as a whole
@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import probing
 from zoo.errors import DataError
 from zoo.points import LinearPoint, NormPoint, Points
 
 if TYPE_CHECKING:
+    from zoo import Task
     from zoo.host import Host
 
 STEP = 20_000  # tau is tried in steps of 0.02 M up to 1.58 M
@@ -88,22 +88,22 @@ def structured_cost(form: str, rank: int, dim_in: int, dim_out: int) -> int:
 
 
 def sensitivity(
-    model: Host, found: Sequence[Candidate], batches: Iterable[Any], num_batches: int, head: nn.Module
+    model: Host, found: Sequence[Candidate], batches: Iterable[Any], num_batches: int, task: Task | None = None
 ) -> tuple[list[Tensor], int, int]:
     """Scores (size,) of every candidate, and how many batches and samples they are from.
 
     Args:
-        batches: (inputs, targets); targets are class indices (B,) or probabilities (B, num_classes).
-        head: on the model's features.
+        batches: (inputs, targets) of the task; None is what the model is for.
 
     Raises:
-        DataError: no batch, labels outside of the head's classes, a loss or gradients that are not finite.
+        DataError: no batch, labels that the head has no output for, a loss or gradients that are not finite.
     """
     slots = {(id(module), part): (module, part) for module, part in (c.slot for c in found)}
     scores: dict[tuple[int, str], Tensor] = {}
     handles = []
     count = samples = 0
-    with _no_gradients(model):
+    with probing(model, task) as probe:
+        model.requires_grad_(False)
         try:
             for key, (module, part) in slots.items():
                 parameter: Any = module._parameters[part]
@@ -111,7 +111,8 @@ def sensitivity(
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(_Square(scores[key])))
             for inputs, targets in itertools.islice(batches, num_batches):
-                loss = _loss(model, head, inputs, targets)
+                _check(model, probe.task, targets)
+                loss = probe.loss(inputs, targets)
                 if not math.isfinite(loss.item()):
                     raise DataError(
                         f"The loss of calibration batch {count + 1} is {loss.item()}. Look for NaN or Inf in the data and in "
@@ -129,6 +130,17 @@ def sensitivity(
     return [c.slice(scores[id(c.slot[0]), c.part]) for c in found], count, samples
 
 
+def _check(model: Host, task: Task, targets: Any) -> None:
+    """Labels of a classification have outputs in the head."""
+    if task.name != "classify" or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return
+    if int(targets.min()) < 0 or int(targets.max()) >= model.num_classes:
+        raise DataError(
+            f"Labels of a calibration batch run from {int(targets.min())} to {int(targets.max())}; the head has "
+            f"{model.num_classes} classes. Load the model with num_classes= of the data."
+        )
+
+
 class _Square:
     """Adds the square of a parameter's gradient to its score, and drops the gradient."""
 
@@ -140,44 +152,6 @@ class _Square:
         gradient = parameter.grad.float()
         self.score.addcmul_(gradient, gradient)
         parameter.grad = None
-
-
-@contextmanager
-def _no_gradients(model: Host) -> Iterator[None]:
-    """Eval mode, and no parameter has a gradient until the block lets it; all is put back, whatever happens."""
-    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    mode = model.training
-    try:
-        model.eval()
-        for parameter, _, _ in kept:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag, grad in kept:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-        model.train(mode)
-
-
-def _loss(model: Host, head: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    moved = tuple(_to(model, x) for x in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-    targets = _to(model, targets)
-    logits = head(model.features(*moved)).float()
-    if not targets.is_floating_point() and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[-1]):
-        raise DataError(
-            f"Labels of a calibration batch run from {int(targets.min())} to {int(targets.max())}; the head has "
-            f"{logits.shape[-1]} classes. Load the model with num_classes= of the data."
-        )
-    return F.cross_entropy(logits, targets)
-
-
-def _to(model: Host, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 # -- budget -----------------------------------------------------------------------------------------------------------
