@@ -130,6 +130,16 @@ def test_a_task_taken_out_is_a_plain_adapter(form: str, norms: bool, tmp_path: P
     assert set(model.adapters) == {"hyperformer", *names}
 
 
+def test_the_only_task_taken_out() -> None:
+    model = attached()
+    shake(model, "hyperformer")
+    expected = model(images())
+    assert model.adapters["hyperformer"].extract(model, "default") == ("adapter",)
+    assert all(not p.requires_grad for p in model.adapters["adapter"].parameters())
+    model.set_active("adapter")
+    torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_tasks_are_asked_for_and_checked() -> None:
     model = attached(tasks=("mnli", "qnli"))
     with pytest.raises(ContextError, match="needs 'task'"):

@@ -199,7 +199,8 @@ class Hyperformer(Adapter):
         hyper: Any = self.hyper
         with torch.no_grad():
             made: dict[str, Weights] = hyper(task)
-        name = task if name is None else name
+        if name is None and task != "default":  # which is no name for an adapter: it becomes "adapter"
+            name = task
         plain = BottleneckAdapter(
             form="houlsby",
             rank=self.rank,
@@ -208,9 +209,9 @@ class Hyperformer(Adapter):
             activation=self.activation,
             norm="out",
         )
-        names = [name]
         with model.all_or_nothing(), torch.no_grad():
             twin = model.add_adapter(plain, name, activate=False)
+            names = [next(n for n, one in model.adapters.items() if one is twin)]
             for point, weights in made.items():
                 part = twin.module_at(point)
                 parts = (part.adapter_down, part.adapter_up, part.adapter_norm)
@@ -218,7 +219,7 @@ class Hyperformer(Adapter):
                     layer.weight.copy_(weight)
                     layer.bias.copy_(bias)
             if self.train_norms:
-                names.append(f"{name}-norm")
+                names.append(f"{names[0]}-norm")
                 norms = model.add_adapter("norm", names[1], activate=False)
                 trained = dict(self.named_parameters())
                 for key, parameter in norms.named_parameters():
