@@ -42,6 +42,8 @@ class Adapter(Structured):
     default_weight_decay: ClassVar[float] = 0.01  # of matrices; vectors have none
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that have none: ("*.lora_e",)
     paper: ClassVar[str] = ""  # "Hu et al. 2021; Liu et al. 2024"
+    # Settings that came later: a saved adapter that lacks them has their defaults, which do what was done before
+    later: ClassVar[tuple[str, ...]] = ()
     # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)
     identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
@@ -192,7 +194,7 @@ class Adapter(Structured):
                 raise ConfigError(
                     f"'{cls.method}' setting '{name}' is {value!r} ({type(value).__name__}); expected {_name(hints[name])}."
                 )
-        if strict and (missing := known - set(config)):
+        if strict and (missing := known - set(config) - set(cls.later)):
             raise ConfigError(f"the settings of '{cls.method}' lack {', '.join(sorted(missing))}.")
         values = {k: tuple(v) if isinstance(v, list) and _wants_tuple(hints[k]) else v for k, v in config.items()}
         return cls(**values)

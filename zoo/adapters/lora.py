@@ -43,21 +43,28 @@ Part = tuple["LowRank", int, int]
 class LowRank(nn.Module):
     """`x (..., dim_in) -> scale * B A dropout(x) (..., dim_out)`."""
 
-    def __init__(self, dim_in: int, dim_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim_in: int, dim_out: int, rank: int, scale: float, dropout: float = 0.0, learn_scale: bool = False
+    ) -> None:
         super().__init__()
         self.lora_a = nn.Parameter(torch.empty(rank, dim_in))
         self.lora_b = nn.Parameter(torch.zeros(dim_out, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.scale = scale
+        self.lora_scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else None
+        self.scale = 1.0 if learn_scale else scale
         self.drop = nn.Dropout(dropout)
+
+    def scaled_b(self) -> Tensor:
+        """B, times the learned scale if there is one: (o, r) numbers, so that no output has to be kept for its gradient."""
+        return self.lora_b if self.lora_scale is None else self.lora_scale * self.lora_b
 
     def forward(self, x: Tensor) -> Tensor:
         """The delta alone."""
-        return self.scale * F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b)
+        return self.scale * F.linear(F.linear(self.drop(x), self.lora_a), self.scaled_b())
 
     def delta(self) -> Tensor:
         """The change of W (dim_out, dim_in)."""
-        return self.scale * (self.lora_b @ self.lora_a)
+        return self.scale * (self.scaled_b() @ self.lora_a)
 
     @staticmethod
     def add_group(parts: tuple[Part, ...], x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ class LowRank(nn.Module):
         first = parts[0][0]
         x = dropped(x, first.drop)
         slices = tuple((start, stop, m.scale) for m, start, stop in parts)
-        factors = [f for m, _, _ in parts for f in (m.lora_a, m.lora_b)]
+        factors = [f for m, _, _ in parts for f in (m.lora_a, m.scaled_b())]
         return add_low_rank(x, y, slices, factors)
 
 
@@ -175,6 +182,7 @@ class LoRA(Adapter):
         dropout: on the input, while training.
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         dora: train length and direction of the rows apart (no dropout).
+        learn_scale: train s, one number for each point, from its value (LAE).
         ranks, alphas: other values at some points, by selector: `ranks={"v": 16, "blocks.0.attn.*": 4}`; a later entry wins.
     """
 
@@ -186,7 +194,9 @@ class LoRA(Adapter):
     dora: bool = False
     ranks: dict[str, int] | None = None
     alphas: dict[str, float] | None = None
+    learn_scale: bool = False
 
+    later = ("learn_scale",)
     default_lr = 1e-3
     paper = "Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024"
     trial = {"rank": 2, "targets": "all-linear"}
@@ -201,6 +211,7 @@ class LoRA(Adapter):
         self.check(
             not (self.dora and self.dropout), "DoRA changes the weight itself; dropout on its input is not defined."
         )
+        self.check(not (self.dora and self.learn_scale), "DoRA trains the length of each row; learn_scale is for LoRA.")
 
     @property
     def scale(self) -> float:
@@ -217,7 +228,7 @@ class LoRA(Adapter):
             if self.dora:
                 point.reparametrize(DoRAWeight(point.weight, rank, scale))
             else:
-                point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout))
+                point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout, self.learn_scale))
 
     def shapes(self, points: Points) -> list[tuple[LinearPoint, int, float]]:
         """The target points, with rank and scale of each."""
@@ -245,7 +256,9 @@ class LoRA(Adapter):
         """W <- W + s B A, or the DoRA weight."""
         for point in self.selected(merger.points):
             part = self.module_at(point)
+            learned: Any = getattr(part, "lora_scale", None)
             change: Tensor = part.scale * (part.lora_b @ part.lora_a)  # type: ignore[operator]
+            change = change if learned is None else learned * change
             if self.dora:
                 moved = merger.weight(point) + change
                 merger.set_weight(point, (part.magnitude / moved.norm(dim=1))[:, None] * moved)  # type: ignore[operator]

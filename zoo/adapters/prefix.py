@@ -16,6 +16,11 @@ made, while training, from one embedding by one hidden layer, which the first pa
 
 It multiplies what is trained; what is saved is P alone, so a loaded adapter is a plain prefix.
 
+LAE trains a factor for the keys and one for the values of each attention (`learn_scale`, 2 numbers) and divides the prefix's
+share of attention by its sum (`compensate`), which makes it an additive branch; the own keys' share stays what it was:
+
+    A = softmax(q [P_k; K]^T / sqrt(c)) [0; V] + softmax(q P_k^T / sqrt(c)) P_v
+
 Defaults: T = 10 (LAE, the middle of NOAH's range), no MLP: papers on vision leave it out (m: 512 in the first paper, 800 in the
 unified view).
 Counts: 2 T sum_i d_i. ViT-B/16: T = 10 184,320, T = 20 368,640 (the 0.36 M of V-PETL Bench). With the MLP, while training:
@@ -29,7 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +54,31 @@ def _heads(rows: Tensor, count: int) -> Tensor:
 class KeysValues(nn.Module):
     """The prefix of one attention."""
 
-    def __init__(self, num_tokens: int, num_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        init: str = "xavier",
+        learn_scale: bool = False,
+        compensate: bool = False,
+    ) -> None:
         super().__init__()
         dim = num_heads * head_dim
         bound = math.sqrt(6 / ((num_tokens + 1) * dim))
-        self.keys = nn.Parameter(torch.empty(num_tokens, dim).uniform_(-bound, bound))
-        self.values = nn.Parameter(torch.empty(num_tokens, dim).uniform_(-bound, bound))
-        self.num_heads = num_heads
+        low, high = (-bound, bound) if init == "xavier" else (0.0, 0.01)
+        self.keys = nn.Parameter(torch.empty(num_tokens, dim).uniform_(low, high))
+        self.values = nn.Parameter(torch.empty(num_tokens, dim).uniform_(low, high))
+        self.key_scale = nn.Parameter(torch.ones(())) if learn_scale else None
+        self.value_scale = nn.Parameter(torch.ones(())) if learn_scale else None
+        self.num_heads, self.compensate = num_heads, compensate
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each (1, h, T, c)."""
-        return _heads(self.keys, self.num_heads), _heads(self.values, self.num_heads)
+        keys, values = self.keys, self.values
+        if self.key_scale is not None and self.value_scale is not None:
+            keys, values = self.key_scale * keys, self.value_scale * values
+        return _heads(keys, self.num_heads), _heads(values, self.num_heads)
 
 
 class Hidden(nn.Module):
@@ -78,8 +97,9 @@ class Hidden(nn.Module):
 class MadeKeysValues(nn.Module):
     """The prefix of one attention, made from the hidden layer that the adapter's attentions share."""
 
-    def __init__(self, hidden: Hidden, num_heads: int, head_dim: int) -> None:
+    def __init__(self, hidden: Hidden, num_heads: int, head_dim: int, compensate: bool = False) -> None:
         super().__init__()
+        self.compensate = compensate
         self.up = nn.Linear(hidden.linear.out_features, 2 * num_heads * head_dim)
         self.shared = (hidden,)  # in a tuple, so that it is registered only once
         self.num_heads = num_heads
@@ -104,12 +124,19 @@ class Prefix(Adapter):
         num_tokens: T, keys and as many values in front of each attention's own.
         targets: selector among attention points; None takes all.
         mlp: width of the hidden layer that makes the prefixes while training; None trains them directly.
+        learn_scale: one trained factor for the keys and one for the values of each attention, from 1.
+        compensate: the attention of the prefix is divided by its own sum.
+        init: "xavier", or "uniform" for U(0, 0.01).
     """
 
     num_tokens: int = 10
     targets: str | tuple[str, ...] | None = None
     mlp: int | None = None
+    learn_scale: bool = False
+    compensate: bool = False
+    init: Literal["xavier", "uniform"] = "xavier"
 
+    later = ("learn_scale", "compensate", "init")
     default_lr = 5e-3
     paper = "Li and Liang 2021"
     identity = False
@@ -119,6 +146,11 @@ class Prefix(Adapter):
         super().__post_init__()
         self.check(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}; expected 1 or more.")
         self.check(self.mlp is None or self.mlp >= 1, f"mlp is {self.mlp}; expected a width of 1 or more, or None.")
+        self.check(self.init in ("xavier", "uniform"), f"init is {self.init!r}; expected 'xavier' or 'uniform'.")
+        self.check(
+            self.mlp is None or (not self.learn_scale and self.init == "xavier"),
+            "learn_scale and init are of prefixes that are trained directly; with mlp they are made. Leave one of them out.",
+        )
 
     def attach(self, points: Points) -> None:
         """Extend every selected attention."""
@@ -126,13 +158,14 @@ class Prefix(Adapter):
         chosen: list[AttentionPoint] = points.select(self.targets, kind="attention")  # type: ignore[assignment]
         if self.mlp is None:
             for point in chosen:
-                point.extend(KeysValues(self.num_tokens, point.num_heads, point.head_dim))
+                own = (self.num_tokens, point.num_heads, point.head_dim)
+                point.extend(KeysValues(*own, self.init, self.learn_scale, self.compensate))
             return
         first = chosen[0]
         hidden = Hidden(self.num_tokens, first.num_heads * first.head_dim, self.mlp)
         self.add_module("hidden", hidden)
         for point in chosen:
-            point.extend(MadeKeysValues(hidden, point.num_heads, point.head_dim))
+            point.extend(MadeKeysValues(hidden, point.num_heads, point.head_dim, self.compensate))
 
     def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The prefixes themselves, without what made them."""

@@ -15,26 +15,26 @@ from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import known_labels
 from zoo.errors import ConfigError, DataError, nearest
 
-__all__ = ["JoinedRows", "RelabelledRows", "by_class", "join", "with_classes"]
+__all__ = ["ConcatRows", "JoinedRows", "RelabelledRows", "by_class", "join", "with_classes"]
 
 
-class JoinedRows:
+class ConcatRows:
     """The rows of several data sets, one behind the other; the labels of part i are shifted by `offsets[i]`.
 
-    `parts` are the names, `part` (n,) says to which each row belongs. A part keeps its own transform.
+    `part` (n,) says to which each row belongs. A part keeps its own transform.
     """
 
     blocks: np.ndarray | None = None
     window = 1
 
-    def __init__(self, datasets: Mapping[str, ImageDataset]) -> None:
-        self.parts, self.datasets = list(datasets), list(datasets.values())
-        sizes = [len(d.classes or ()) for d in self.datasets]
-        self.offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self.part = np.repeat(np.arange(len(sizes)), [len(d) for d in self.datasets])
+    def __init__(self, datasets: Sequence[ImageDataset], offsets: Sequence[int] | None = None) -> None:
+        self.datasets = [d._like(on_error="raise") for d in datasets]
+        self.within = self.datasets[0]
+        self.offsets = np.zeros(len(self.datasets), dtype=np.int64) if offsets is None else np.asarray(offsets)
+        self.part = np.repeat(np.arange(len(self.datasets)), [len(d) for d in self.datasets])
         self._starts = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])])
         self.labels: np.ndarray | None = np.concatenate(
-            [known_labels(d) + offset for d, offset in zip(self.datasets, self.offsets, strict=False)]
+            [known_labels(d) + offset for d, offset in zip(self.datasets, self.offsets, strict=True)]
         )
         self.name = "+".join(dict.fromkeys(d.name for d in self.datasets))
         self.noun = self.datasets[0].noun
@@ -58,6 +58,15 @@ class JoinedRows:
         return dataset.where(place)
 
 
+class JoinedRows(ConcatRows):
+    """Data sets of different classes, which stand one behind the other too; `parts` are the names."""
+
+    def __init__(self, datasets: Mapping[str, ImageDataset]) -> None:
+        self.parts = list(datasets)
+        self.sizes = [len(d.classes or ()) for d in datasets.values()]
+        super().__init__(list(datasets.values()), [sum(self.sizes[:i]) for i in range(len(self.sizes))])
+
+
 def join(datasets: Mapping[str, ImageDataset], *, on_error: Any = "raise") -> ImageDataset:
     """Several data sets as one; its classes are "<name>: <class>".
 
@@ -72,30 +81,29 @@ def join(datasets: Mapping[str, ImageDataset], *, on_error: Any = "raise") -> Im
         if not dataset.classes:
             raise DataError(f"The classes of '{name}' ({dataset.name}) are not known. Open it with classes=[...].")
     classes = [f"{name}: {c}" for name, dataset in datasets.items() for c in dataset.classes or ()]
-    rows = JoinedRows({n: d._like(on_error="raise") for n, d in datasets.items()})
-    return ImageDataset(rows, classes, on_error=on_error)
+    return ImageDataset(JoinedRows(datasets), classes, on_error=on_error)
 
 
 class RelabelledRows:
     """The rows of a data set, their labels mapped by a table (old label -> new one)."""
 
     def __init__(self, dataset: ImageDataset, table: np.ndarray) -> None:
-        self.dataset, self.table = dataset._like(transform=None, on_error="raise"), table
+        self.within, self.table = dataset._like(transform=None, on_error="raise"), table
         self.labels: np.ndarray | None = table[known_labels(dataset)]
         self.name, self.noun = dataset.name, dataset.noun
         self.blocks, self.window = dataset.blocks, dataset.rows.window
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.within)
 
     def read(self, index: int) -> tuple[Any, Any]:
         """(image, new label)."""
-        image, label = self.dataset[index]
+        image, label = self.within[index]
         return image, int(self.table[int(label)])
 
     def where(self, index: int) -> str:
         """The place of a row in words."""
-        return self.dataset.where(index)
+        return self.within.where(index)
 
 
 def with_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +49,28 @@ class Source(Protocol):
         """(1 or images, h, T, c), twice."""
 
 
+class Alone(NamedTuple):
+    """A pair whose keys share a softmax of their own, beside the place that they take in that of all keys (LAE's prefix)."""
+
+    keys: Tensor
+    values: Tensor
+
+
 @dataclass(eq=False)
 class Given:
-    """Keys and values that the adapter's module gives as they are (prefix tuning)."""
+    """Keys and values that the adapter's module gives as they are (prefix tuning).
+
+    With `compensate` at the module the attention of the extra keys is divided by its own sum, so that it sums to one; that of
+    the own keys stays what it was.
+    """
 
     module: nn.Module
     through: tuple[nn.Module, ...] = ()
 
     def __call__(self, site: AttentionSite, images: int) -> Pair:
         """`module(images)`."""
-        return self.module(images)
+        pair = self.module(images)
+        return Alone(*pair) if getattr(self.module, "compensate", False) else pair
 
 
 @dataclass(eq=False)
@@ -284,20 +296,30 @@ class AttentionSite(Site):
             self._seen(op)
         if self.state.route is None:
             pairs = self.pairs(images, q.dtype)
-            keys, values = self._join(k, [p[0] for p in pairs]), self._join(v, [p[1] for p in pairs])
+            keys, values = self._join(k, [p[0] for p in pairs]), self._join(v, [_shared(p) for p in pairs])
             for op in self.watchers:
                 op.fn(keys, values)
-            return self._product(q, keys, values, k, images, bias)
+            return self._compensated(q, pairs, self._product(q, keys, values, k, images, bias))
         outputs, order = [], []
         for index, pairs in self._groups(images, q.device):
             windows = len(q) // images
             rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
             mine = recomputable(torch.Tensor.index_select, q, 0, rows)
             keys = recomputable(_select, k, rows, *(p[0] for p in pairs))
-            values = recomputable(_select, v, rows, *(p[1] for p in pairs))
-            outputs.append(self._product(mine, keys, values, k, len(index), bias, index))
+            values = recomputable(_select, v, rows, *(_shared(p) for p in pairs))
+            y = self._product(mine, keys, values, k, len(index), bias, index)
+            outputs.append(self._compensated(mine, pairs, y))
             order.append(rows)
         return torch.cat(outputs).index_select(0, torch.cat(order).argsort())
+
+    def _compensated(self, q: Tensor, pairs: list[Pair], y: Tensor) -> Tensor:
+        """y + softmax(q K_P^T) V_P for every pair that has a softmax of its own."""
+        for pair in pairs:
+            if isinstance(pair, Alone):
+                keys, values = prepend(q[:, :, :0], pair.keys), prepend(q[:, :, :0], pair.values)
+                scores = q * self.scale @ keys.transpose(-2, -1)
+                y = y + scores.softmax(dim=-1) @ values
+        return y
 
     def _groups(self, images: int, device: torch.device) -> Iterator[tuple[Tensor, list[Pair]]]:
         """Images that are served alike, and their extra keys and values."""
@@ -348,6 +370,11 @@ class FusedAttention(AttentionSite):
         y = attention.norm(y)
         y = y if gate is None else y * gate
         return attention.proj_drop(attention.proj(y))
+
+
+def _shared(pair: Pair) -> Tensor:
+    """The values of a pair in the softmax of all keys: none, if it has one of its own."""
+    return torch.zeros_like(pair.values) if isinstance(pair, Alone) else pair[1]
 
 
 def _select(own: Tensor, rows: Tensor, *extra: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from zoo.adapters.lora import LoRA
+from zoo.adapters.lora import LoRA, LowRank
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
 from zoo.exchange.peft_reader import NOTE, PREFIX, PeftAdapter, read_peft
@@ -84,7 +84,7 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     config = _config(model, lora, ranks, alphas, modules, head_path if isinstance(head, nn.Linear) else None)
     note = {
         "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint, "kwargs": model.backbone_kwargs},
-        "config": lora.config(),
+        "config": {**lora.config(), "learn_scale": False},
         "classes": model.classes if isinstance(head, nn.Linear) else None,
     }
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
@@ -141,7 +141,7 @@ def write_module(
     for point, part in members:
         rank = len(part.lora_a)
         ratio = part.scale / scale if scale else 0.0
-        b[point.start : point.stop, column : column + rank] = part.lora_b.detach() * ratio
+        b[point.start : point.stop, column : column + rank] = _b(part) * ratio
         column += rank
     tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b
     if hasattr(members[0][1], "magnitude"):
@@ -150,6 +150,11 @@ def write_module(
             magnitude[point.start : point.stop] = part.magnitude.detach()
         tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
     return scale
+
+
+def _b(part: Any) -> Tensor:
+    """B of one point, times its learned scale, which the format has no place for."""
+    return (part.scaled_b() if isinstance(part, LowRank) else part.lora_b).detach()  # type: ignore[no-any-return]
 
 
 def _config(

@@ -99,7 +99,12 @@ def _ready(dataset: ImageDataset) -> bool:
     from zoo.data.seeds import kept_generators
     from zoo.data.sources import TorchRows
 
-    if not isinstance(dataset.rows, TorchRows):
+    rows: Any = dataset.rows
+    while (within := getattr(rows, "within", None)) is not None:  # data sets made of others
+        if within.transform is not None:
+            return True
+        rows = within.rows
+    if not isinstance(rows, TorchRows):
         return False
     with kept_generators(cuda=False):
         item = dataset[0]
