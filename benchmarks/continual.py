@@ -39,11 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar10", type=Path)
     parser.add_argument("flowers17", type=Path)
-    parser.add_argument("--forms", nargs="+", default=["adapter", "lora", "prefix"])
+    parser.add_argument("--forms", nargs="+", default=["adapter"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = {
-        "CIFAR-10, 5 sessions of 2": sessions(args.cifar10, 5, 200, 100),
+        "CIFAR-10, 5 sessions of 2": sessions(args.cifar10, 5, 60, 40),
         "flowers17, 4 sessions": sessions(args.flowers17, 4, 40, 16),
     }
     rows: list[dict[str, Any]] = []

@@ -75,7 +75,8 @@ class KeysValues(nn.Module):
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each (1, h, T, c)."""
-        keys, values = self.keys, self.values
+        keys: Tensor = self.keys
+        values: Tensor = self.values
         if self.key_scale is not None and self.value_scale is not None:
             keys, values = self.key_scale * keys, self.value_scale * values
         return _heads(keys, self.num_heads), _heads(values, self.num_heads)
