@@ -37,6 +37,9 @@ class Adapter(Structured):
     method: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
     trains_backbone: ClassVar[bool] = False  # the backbone is put in train mode too (full fine-tuning)
+    # A network beside the backbone that only reads it: alone, it learns nothing through the backbone, whose inputs then get
+    # no gradient
+    side_network: ClassVar[bool] = False
     stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
     default_lr: ClassVar[float] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01  # of matrices; vectors have none

@@ -257,13 +257,17 @@ class Session:
             self.op(at, self._make(point, verb, f"watch_{side}", stash.watch))
             change(point.exit_side, point.exit, stash.join)
 
-    def _block(self, point: Point, verb: str, module: nn.Module) -> None:
+    def _block(self, point: Point, verb: str, module: Any, changes: bool = False) -> None:
         if verb == "before":
             self.op(point.module, self._make(point, verb, "input", module, module), BlockSite)
         elif verb == "after":
             self.op(point.module, self._make(point, verb, "output", module, module), BlockSite)
         elif verb == "watch":
             self.op(point.module, self._make(point, verb, "watch_output", module, module), BlockSite)
+        elif verb == "replay":
+            self.op(point.module, self._make(point, verb, "watch_call", module.enter, module), BlockSite)
+            where, leave = ("output", OnOutput(module.leave)) if changes else ("watch_output", module.leave)
+            self.op(point.module, self._make(point, verb, where, leave, module, last=True), BlockSite)
         else:
             self.op(point.module, self._make(point, verb, "forward", module, module, per_row=False), BlockSite)
 

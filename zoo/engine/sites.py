@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.engine.context import Context, Frame
 from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
-from zoo.errors import ConfigError
+from zoo.engine.state import Place, State
 
 
 @dataclass(eq=False)
@@ -33,7 +32,8 @@ class Op:
 
     `where` says how `fn` is called: "input": `x -> x`; "output": `(x, y) -> y`, with x the module's first input (the first
     keyword's value if there are only keywords) and y its output (the first of a tuple);
-    "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "forward": not called by the site
+    "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "watch_call": `(x, again) -> None`
+    with x in front of all "input" ops and `again` an `Again`, or None; "forward": not called by the site
     itself but read by the site's replacement of `forward` (attention, blocks), as are other words of a family's own.
     """
 
@@ -66,79 +66,6 @@ def parts(*modules: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-# active adapters, the route, its batch, the adapter served alone, whether prompts are under way, values of the forward pass
-Place = tuple[tuple[str, ...], "dict[str, Tensor] | None", int, "str | None", bool, "Frame | None"]
-
-
-@dataclass(eq=False)
-class State:
-    """What all sites of one model share: the memory saver, and which adapter serves which rows of the batch."""
-
-    saver: Saver
-    active: tuple[str, ...] = ()
-    # adapter name -> row indices (n,); None: every active adapter serves all rows
-    route: dict[str, Tensor] | None = None
-    batch: int = 0
-    serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)
-    watching: set[str] | None = None  # points whose ops ran, while a probe listens
-    aside: bool = False  # prompts pass through a module on their own: ops that only watch the token stream do not run
-    context: Context = field(default_factory=Context)
-    damping: object | None = None  # which `zoo.damped` ops are scaled for now
-    switch: Callable[[Place], None] = field(
-        default=lambda place: None, repr=False
-    )  # the model's: all sites go to a place
-
-    def place(self) -> Place:
-        """Who is active, for which rows, and with which values."""
-        frame = self.context.frame
-        return (*self.here()[:5], None if frame is None else frame.kept())
-
-    def here(self) -> Place:
-        """As `place`, for the time being: with the live values."""
-        return (self.active, self.route, self.batch, self.serving, self.aside, self.context.frame)
-
-    def put(self, place: Place) -> None:
-        """Set what `place` gave; the sites stay as they are."""
-        self.active, self.route, self.batch, self.serving, self.aside, self.context.frame = place
-
-    def run_at(self, place: Place, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`run` with the adapters of another time: recomputation in backward, after a switch or a routed batch."""
-        frame = place[5]
-        if frame is not None and frame.first:  # the forward pass itself: what is put must stay
-            frame.first = False
-            return run(*args, **kwargs)
-        here = self.here()
-        if here[1] is place[1] and (here[0], *here[2:5]) == (place[0], *place[2:5]):
-            self.context.frame = None if frame is None else frame.kept()  # it may be run with again
-            try:
-                return run(*args, **kwargs)
-            finally:
-                self.context.frame = here[5]
-        self.switch((*place[:5], None if frame is None else frame.kept()))
-        try:
-            return run(*args, **kwargs)
-        finally:
-            self.switch(here)
-
-    def steady(self, damping: object | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`run`, if effects are still scaled as when the forward pass ran."""
-        if self.damping is not damping:
-            raise ConfigError(
-                "A block is run again for backward, and `zoo.damped` was entered or left since its forward pass: its "
-                "gradients would be those of another model. Call backward inside of the context, or use memory='low'."
-            )
-        return run(*args, **kwargs)
-
-    def rows(self, name: str, leading: int) -> Tensor | None:
-        """Rows of a tensor with `leading` = batch * k rows (k windows per image) that adapter `name` serves."""
-        assert self.route is not None
-        rows = self.route.get(name)
-        if rows is None or leading == self.batch:
-            return rows
-        per = leading // self.batch
-        return (rows[:, None] * per + torch.arange(per, device=rows.device)).reshape(-1)
-
-
 @dataclass(eq=False)
 class Site:
     """Everything that adapters have put at one module of the backbone."""
@@ -157,7 +84,7 @@ class Site:
         """Take up the set of active adapters; install hooks if there is anything to run, take them away if not."""
         active = self.state.active if self.state.route is None else tuple(self.state.route)
         live = sorted((op for op in self.ops if op.owner in active), key=lambda op: (op.last, active.index(op.owner)))
-        self.inputs = tuple(op for op in live if op.where in ("input", "watch_input"))
+        self.inputs = tuple(op for op in live if op.where in ("input", "watch_input", "watch_call"))
         self.outputs = tuple(op for op in live if op.where in ("output", "watch_output"))
         self.forwards = tuple(op for op in live if op.where == "forward")
         wanted = bool(self.ops) or bool(self.recompute)
@@ -218,10 +145,12 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.inputs:
             return None
-        x = self.read_input(args, kwargs)
+        x = entered = self.read_input(args, kwargs)
         for op in self.inputs:
             self._seen(op)
-            if op.where == "watch_input":
+            if op.where == "watch_call":
+                self._watch(op, entered, self._again(op, args, kwargs))
+            elif op.where == "watch_input":
                 self._watch(op, x)
             else:
                 x = self._apply(op, x)
@@ -239,7 +168,7 @@ class Site:
             self._seen(op)
             if op.where == "watch_output":
                 self._watch(op, y)
-            else:
+            elif not (op.verb == "replay" and self.state.aside):  # it has seen this pass already
                 y = self._apply(op, x, y)
         if noting and self.recompute == "product" and not self.stochastic():
             then = (dict(module._parameters), self.forwards, self.outputs, self.state.place())
@@ -286,15 +215,23 @@ class Site:
         if self.state.watching is not None:
             self.state.watching.add(f"{op.owner}/{op.point}")
 
-    def _watch(self, op: Op, tensor: Tensor) -> None:
+    def _watch(self, op: Op, tensor: Tensor, *more: Any) -> None:
         if self.state.aside:
             return
         if self.state.serving is not None:
             if op.owner == self.state.serving:
-                op.fn(tensor)
+                op.fn(tensor, *more)
             return
         rows = None if self.state.route is None else self.state.rows(op.owner, tensor.shape[0])
-        op.fn(tensor if rows is None else tensor.index_select(0, rows))
+        op.fn(tensor if rows is None else tensor.index_select(0, rows), *more)
+
+    def _again(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Again | None:
+        """The call once more, if it is the frozen module's alone."""
+        state = self.state
+        alone = state.route is None and state.serving is None and state.active == (op.owner,)
+        if not alone or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return Again(self, self.write_input(args, kwargs, None), state.place())  # type: ignore[arg-type]
 
     def _apply(self, op: Op, *tensors: Tensor) -> Tensor:
         """Run an op on all rows, or on those that its adapter serves; the last tensor is the one that changes."""
@@ -313,6 +250,31 @@ class Site:
         ops = (*self.outputs, *self.forwards)
         modules: Iterable[nn.Module] = [self.module, *(m for op in ops for m in op.modules)]
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for root in modules for m in root.modules())
+
+
+@dataclass(eq=False)
+class Again:
+    """A module's call, to be made once more on another first input, and without a graph."""
+
+    site: Site
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    place: Place
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What came out of the module for x, at the time of the forward pass."""
+        if self.place[5] is not None:
+            self.place[5].first = False
+        with torch.no_grad():
+            return self.site.state.run_at(self.place, self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        state, site = self.site.state, self.site
+        before, state.aside = state.aside, True  # nobody who watches the tokens must take this for another pass
+        try:
+            args, kwargs = site.write_input(*self.call, x)
+            return site.read_output(site.module(*args, **kwargs))
+        finally:
+            state.aside = before
 
 
 def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

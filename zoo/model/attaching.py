@@ -15,7 +15,6 @@ from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
 from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
-from zoo.heads import Head
 from zoo.model.headed import Headed
 from zoo.points import Points
 
@@ -29,6 +28,7 @@ class AdapterHost(Headed):
     _swaps: dict[str, list[Swap]]
     _wants: dict[str, tuple[Want, ...]]  # only of adapters that read values of the forward pass
     _plan: str
+    _beside: bool  # all active adapters are side networks
     _memory: str
     _resting: dict[str, set[str]]
 
@@ -259,6 +259,7 @@ class AdapterHost(Headed):
         for name, head in self.heads.items():
             self._rest(f"head/{name}", head, name != current)
         self._plan = "+".join(self._state.active)
+        self._beside = bool(self._state.active) and all(a.side_network for a in self._active_adapters())
         self._watch_memory()
         self.train(self.training)
 
@@ -293,34 +294,6 @@ class AdapterHost(Headed):
         for name in self._state.active:
             for swap in self._swaps.get(name, ()):
                 swap.put(True)
-
-    def _train_also(self, names: Sequence[str]) -> None:
-        """Adapters that a routed batch names beside the active ones are trained by it, with the heads that serve them."""
-        for name in names:
-            adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
-            if name not in self._state.active:
-                self._rest(name, adapter, resting=False)
-            if adapter.stateless or any(p.requires_grad for p in adapter.parameters()):
-                head = self._head_of(name)
-                self._rest(f"head/{head}", self.heads[head], resting=False)
-
-    def _routed_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        for name in names:
-            self._known(name)
-        self._train_also(names)
-        named = {f"{n}/{k}": p for n in names for k, p in self.adapters[n].named_parameters()}
-        for head in dict.fromkeys(self._head_of(n) for n in names):
-            named |= {f"head/{head}.{k}": p for k, p in self.heads[head].named_parameters()}
-        return {k: p for k, p in named.items() if p.requires_grad}
-
-    def _rich(self, name: str | None) -> bool:
-        """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
-        adapter: Any = None if name is None else self.adapters[name]
-        return (adapter is not None and adapter.behind_head) or isinstance(self.heads[self._head_of(name)], Head)
-
-    def _head_of(self, name: str | None) -> str:
-        """The head that serves an adapter alone."""
-        return name if name is not None and name in self.heads else "default"
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

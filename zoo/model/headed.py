@@ -65,6 +65,15 @@ class Headed(nn.Module):
         """Width of the head in use; 0 without one."""
         return int(getattr(self.head, "out_features", 0))
 
+    def _rich(self, name: str | None) -> bool:
+        """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
+        adapter: Any = None if name is None else self.adapters[name]
+        return (adapter is not None and adapter.behind_head) or isinstance(self.heads[self._head_of(name)], Head)
+
+    def _head_of(self, name: str | None) -> str:
+        """The head that serves an adapter alone."""
+        return name if name is not None and name in self.heads else "default"
+
     def reset_head(self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear") -> None:
         """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`."""
         dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()

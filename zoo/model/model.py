@@ -20,7 +20,7 @@ from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, named_outputs
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
-from zoo.model.routing import forward_routed
+from zoo.model.routing import forward_routed, routed_parameters
 from zoo.points import Points
 from zoo.points.merger import Merger
 
@@ -62,6 +62,7 @@ class Model(Contextual):
         self._swaps: dict[str, list[Swap]] = {}
         self._resting: dict[str, set[str]] = {}  # parameters that are frozen only because their adapter or head rests
         self._wants = {}
+        self._beside = False
         self._answers = False
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
         if num_classes is None and own_head is not None:
@@ -153,6 +154,9 @@ class Model(Contextual):
 
     def _features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         names = [] if self._plan == "" else list(self._state.active)
+        if self._beside:
+            inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+            kwargs = {k: x.detach() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         pooled = self.family.features(*inputs, **kwargs)
         for name in names:
             pooled = self.adapters[name].features(pooled)  # type: ignore[operator]
@@ -180,7 +184,7 @@ class Model(Contextual):
         heads that serve them, which then are `head/<name>` ("default" for adapters without one of their own), each head's own.
         """
         if adapters:
-            return self._routed_parameters(adapters)
+            return routed_parameters(self, adapters)
         named = {f"{n}/{k}": p for n in self._state.active for k, p in self.adapters[n].named_parameters()}
         named |= {f"head/{k}": p for k, p in self.head.named_parameters()}
         return {k: p for k, p in named.items() if p.requires_grad}

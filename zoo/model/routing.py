@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.errors import CombinationError, ConfigError
 from zoo.model.answering import answer
 
 if TYPE_CHECKING:
+    from zoo.adapters.base import Adapter
     from zoo.model import Model
 
 Parts = dict["str | None", Tensor]  # an adapter (None: the bare backbone) and something about its rows
@@ -54,7 +55,7 @@ def forward_routed(
     device, state = model.device, model._state
     rows = {n: torch.tensor([i for i, m in enumerate(names) if m == n], device=device) for n in order}
     if torch.is_grad_enabled():
-        model._train_also(named)
+        train_also(model, named)
     here = state.here()
     try:
         if targets is None and not any(model._rich(name) for name in order) and _row_by_row(model, named):
@@ -148,3 +149,25 @@ def _modes(model: Model, named: Sequence[str]) -> None:
     """The backbone's mode, where one of these adapters trains the backbone itself."""
     if any(model.adapters[name].trains_backbone for name in named):
         model.train(model.training)
+
+
+def train_also(model: Model, names: Sequence[str]) -> None:
+    """Adapters that a routed batch names beside the active ones are trained by it, with the heads that serve them."""
+    for name in names:
+        adapter: Adapter = model.adapters[name]  # type: ignore[assignment]
+        if name not in model.active:
+            model._rest(name, adapter, resting=False)
+        if adapter.stateless or any(p.requires_grad for p in adapter.parameters()):
+            head = model._head_of(name)
+            model._rest(f"head/{head}", model.heads[head], resting=False)
+
+
+def routed_parameters(model: Model, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """What a batch served by these adapters trains, by name; heads are `head/<name>.<key>`."""
+    for name in names:
+        model._known(name)
+    train_also(model, names)
+    named = {f"{n}/{k}": p for n in names for k, p in model.adapters[n].named_parameters()}
+    for head in dict.fromkeys(model._head_of(n) for n in names):
+        named |= {f"head/{head}.{k}": p for k, p in model.heads[head].named_parameters()}
+    return {k: p for k, p in named.items() if p.requires_grad}

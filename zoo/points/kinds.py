@@ -7,7 +7,7 @@
 | `attention` | queries, keys and values just before the product  | `extend`, `query`                                       |
 | `tokens`    | the sequence entering a block                     | `prompt`, `train`, `words`                              |
 | `norm`      | a normalisation's scale and shift                 | `train`, `rescale`                                      |
-| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replace`                   |
+| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replay`, `replace`         |
 | `condition` | the embedding that conditions a model             | `before`, `after`                                       |
 
 A point is a descriptor and does nothing by itself. Verbs work only inside `Adapter.attach`, where a `Session` records them;
@@ -261,7 +261,7 @@ class BlockPoint(Point):
     """A whole residual block, tensors channel-last."""
 
     kind: ClassVar[str] = "block"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replace")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replay", "replace")
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` in front of the block."""
@@ -274,6 +274,15 @@ class BlockPoint(Point):
     def watch(self, module: nn.Module) -> None:
         """`module(y)` sees the block's output and changes nothing."""
         self._record("watch", module)
+
+    def replay(self, module: nn.Module, changes: bool = False) -> None:
+        """`module.enter(x, again)` sees the block's input, `module.leave(y)` its output; `changes`: `y <- module.leave(y)`.
+
+        `again(x) -> y` runs the frozen block once more, as it ran and without a graph: in backward, instead of keeping outputs.
+        It is None where that is not possible: in a batch of per-sample adapters, beside other adapters, without gradients,
+        compiled.
+        """
+        self._record("replay", module, changes=changes)
 
     def replace(self, module: nn.Module) -> None:
         """`module(block, x) -> y` runs instead of the block; `block(x)` is its own forward."""
