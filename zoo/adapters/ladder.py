@@ -33,6 +33,7 @@ Text models (whose decoder's side attends to the encoder's side) are left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,11 @@ from zoo.adapters.parts.cut import cut_blocks, squared_gradients
 from zoo.adapters.parts.rungs import Rung, Top
 from zoo.adapters.parts.side import Merge, SideBlock
 from zoo.errors import AttachError, MergeError
+from zoo.host import Host
 from zoo.points import Merger, Point, Points
 from zoo.points.recorder import Carried
 from zoo.registry import register_adapter
+from zoo.tasks import Task
 
 INITS = ("linear", "magnitude", "fisher")
 
@@ -140,8 +143,8 @@ class Ladder(Adapter):
                 False, f"layers must name the last block, {len(blocks) - 1}, since {points.backbone} has no last norm."
             )
 
-    def calibrate(self, model: Any, batches: Any) -> None:
-        """init="fisher": cut the side blocks out of the backbone's, by squared gradients of the loss over `samples` samples."""
+    def calibrate(self, model: Host, batches: Iterable[Any], task: Task | None = None) -> None:
+        """init="fisher": cut side blocks out of the backbone's by squared gradients of the task's loss over `samples` samples."""
         blocks = _one_stream(model.points)
         inside = [[p for p in model.points if p.name.startswith(f"{b.name}.")] for b in blocks]
         importance = squared_gradients(

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import zoo
 from zoo.adapters.parts.side import SideBlock
-from zoo.errors import AttachError, ConfigError
+from zoo.errors import AttachError, ConfigError, DataError
 from zoo.points import Point
+from zoo.tasks import Task
 
 __all__ = ["cut_blocks", "squared_gradients"]
 
@@ -95,45 +96,51 @@ def _slice_norm(norm: Any, point: Any, columns: Tensor) -> None:
         norm.bias.copy_(point.module.bias[columns])
 
 
-def squared_gradients(model: Any, points: Sequence[Any], batches: Iterable[Any], samples: int) -> dict[str, Tensor]:
-    """The sum over samples of the squared gradient of the cross-entropy with respect to each point's weight, by name.
+def squared_gradients(
+    model: Any, points: Sequence[Any], batches: Iterable[Any], samples: int, task: Task | None = None
+) -> dict[str, Tensor]:
+    """The sum over samples of the squared gradient of the task's loss with respect to each point's weight (o, i), by name.
 
     The model without adapters and with its own head is differentiated; nothing of it changes.
 
     Raises:
-        ConfigError: no classification head, targets that are not classes, or no data.
+        ConfigError: the model has no head that the task would need.
+        DataError: no data.
     """
-    if not model.num_classes:
+    if not model.num_classes and (task is None or task.on_head):
         raise ConfigError(
             "init='fisher' needs the loss of a classification head; give num_classes, or use init='magnitude'."
         )
-    modules = {id(p.module): p.module for p in points}
-    sums = {key: torch.zeros_like(m.weight) for key, m in modules.items()}
-    weights, seen, training = [m.weight for m in modules.values()], 0, model.training
-    learned = [w.requires_grad for w in weights]
-    try:
-        model.eval()
-        with model.disable(), torch.enable_grad():
-            for w in weights:
-                w.requires_grad_(True)
-            for inputs, targets in batches:
-                if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
-                    raise ConfigError(
-                        "init='fisher' needs one class for each sample; use init='magnitude' for other targets."
-                    )
-                parts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-                for i in range(min(len(targets), samples - seen)):
-                    one = [p[i : i + 1].to(model.device) for p in parts]
-                    loss = F.cross_entropy(model(*one), targets[i : i + 1].to(model.device))
-                    for key, g in zip(modules, torch.autograd.grad(loss, weights)):
-                        sums[key] += g.square()
-                    seen += 1
-                if seen >= samples:
-                    break
-    finally:
-        for w, learns in zip(weights, learned):
-            w.requires_grad_(learns)
-        model.train(training)
+    modules: dict[str, Any] = {p.path: p.module for p in points}
+    sums = {path: torch.zeros_like(m.weight) for path, m in modules.items()}
+    seen = 0
+    with model.disable(), zoo.probing(model, task) as probe:
+        weights = {path: m.weight.requires_grad_(True) for path, m in modules.items()}
+        for inputs, targets in batches:
+            for i in range(min(_count(targets), samples - seen)):
+                gradients = probe.gradients(probe.loss(_one(inputs, i), _one(targets, i)), weights)
+                for path, gradient in gradients.items():
+                    sums[path] += gradient.square()
+                seen += 1
+            if seen >= samples:
+                break
     if not seen:
-        raise ConfigError("init='fisher' got no data.")
-    return {p.name: sums[id(p.module)].flatten(1)[p.start : p.stop] for p in points}
+        raise DataError("init='fisher' got no data: give calibrate at least one batch of (inputs, targets).")
+    return {p.name: sums[p.path].flatten(1)[p.start : p.stop] for p in points}
+
+
+def _one(value: Any, i: int) -> Any:
+    """Sample i of a batch, as a batch."""
+    if isinstance(value, (tuple, list)) and not isinstance(value[0], str):
+        return type(value)(_one(v, i) for v in value)
+    return {k: _one(v, i) for k, v in value.items()} if isinstance(value, Mapping) else value[i : i + 1]
+
+
+def _count(value: Any) -> int:
+    """Samples of a batch of targets."""
+    while isinstance(value, (tuple, list, Mapping)) and not isinstance(value, str):
+        first = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
+        if isinstance(first, str):
+            break
+        value = first
+    return len(value)
