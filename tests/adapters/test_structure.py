@@ -117,6 +117,8 @@ def test_what_is_refused_changes_nothing() -> None:
         (lambda: adapter.resize(A, keep=[]), "resized to 0 rows; at least 1 must stay"),
         (lambda: adapter.resize(A, rows=0, keep=[]), "resized to 0 rows"),
         (lambda: adapter.resize(A, keep=[0, 8]), "has 8 rows along dim 0"),
+        (lambda: adapter.resize(A, keep=torch.tensor([True, False])), "the mask has"),
+        (lambda: adapter.resize(A, keep=torch.zeros(8, dtype=torch.bool)), "resized to 0 rows"),
         (lambda: adapter.resize(A, rows=7), "less than the 8 rows"),
         (lambda: adapter.resize(A, rows=9, new=torch.zeros(1, 23)), r"expected \(1, 24\)"),
         (lambda: adapter.resize(A, dim=2), "no dim=2"),
@@ -130,6 +132,8 @@ def test_what_is_refused_changes_nothing() -> None:
         with pytest.raises(ConfigError, match=message):
             call()
     assert difference(weights(model), before) == 0 and adapter.plan is None
+    adapter.resize(A, keep=torch.arange(8) != 2, by="somebody else")  # who was refused has no claim
+    assert torch.equal(adapter.get_parameter(A), before[f"lora/{A}"][[0, 1, 3, 4, 5, 6, 7]])
     assert list(service.parameters) == list(before)
     bitfit = tiny_model("bitfit").adapters["bitfit"]
     with pytest.raises(ConfigError, match="stands in for a parameter of the backbone"):

@@ -95,7 +95,7 @@ class Structured(nn.Module):
 
         Args:
             name: in this adapter, such as "blocks.3.attn.q.lora_a".
-            keep: indices along `dim` that stay, in their new order; None keeps all.
+            keep: indices along `dim` that stay, in their new order, or a mask; None keeps all.
             rows: how many there are afterwards. Those behind the kept ones are `new` (zeros by default), and the
                 optimizer knows nothing of them yet.
             by: who asks, if it is not this adapter itself.
@@ -104,13 +104,20 @@ class Structured(nn.Module):
             ConfigError: no such parameter, fewer than one row, rows that do not exist or do not fit; nothing is changed.
             CombinationError: another method changes this adapter's structure in this fit.
         """
-        self._claim(by)
+        who = self._claim(by)
         old = self._named(name)
         if not -old.ndim <= dim < old.ndim:
             raise ConfigError(f"'{self._full(name)}' has {old.ndim} dimensions; there is no dim={dim}.")
         dim %= old.ndim
         length = old.shape[dim]
-        index = torch.arange(length) if keep is None else torch.as_tensor(keep, dtype=torch.long).cpu().reshape(-1)
+        chosen = (
+            torch.arange(length) if keep is None else keep if isinstance(keep, Tensor) else torch.tensor(list(keep))
+        )
+        if chosen.dtype == torch.bool and chosen.shape != (length,):
+            raise ConfigError(
+                f"'{self._full(name)}' has {length} rows along dim {dim}; the mask has {tuple(chosen.shape)}."
+            )
+        index = (chosen.nonzero() if chosen.dtype == torch.bool else chosen.long()).reshape(-1).cpu()
         count = len(index) if rows is None else rows
         if count < 1:
             raise ConfigError(
@@ -144,7 +151,7 @@ class Structured(nn.Module):
             place = (*front, slice(0, len(index))) if fresh[dim] else None
             service.replace(self._full(name), made, keep=(*front, index), place=place)
         self._set(name, made)
-        self._note(name, shape)
+        self._note(name, shape, who)
         return made
 
     def grow(
@@ -161,7 +168,7 @@ class Structured(nn.Module):
             ConfigError: the name is taken, or has no place; nothing is changed.
             CombinationError: another method changes this adapter's structure in this fit.
         """
-        self._claim(by)
+        who = self._claim(by)
         parent, last = self._place(name)
         if parent._parameters.get(last) is not None or last in parent._modules:
             raise ConfigError(f"'{self._full(name)}' is there already; resize it, or grow another name.")
@@ -180,7 +187,7 @@ class Structured(nn.Module):
             found = service.settings(model_of) if model_of is not None else {}
             service.add({self._full(name): made}, **{**found, **settings})
         self._set(name, made)
-        self._note(name, list(made.shape))
+        self._note(name, list(made.shape), who)
         return made
 
     def drop(self, *names: str, by: str | None = None) -> None:
@@ -190,13 +197,13 @@ class Structured(nn.Module):
             ConfigError: no such parameter; nothing is changed.
             CombinationError: another method changes this adapter's structure in this fit.
         """
-        self._claim(by)
+        who = self._claim(by)
         for name in names:
             self._named(name)
         for name in names:
             self._forget(name)
             self._set(name, None)
-            self._note(name, None)
+            self._note(name, None, who)
 
     # -- what the house calls ---------------------------------------------------------------------------------------
 
@@ -255,15 +262,15 @@ class Structured(nn.Module):
     def _full(self, name: str) -> str:
         return f"{self.name or self.method}/{name}"
 
-    def _claim(self, by: str | None) -> None:
-        """One method alone changes an adapter's structure in a fit."""
+    def _claim(self, by: str | None) -> str:
+        """Who asks; one method alone changes an adapter's structure in a fit."""
         who = by or self.name or self.method
         if self._link.changer not in (None, who):
             raise CombinationError(
                 f"'{who}' and '{self._link.changer}' would both change the structure of '{self.name or self.method}' in one fit. "
                 "Use one of them."
             )
-        self._link.changer = who
+        return who
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         path, _, last = name.rpartition(".")
@@ -298,7 +305,8 @@ class Structured(nn.Module):
         if service is not None and self._full(name) in service.parameters:
             service.drop(self._full(name))
 
-    def _note(self, name: str, shape: list[int] | None) -> None:
+    def _note(self, name: str, shape: list[int] | None, who: str) -> None:
+        self._link.changer = who
         plan = self.plan or {}
         self.plan = {**plan, KEY: {**plan.get(KEY, {}), name: shape}}
 
