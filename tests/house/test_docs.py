@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Fewer epochs, and the three classes of the folder below.
-SMALLER = (("vit-b16", "vit-micro"), (r"epochs=\d+", "epochs=1"), (r"num_classes=17\b", "num_classes=3"))
+SMALLER = (("vit-b16", "vit-micro"), (r"\bepochs=\d+", "epochs=1"), (r"num_classes=17\b", "num_classes=3"))
 SMALLER += (("vit_base_patch16_224", "vit_tiny_patch16_224"), (r'val="flowers/val"\)', 'val="flowers/val", epochs=1)'))
 
 

@@ -1,0 +1,220 @@
+"""Multi-task learning: several data sets, each a task with classes of its own, one adapter for all of them.
+
+Idea: every batch is of one task, drawn with probability
+
+    p_i ~ n_i ^ tau            n_i: items of task i; tau = 1 is their share in the data, 0 an equal share of all
+
+and is one pass with the value `task` in the context, which adapters made for several tasks read (hyperformer); to any other
+adapter it is not said. With `batches="mixed"` each item of a batch is drawn so, and the value is one for each sample.
+
+Heads: the rows of one linear head, one group for each task; its classes are named "<task>: <class>". The loss is the cross-
+entropy over the logits of the item's own task, and so is every accuracy: the task of an item is known, also when it is used.
+
+    loss = mean_b -log softmax(z_b restricted to the classes of task(b))[y_b]
+
+What one task has become is taken out by `single_task(model, "birds")`: its rows of the head, and plain adapters in the place of
+what was generated for it.
+
+Defaults: tau = 0.1 and one task for each batch, as hyperformer's.
+Source: Karimi Mahabadi et al., "Parameter-efficient Multi-task Fine-tuning for Transformers via Shared Hypernetworks", ACL 2021
+(rabeehk/hyperformer: temperature sampling, p ~ n^(1/T), T = 10); Pfeiffer et al. and most of multi-task vision use the same.
+Deviations: the rows of all heads are one parameter, so an optimizer with momentum or weight decay also moves those of tasks that
+are not in a batch; heads of separate modules would stand still then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.data.dataset import ImageDataset
+from zoo.data.joined import join
+from zoo.errors import ConfigError, DataError, UnknownNameError, nearest
+from zoo.regimes.base import Phase, Regime
+from zoo.regimes.report import LINE, RunReport, style
+from zoo.regimes.work import Run
+from zoo.registry import register_regime
+from zoo.tasks.base import call
+from zoo.tasks.classify import Classify
+from zoo.train.samplers import Mixed, OnePart
+
+if TYPE_CHECKING:
+    from zoo.host import Host
+    from zoo.model import Model
+
+__all__ = ["ManyTasks", "MultiTask", "single_task"]
+
+
+class ManyTasks(Classify):
+    """Classification among the classes of the item's own task; targets count through the classes of all tasks.
+
+    Args:
+        names: of the tasks. sizes: how many classes each has.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        self.names, self.sizes = list(names), list(sizes)
+        self.task_of_class = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(loss, logits with -inf for the classes of other tasks)."""
+        of_class = self.task_of_class.to(targets.device)
+        tasks = of_class[targets]
+        outputs = call(model, inputs).float()
+        others = of_class[None, :] != tasks[:, None]
+        logits = outputs.masked_fill(others, float("-inf"))
+        loss = F.nll_loss(logits.log_softmax(dim=-1), targets)
+        if label_smoothing:  # over the task's own classes
+            own = logits.log_softmax(dim=-1).masked_fill(others, 0.0)
+            smooth = -(own.sum(-1) / (~others).sum(-1)).mean()
+            loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+        return loss, logits
+
+    def context(self, model: Host, inputs: Any, targets: Any, *, training: bool) -> dict[str, Any]:
+        """`task`: the batch's, or one for each sample; for the adapters that read it."""
+        tasks = self.task_of_class[targets.cpu()].tolist()
+        found = [self.names[i] for i in tasks]
+        said = found[0] if len(set(found)) == 1 else found
+        return {**super().context(model, inputs, targets, training=training), "task": said}
+
+
+@register_regime("multitask")
+@dataclass(eq=False)
+class MultiTask(Regime):
+    """One adapter for several tasks.
+
+    `zoo.run(model, "multitask", data={"birds": ..., "cars": ...}, test={...})`: data sets with known classes, by the names of
+    their tasks. The model begins without a head. Afterwards its head has the classes of all tasks.
+
+    Args:
+        epochs: passes over all data. tau: of the sampling. batches: "one" task for each batch, or "mixed".
+    """
+
+    epochs: int = 10
+    tau: float = 0.1
+    batches: str = "one"
+
+    paper = "Karimi Mahabadi et al. 2021"
+    needs_head = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.epochs >= 1, f"epochs is {self.epochs}; expected 1 or more.")
+        self.check(self.tau >= 0, f"tau is {self.tau}; expected 0 or more.")
+        self.check(self.batches in ("one", "mixed"), f"batches is {self.batches!r}; expected 'one' or 'mixed'.")
+
+    def prepare(self, run: Run) -> None:
+        """Data by name, a model without a head, adapters that know these tasks."""
+        for what, given in (("data", run.data), ("test", run.test)):
+            if what == "test" and given is None:
+                continue
+            if not isinstance(given, dict) or not all(
+                isinstance(d, ImageDataset) and d.classes for d in given.values()
+            ):
+                raise DataError(
+                    f"multitask: {what}= is a dict of data sets with known classes, by the names of their tasks: "
+                    "{'birds': ..., 'cars': ...}."
+                )
+        if not run.data:
+            raise DataError("multitask: data= holds no task.")
+        for name, test in (run.test or {}).items():
+            if name not in run.data:
+                raise DataError(f"multitask: test data for '{name}', which is no task. {nearest(name, run.data)}")
+            if test.classes != run.data[name].classes:
+                raise DataError(f"multitask: the test data of '{name}' have other classes than its training data.")
+        if run.model.num_classes:
+            raise ConfigError("multitask makes the heads of the tasks: load the model with num_classes=0.")
+        for adapter in (run.model.adapters[n] for n in run.model.active):
+            known = getattr(adapter, "tasks", None)
+            if known is not None and (unknown := [n for n in run.data if n not in known]):
+                raise UnknownNameError(
+                    f"multitask: '{adapter.method}' is made for the tasks {', '.join(known)} and does not know '{unknown[0]}'. "
+                    f"Attach it with tasks={tuple(run.data)}."
+                )
+
+    def phases(self, run: Run) -> Iterator[Phase]:
+        """One phase on all data; each task is measured at the end."""
+        data = join(run.data)
+        what = ManyTasks(list(run.data), [len(d.classes) for d in run.data.values()])
+        run.model.grow_head(data.classes or ())
+        sampler = OnePart(tau=self.tau) if self.batches == "one" else Mixed(tau=self.tau)
+        yield Phase("tasks", data, task=what, sampler=sampler, fit={"epochs": self.epochs})
+        if run.test is None:
+            return
+        tests = {name: run.test.get(name) or run.data[name].select([0]) for name in run.data}
+        joined = join(tests)  # so that labels count as in training
+        part = joined.rows.part  # type: ignore[attr-defined]
+        for number, name in enumerate(run.data):
+            if name in run.test:
+                run.evaluate(joined.select((part == number).nonzero()[0]), name, task=what)
+
+    def summary(self, run: Run) -> dict[str, Any]:
+        """Accuracy of each task, and their mean."""
+        if not run.test:
+            return {}
+        accuracies = {name: run.values[name]["accuracy"] for name in run.test}
+        sizes = {name: [len(d), len(d.classes)] for name, d in run.data.items()}
+        return {"accuracy": accuracies, "mean": sum(accuracies.values()) / len(accuracies), "sizes": sizes}
+
+    def table(self, report: RunReport) -> tuple[list[str], list[list[Any]]]:
+        """One row for each task."""
+        if not report.summary:
+            return report.phase_table()
+        rows = [
+            [name, *report.summary["sizes"][name], f"{100 * accuracy:.1f}"]
+            for name, accuracy in report.summary["accuracy"].items()
+        ]
+        return ["task", "items", "classes", "accuracy, %"], [
+            *rows,
+            ["mean", "", "", f"{100 * report.summary['mean']:.1f}"],
+        ]
+
+    def draw(self, figure: Any, report: RunReport) -> None:
+        """Accuracies of the tasks, if they were measured; else the curves."""
+        if not report.summary:
+            report.draw_phases(figure)
+            return
+        names, values = list(report.summary["accuracy"]), [100 * v for v in report.summary["accuracy"].values()]
+        axes = figure.add_subplot(1, 1, 1)
+        axes.bar(names, values, color=LINE, width=0.6)
+        for place, value in enumerate(values):
+            axes.annotate(
+                f"{value:.1f}", (place, value), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=8
+            )
+        axes.set_ylim(0, 105)
+        style(axes, f"accuracy, %; mean {100 * report.summary['mean']:.1f}")
+
+
+def single_task(model: Model, task: str) -> Model:
+    """Make the model one of a single task, in place: its rows of the head, and plain adapters for what was generated for it.
+
+    Raises:
+        UnknownNameError: the head has no classes of this task.
+    """
+    classes = model.classes or []
+    rows = [i for i, name in enumerate(classes) if name.startswith(f"{task}: ")]
+    if not rows:
+        raise UnknownNameError(
+            f"The head has no classes of the task '{task}'. {nearest(task, {n.partition(': ')[0] for n in classes})}"
+        )
+    old: Any = model.head
+    in_use: list[str] = []
+    for name in model.active:
+        extract: Any = getattr(model.adapters[name], "extract", None)
+        in_use += [name] if extract is None else extract(model, task)
+    generated = [name for name in model.active if name not in in_use]
+    model.set_active(*in_use)
+    for name in generated:
+        model.remove_adapter(name)
+    head = nn.Linear(old.in_features, len(rows), bias=old.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(old.weight[rows])
+        if old.bias is not None:
+            head.bias.copy_(old.bias[rows])
+    model.set_head(head, [classes[i].removeprefix(f"{task}: ") for i in rows])
+    return model
