@@ -215,3 +215,12 @@ def test_the_middle_of_an_epoch() -> None:
     whole.epoch = rest.epoch = 2
     rest.start = 3
     assert list(whole)[3:] == list(rest) and sorted(i for batch in whole for _, i in batch) == list(range(20))
+
+
+def test_a_training_set_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+    """Not a loss of 0.0 and success."""
+    data = open_dataset(write_parquet(tmp_path / "a.parquet", [0, 1, 2, 3], [b""] * 4), on_error="skip")
+    with pytest.raises(
+        DataError, match=r"Nothing was trained on in epoch 1: none of the images could be read\. First: .*a\.parquet"
+    ):
+        zoo.fit(tiny_model(), data, epochs=2, progress=False)

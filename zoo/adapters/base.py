@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "fits"]
 
+LARGEST = 1e6  # of a setting that is a float; none has a meaning beyond
+
 
 @dataclass(eq=False)
 class Adapter(Structured):
@@ -62,6 +64,10 @@ class Adapter(Structured):
         # What `attach` needs to know besides the settings, such as the points that a calibration chose: JSON types, saved
         # with the adapter and put back before it attaches again. None: not decided yet.
         self.plan: dict[str, Any] | None = None
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            finite = not isinstance(value, float) or abs(value) <= LARGEST  # false for NaN
+            self.check(finite, f"{f.name} is {value}; expected a number between -{LARGEST:g} and {LARGEST:g}.")
 
     # -- what a method implements -----------------------------------------------------------------------------------
 

@@ -205,8 +205,9 @@ class LoRA(Adapter):
         super().__post_init__()
         for rank in (self.rank, *(self.ranks or {}).values()):
             self.check(type(rank) is int and rank >= 1, f"rank is {rank!r}; expected 1 or more.")
-        for alpha in (self.alphas or {}).values():
+        for alpha in (*([] if self.alpha is None else [self.alpha]), *(self.alphas or {}).values()):
             self.check(type(alpha) in (int, float), f"alpha is {alpha!r}; expected a number.")
+            self.check(alpha != 0, "alpha is 0; what is learned is multiplied by it, so it could never act.")
         self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
         self.check(
             not (self.dora and self.dropout), "DoRA changes the weight itself; dropout on its input is not defined."

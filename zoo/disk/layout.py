@@ -33,6 +33,10 @@ HEAD = "head"
 # because safetensors writes several in random order, and the same adapter should make the same bytes.
 STAMP = "adapter-zoo"
 
+# Types of numbers that are written, and read. What a method encodes in whole numbers, it decodes itself.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 _NAME = re.compile(r"[\w-]+")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -222,6 +226,11 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path
                 f"'{path}' holds tensor '{name}', which belongs to nothing that {CONFIG} declares "
                 f"({', '.join(owners)}). Copy or download the folder again."
             )
+        if tensors[name].dtype not in (*FLOATS, *WHOLE):
+            raise WeightsError(
+                f"'{path}' holds tensor '{name}' as {_type(tensors[name])}, a type that is not written here; those are "
+                f"{', '.join(str(t).removeprefix('torch.') for t in (*FLOATS, *WHOLE))}. Save it again in one of these."
+            )
     bad = not_finite(tensors)
     if bad:
         raise WeightsError(
@@ -230,10 +239,27 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path
         )
 
 
+def check_kind(name: str, own: Tensor, stored: Tensor, what: str) -> None:
+    """Raise WeightsError unless a stored tensor is of the kind of numbers that its place in the model takes.
+
+    Floats of any precision are floats; whole numbers of any width are whole numbers; truth values are only themselves.
+    """
+    fits = [(t.dtype in FLOATS, t.dtype == torch.bool) for t in (own, stored)]
+    if fits[0] != fits[1]:
+        raise WeightsError(
+            f"{what} holds tensor '{name}' as {_type(stored)}, where the model has {_type(own)}. Copy or download the folder "
+            "again."
+        )
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """ "; tensor '...' has ... NaN or Inf" for the first such tensor, or ""."""
     for name, tensor in tensors.items():
-        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
             bad = int(tensor.numel() - torch.isfinite(tensor).sum())
             return f"; tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or Inf"
     return ""

@@ -34,15 +34,18 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
+from zoo.disk.budget import budget
 from zoo.disk.layout import (
     CARD,
     CONFIG,
     FILES,
+    FLOATS,
     FORMAT_VERSION,
     HEAD,
     METRICS,
     WEIGHTS,
     check_config,
+    check_kind,
     check_tensors,
     pack,
     to_json,
@@ -80,9 +83,14 @@ def save(
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
-        JSON. In each case the old files stay.
+        JSON, or a `dtype` that cannot hold the numbers. In each case the old files stay.
     """
     from zoo.disk.cards import render
+
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(
+            f"dtype is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}: in any other the numbers would be lost."
+        )
 
     folder = Path(folder)
     names = _select(model, adapters)
@@ -267,7 +275,7 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
     _check_backbone(model, saved)
     added: list[str] = []
     own_head = head and saved.has_head and bool(model.adapters)
-    with model.all_or_nothing():
+    with model.all_or_nothing(), budget(saved.folder, saved.tensors, model.backbone):
         for i, entry in enumerate(saved.adapters):
             last = i == len(saved.adapters) - 1
             name = entry.name if entry.name not in model.adapters else None
@@ -328,4 +336,5 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Host,
                 f"The {what} in '{saved.folder}' does not fit '{model.backbone_name}': tensor '{name}' has shape {theirs} in "
                 f"the file and {mine} in the model. It was saved on another width or depth, or its settings were changed."
             )
+        check_kind(name, own[name], tensors[name], f"The {what} in '{saved.folder}'")
     module.load_state_dict(tensors)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.disk.layout import CONFIG, WEIGHTS, parse
+from zoo.disk.layout import CONFIG, FLOATS, WEIGHTS, parse
 from zoo.disk.saved import read_config_file, read_weights_file
 from zoo.errors import ConfigError, WeightsError
 
@@ -101,7 +101,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     path = folder / WEIGHTS
     tensors, metadata = parse(read_weights_file(folder), path)
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
                 f"'{path}': tensor '{key}' is not a tensor of finite numbers. Get another copy of the folder."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from zoo.adapters.base import Adapter
 from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
-from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
 from zoo.model.headed import Headed
 from zoo.points import Points
 
@@ -80,22 +81,33 @@ class AdapterHost(Headed):
             raise ConfigError(
                 f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head')."
             )
+        if hasattr(nn.ModuleDict, name):  # or torch would say that the attribute exists
+            raise ConfigError(
+                f"'{name}' cannot name an adapter: it is a word of torch's own modules. Give another name=."
+            )
         if name in self.adapters:
             raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
         fresh.name = name
         width = self.num_classes if num_classes is None else num_classes
         self.points.num_classes = width
-        session = self._attach(name, fresh, activate)
+        head = None
+        try:
+            session = self._attach(name, fresh, activate)
+            dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
+            other = dim != _in_features(self.head if activate else self.heads["default"]) or fresh.head_kind
+            if num_classes is not None or (width and other):
+                head = self._new_head(width, dim, fresh, fresh.head_kind or "linear")
+        except BaseException as error:
+            self._watch_memory()  # clears the sites that were made
+            if isinstance(error, RuntimeError) and re.search(r"allocate|out of memory", str(error)):
+                raise ConfigError(
+                    f"{fresh!r}, with a head of {width} classes, asks for more memory than there is: {error}. Choose smaller "
+                    "settings."
+                ) from error
+            raise
         self.adapters[name] = fresh
-        dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
-        other = dim != _in_features(self.head if activate else self.heads["default"]) or fresh.head_kind
-        if num_classes is not None or (width and other):
-            try:
-                self.heads[name] = self._new_head(width, dim, fresh, fresh.head_kind or "linear")
-            except ZooError:
-                del self.adapters[name]
-                self._watch_memory()  # clears the sites that were made
-                raise
+        if head is not None:
+            self.heads[name] = head
         self._install(name, session)
         self.set_active(*self._state.active, *([name] if activate else []))
         return fresh
@@ -240,16 +252,23 @@ class AdapterHost(Headed):
 
         Raises:
             CombinationError: two of them cannot work together; nothing is changed.
+            UnknownNameError, ConfigError: there is no such adapter, or one to train is not among those in use.
         """
-        for name in names:
+        wanted = names if train is None else ((train,) if isinstance(train, str) else tuple(train))
+        for name in (*names, *wanted):
             self._known(name)
+            if name not in names:
+                raise ConfigError(
+                    f"'{name}' is to be trained but not used (train={train!r}); name it among the adapters too: "
+                    f"model.set_active({', '.join(map(repr, [*names, name]))}, train={train!r})."
+                )
         for name, other in itertools.combinations(dict.fromkeys(names), 2):
             self._check_pair(other, self._ops[other], self._swaps[other], name)
         for other in (n for n in self._state.active if n not in names):
             for swap in self._swaps[other]:
                 swap.put(False)
         self._state.active = tuple(dict.fromkeys(names))
-        trained = self._state.active if train is None else ((train,) if isinstance(train, str) else tuple(train))
+        trained = set(wanted)
         for name, adapter in self.adapters.items():
             self._rest(name, adapter, name not in trained)
         for name in self._state.active:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.seeds import seed_everything
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.tasks import Task
 from zoo.train import evaluation
 from zoo.train.aids import make_aids
@@ -215,6 +215,11 @@ class Trainer:
         seed_everything(settings.seed, "epoch", run.epoch)
         self.hooks.epoch_end(run.epoch)
         images, loss, extra, hits, labelled = self.stepper.sums.tolist()
+        if not images:
+            raise DataError(
+                f"Nothing was trained on in epoch {run.epoch + 1}: none of the {self.items} could be read. First: "
+                f"{run.skipped[0] if run.skipped else 'there are none'}. Mend the data; on_error='raise' says what is wrong."
+            )
         record: dict[str, Any] = {"epoch": run.epoch + 1, "step": run.step, "lr": self.service.groups[0]["lr"]}
         record["loss"] = loss / max(images, 1)
         if extra:
