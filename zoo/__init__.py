@@ -36,6 +36,7 @@ _LAZY = {
     "Task": "zoo.tasks",
     "TokensPoint": "zoo.points",
     "adapter": "zoo.registry",
+    "blocks": "zoo.engine.blocks",
     "average": "zoo.model.algebra",
     "capture": "zoo.model.probing",
     "compatibility": "zoo.table",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
     from zoo.data import open_dataset
+    from zoo.engine.blocks import blocks
     from zoo.engine.memory import recomputable, saved_bytes
     from zoo.engine.second_order import second_order
     from zoo.exchange.peft import from_peft, to_peft

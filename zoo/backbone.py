@@ -61,6 +61,9 @@ class Backbone:
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
     # Options of `zoo.load` that say which points there are: a saved adapter brings those that it was attached with
     point_options: ClassVar[tuple[str, ...]] = ()
+    # Whether the blocks of one tower and stage are called one after another, each with what the one before gave and with the same
+    # further arguments, and return the tokens alone: they can then be run by hand (`zoo.engine.blocks`)
+    plain_blocks: ClassVar[bool] = False
     # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
     tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
     tiny_classes: ClassVar[int | None] = 3  # width of its head; None: no head
@@ -172,6 +175,20 @@ class Backbone:
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in forward order."""
         return [p.module for p in self.points() if p.kind == "block"]
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One of the two halves of a block with its residual sum: "attn", then "mlp" of what that gave, is the block.
+
+        `args` and `kwargs` are the further arguments of the block's call.
+
+        Raises:
+            AttachError: this family's blocks do not come in halves.
+        """
+        raise AttachError(
+            f"the blocks of the family '{cls.family}' ({type(block).__name__}) are not described as an attention half and an "
+            "MLP half."
+        )
 
     def elementwise_modules(self) -> list[nn.Module]:
         """Modules whose outputs are recomputed rather than kept, besides the norms."""

@@ -103,6 +103,7 @@ class AST(TransformersAudio):
         Row("block", "block", "", ""),
     )
     elementwise = ("mlp.activation_fn",)
+    plain_blocks = True
     tiny = (
         "ast-micro",
         {
@@ -113,6 +114,13 @@ class AST(TransformersAudio):
             "num_mel_bins": 32,
         },
     )
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """`x + attention(LN x)`, or `x + MLP(LN x)`."""
+        if role == "attn":
+            return block.dropout(block.attention(block.layernorm_before(x), attention_mask, **kwargs)[0]) + x
+        return block.dropout(block.mlp(block.layernorm_after(x))) + x
 
     # -- building ---------------------------------------------------------------------------------------------------
 

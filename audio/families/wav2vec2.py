@@ -122,6 +122,7 @@ class Wav2Vec2(TransformersAudio):
         "hubert-l": "transformers:facebook/hubert-large-ll60k",
     }
     elementwise = ("feed_forward.intermediate_act_fn",)
+    plain_blocks = True
     tiny = (
         "wav2vec2-b",
         {
@@ -138,6 +139,20 @@ class Wav2Vec2(TransformersAudio):
         },
     )
     seconds = 5.0
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Norms stand in front of the branches, or behind the sums: `LN(x + attention(x))`, `LN(x + MLP(x))`."""
+        stable = "StableLayerNorm" in type(block).__name__
+        if role == "attn":
+            attended = block.attention(block.layer_norm(x) if stable else x, attention_mask=attention_mask, **kwargs)
+            x = x + block.dropout(attended[0])
+            return x if stable else block.layer_norm(x)
+        if not stable:
+            return block.final_layer_norm(x + block.feed_forward(x))
+        x = x + block.feed_forward(block.final_layer_norm(x))
+        own = getattr(block, "adapter_layer", None)
+        return x if own is None else x + own(x)
 
     # -- building ---------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class Swin(TimmBackbone):
     )
     elementwise = ("mlp.act",)
     gives = ("pooled", "tokens", "maps")
+    plain_blocks = True
     tiny = (
         "swin-t",
         {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
@@ -84,6 +85,14 @@ class Swin(TimmBackbone):
         if "maps" in want:
             found["maps"] = [m.permute(0, 3, 1, 2) for m in maps]
         return found
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, H, W, d) plus the windows' attention, or plus the MLP."""
+        if role == "attn":
+            return x + block.drop_path1(block._attn(block.norm1(x)))
+        tokens = x.flatten(1, 2)
+        return (tokens + block.drop_path2(block.mlp(block.norm2(tokens)))).view_as(x)
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""

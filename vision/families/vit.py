@@ -63,6 +63,7 @@ class ViT(TimmBackbone):
     )
     elementwise = ("mlp.act",)
     gives = ("pooled", "tokens", "maps")
+    plain_blocks = True
     tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
 
     @classmethod
@@ -96,6 +97,14 @@ class ViT(TimmBackbone):
             patches = tokens[:, tokens.shape[1] - height * width :]
             found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
         return found
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]
+        """`x + DP(LS(Attn(LN1 x)))`, or `x + DP(LS(MLP(LN2 x)))`."""
+        if role == "attn":
+            attended = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            return x + block.drop_path1(block.ls1(attended))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every block, and of the final norms."""

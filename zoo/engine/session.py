@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.blocks import require_plain
 from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.generated import Made
+from zoo.engine.reversible import ALONE
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
@@ -257,8 +259,13 @@ class Session:
             self.op(at, self._make(point, verb, f"watch_{side}", stash.watch))
             change(point.exit_side, point.exit, stash.join)
 
-    def _block(self, point: Point, verb: str, module: Any, changes: bool = False) -> None:
-        if verb == "before":
+    def _block(self, point: Point, verb: str, module: Any, changes: bool = False, run: Any = None) -> None:
+        if verb == "run":
+            require_plain(self.family, self.owner)
+            turn = run.join(self.site(point.module, BlockSite), module, self.family.half)
+            op = self._make(point, verb, "forward", turn, module, per_row=False, excludes=ALONE)
+            self.op(point.module, op, BlockSite)
+        elif verb == "before":
             self.op(point.module, self._make(point, verb, "input", module, module), BlockSite)
         elif verb == "after":
             self.op(point.module, self._make(point, verb, "output", module, module), BlockSite)

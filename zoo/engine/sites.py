@@ -344,9 +344,11 @@ class BlockSite(Site):
         """Run by the block instead of its own forward."""
         run = self.original
         for op in self.forwards:
-            if op.verb == "replace":
+            if op.verb in ("replace", "run"):
                 self._seen(op)
                 run = functools.partial(op.fn, run)
+        if any(op.verb == "run" for op in self.forwards):  # which keeps what it needs by itself
+            return run(*args, **kwargs)
         learns = self.learns or self.state.route is not None or _differentiable(args, kwargs)
         if self.checkpointed and learns and torch.is_grad_enabled() and not exact():
             if not torch.compiler.is_compiling():

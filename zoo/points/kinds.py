@@ -7,7 +7,7 @@
 | `attention` | queries, keys and values just before the product  | `extend`, `query`                                       |
 | `tokens`    | the sequence entering a block                     | `prompt`, `train`, `words`                              |
 | `norm`      | a normalisation's scale and shift                 | `train`, `rescale`                                      |
-| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replay`, `replace`         |
+| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replay`, `replace`, `run`  |
 | `condition` | the embedding that conditions a model             | `before`, `after`                                       |
 
 A point is a descriptor and does nothing by itself. Verbs work only inside `Adapter.attach`, where a `Session` records them;
@@ -261,7 +261,7 @@ class BlockPoint(Point):
     """A whole residual block, tensors channel-last."""
 
     kind: ClassVar[str] = "block"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replay", "replace")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replay", "replace", "run")
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` in front of the block."""
@@ -287,6 +287,14 @@ class BlockPoint(Point):
     def replace(self, module: nn.Module) -> None:
         """`module(block, x) -> y` runs instead of the block; `block(x)` is its own forward."""
         self._record("replace", module)
+
+    def run(self, module: nn.Module, run: Any) -> None:
+        """The block is run by hand, with those that had this `run` before it: `run` is a `zoo.engine.reversible.Reversible`.
+
+        `module` is what the adapter has at this block (F or G of the coupling, or an empty module). Only where blocks are a plain
+        sequence (`Backbone.plain_blocks`); points of one run are handed over in forward order.
+        """
+        self._record("run", module, run=run)
 
 
 @dataclass(eq=False, kw_only=True)

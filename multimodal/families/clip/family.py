@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.families.clip import build as clip_build
+from multimodal.families.clip import towers as clip_towers
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
 from zoo.library import library
@@ -49,6 +50,7 @@ class CLIPBackbone(Backbone):
         "siglip-b16": "open_clip:ViT-B-16-SigLIP/webli",
     }
     elementwise = ("mlp.gelu", "mlp.act")
+    plain_blocks = True
     weights_folder = Path(__file__).parents[2] / "weights"
     gives = ("pooled", "tokens", "maps", "text", "scale")
     task = "contrast"
@@ -158,6 +160,11 @@ class CLIPBackbone(Backbone):
                     f"The {name} tower of '{self.name}' {tower}. Load it with tower='{other}' to adapt that one alone."
                 )
         return chosen  # type: ignore[return-value]
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A block of a tower in halves (`towers.half`)."""
+        return clip_towers.half(block, role, x, *args, **kwargs)
 
     def points(self) -> list[Point]:
         """Points of the image tower, then those of the text tower, each in forward order."""

@@ -98,6 +98,24 @@ class Tower:
         return block.norm1, attention.qkv, attention.k_norm
 
 
+def half(block: Any, role: str, x: Tensor, **kwargs: Any) -> Tensor:
+    """`x + S(Attn(LN1 x))`, or `x + S(MLP(LN2 x))`, of a block of either library; `kwargs`: mask, rotary table."""
+    if hasattr(block, "ln_1"):
+        if role == "mlp":
+            return x + block.ls_2(block.mlp(block.ln_2(x)))
+        hidden = block.ln_1(x)
+        if hasattr(block, "ln_attn"):
+            return x + block.ls_1(block.ln_attn(block.attn(hidden, **kwargs)))
+        return x + block.ls_1(block.attention(q_x=hidden, **kwargs))
+    path = block.drop_path1 if role == "attn" else block.drop_path2
+    change = block.attn(block.norm1(x), **kwargs) if role == "attn" else block.mlp(block.norm2(x))
+    number = "1" if role == "attn" else "2"
+    gamma = getattr(block, f"gamma_{number}", None)  # timm's EvaBlock; its Block has a module `ls1`
+    change = change if gamma is None else gamma * change
+    scale = getattr(block, f"ls{number}", None)
+    return x + path(change if scale is None else scale(change))
+
+
 def towers(module: Any) -> dict[str, Tower | str]:
     """The towers of an open_clip model by name; instead of one that is not described here the reason, in words."""
     return {"image": _image(module.visual), "text": _text(module)}
