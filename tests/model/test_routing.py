@@ -109,3 +109,49 @@ def test_heads_of_different_widths() -> None:
     model.add_adapter("lora", "b", activate=False)
     with pytest.raises(ConfigError, match="different widths"):
         model(images(), adapters=NAMES)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "ssf", "prefix"])
+def test_compiled_routes_share_a_graph(method: str) -> None:
+    """Whichever rows an adapter serves; and gradients reach all of them."""
+    model = pair(method)
+    graphs = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    seen = 0
+    for names in (["a", "b", None, "a"], ["a", "a", None, "b"], ["b", None, "a", "a"], [None, "a", "b", "b"]):
+        route = model.route([*names, *names])
+        x = torch.cat([images(), images() + 1])
+        found, expected = compiled(x, adapters=route), model(x, adapters=[*names, *names])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x, adapters=route), expected)
+        seen = seen or len(graphs)
+    assert model.active == () and model._state.route is None
+    assert len(graphs) <= 4
+    parameters = list(model.parameters_to_train("a", "b").values())
+    grads = [torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_routes_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair("lora")
+    route = model.route(NAMES)
+    with pytest.raises(ConfigError, match="4 names for a batch of 2"):
+        model(images()[:2], adapters=route)
+    model.add_adapter("bitfit", activate=False)
+    with pytest.raises(ConfigError, match="make the route anew"):
+        model(images(), adapters=route)
+    swapping = model.route(["a", "bitfit", "a", "a"])
+    model(images(), adapters=swapping)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ConfigError, match=r"adapters=model.route"):
+        model(images(), adapters=NAMES)
+    with pytest.raises(ConfigError, match="sub-batch of its own"):
+        model(images(), adapters=swapping)

@@ -208,6 +208,15 @@ class AttentionSite(Site):
         super().refresh()
         self.watchers = tuple(op for op in self.ops if op.where == "watch_keys" and op.owner in self.state.active)
 
+    def running(self) -> tuple[tuple[Op, ...], ...]:
+        """The ops that run now."""
+        return (*super().running(), self.watchers)
+
+    def run_only(self, ops: tuple[tuple[Op, ...], ...]) -> None:
+        """Run exactly these."""
+        super().run_only(ops)
+        self.watchers = ops[3]
+
     def reset(self) -> None:
         """Forget what was computed for evaluation."""
         self._kept = self._slots = None
@@ -301,7 +310,7 @@ class AttentionSite(Site):
                 op.fn(keys, values)
             return self._compensated(q, pairs, self._product(q, keys, values, k, images, bias))
         outputs, order = [], []
-        for index, pairs in self._groups(images, q.device):
+        for index, pairs in self._groups():
             windows = len(q) // images
             rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
             mine = recomputable(torch.Tensor.index_select, q, 0, rows)
@@ -321,18 +330,17 @@ class AttentionSite(Site):
                 y = y + scores.softmax(dim=-1) @ values
         return y
 
-    def _groups(self, images: int, device: torch.device) -> Iterator[tuple[Tensor, list[Pair]]]:
+    def _groups(self) -> Iterator[tuple[Tensor, list[Pair]]]:
         """Images that are served alike, and their extra keys and values."""
         assert self.state.route is not None
-        free = torch.ones(images, dtype=torch.bool, device=device)
-        for owner in dict.fromkeys(op.owner for op in self.sources):
+        owners = list(dict.fromkeys(op.owner for op in self.sources))
+        for owner in owners:
             index = self.state.route[owner]
             if len(index):
-                free = free.index_fill(0, index, False)
                 yield index, [op.fn(self, len(index)) for op in self.sources if op.owner == owner]
-        rest = free.nonzero().flatten()
-        if len(rest):
-            yield rest, []
+        rest = [index for name, index in self.state.route.items() if name not in owners and len(index)]
+        if rest:
+            yield torch.cat(rest), []
 
     @staticmethod
     def _join(own: Tensor, extra: list[Tensor]) -> Tensor:

@@ -102,6 +102,14 @@ class Site:
         else:
             self.module.__dict__.pop("forward", None)
 
+    def running(self) -> tuple[tuple[Op, ...], ...]:
+        """The ops that run now."""
+        return self.inputs, self.outputs, self.forwards
+
+    def run_only(self, ops: tuple[tuple[Op, ...], ...]) -> None:
+        """Run exactly these, as `running` gave them: a part of `refresh` that can be traced."""
+        self.inputs, self.outputs, self.forwards = ops[:3]
+
     def reset(self) -> None:
         """The mode or the set of adapters changed: forget what was computed for evaluation."""
 

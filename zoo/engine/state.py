@@ -25,7 +25,7 @@ class State:
 
     saver: Saver
     active: tuple[str, ...] = ()
-    # adapter name -> row indices (n,); None: every active adapter serves all rows
+    # adapter name ("": the bare backbone) -> row indices (n,); None: every active adapter serves all rows
     route: dict[str, Tensor] | None = None
     batch: int = 0
     serving: str | None = None  # within a routed batch: what runs now belongs to this adapter alone (its prompts)

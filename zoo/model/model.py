@@ -20,7 +20,7 @@ from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, named_outputs
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
-from zoo.model.routing import forward_routed, routed_parameters
+from zoo.model.routing import Route, forward_routed, routed_parameters
 from zoo.points import Points
 from zoo.points.merger import Merger
 
@@ -78,7 +78,7 @@ class Model(Contextual):
     def forward(
         self,
         *inputs: Any,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | Route | None = None,
         context: Mapping[str, Any] | None = None,
         targets: Any = None,
         **kwargs: Any,
@@ -102,6 +102,14 @@ class Model(Contextual):
         if self._needs_frame(context):
             return self._framed(self._logits, inputs, kwargs, context)  # type: ignore[no-any-return]
         return self._logits(*inputs, **kwargs)
+
+    def route(self, names: Sequence[str | None]) -> Route:
+        """Which adapter serves which sample, made once: `compiled(x, adapters=model.route(names))`, one name for each sample.
+
+        A compiled model needs it, and runs one graph for each set of adapters, whichever samples they serve. Made before the
+        call, it also lets all of them learn (as `parameters_to_train(*names)` does).
+        """
+        return Route.of(self, names, len(names), plan=True)
 
     def _logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         features, head = self._pooled(*inputs, **kwargs), self.head

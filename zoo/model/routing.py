@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from zoo.model.answering import answer
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
+    from zoo.engine.sites import Op, Site
     from zoo.model import Model
 
 Parts = dict["str | None", Tensor]  # an adapter (None: the bare backbone) and something about its rows
@@ -26,7 +28,7 @@ Parts = dict["str | None", Tensor]  # an adapter (None: the bare backbone) and s
 def forward_routed(
     model: Model,
     inputs: tuple[Any, ...],
-    names: Sequence[str | None],
+    names: Sequence[str | None] | Route,
     kwargs: dict[str, Any],
     context: Mapping[str, Any] | None = None,
     targets: Any = None,
@@ -44,50 +46,147 @@ def forward_routed(
     """
     model.family.check_routed(*inputs)
     batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
-    if len(names) != batch:
+    if torch.compiler.is_compiling():
+        return _compiled(model, inputs, names, kwargs, context, targets)
+    route = names if isinstance(names, Route) else Route.of(model, names, batch)
+    if route.batch != batch:
         raise ConfigError(
-            f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample."
+            f"adapters= has {route.batch} names for a batch of {batch}; give one name (or None) for each sample."
         )
-    order = list(dict.fromkeys(names))
-    named = [name for name in order if name is not None]
-    for name in named:
-        model._known(name)
-    device, state = model.device, model._state
-    rows = {n: torch.tensor([i for i, m in enumerate(names) if m == n], device=device) for n in order}
+    route.check(model)
+    state, rows = model._state, route.rows
     if torch.is_grad_enabled():
-        train_also(model, named)
+        train_also(model, route.named)
     here = state.here()
     try:
-        if targets is None and not any(model._rich(name) for name in order) and _row_by_row(model, named):
-            served = {name: rows[name] for name in named}
-            model._serve((tuple(named), served, batch, None, False, None))
+        if targets is None and _row_by_row(model, list(rows)):
+            served = route.served
+            model._serve((route.named, served, batch, None, False, None))
             arguments = (model, inputs, kwargs, rows)
             outputs = model._framed(
-                _single_pass, arguments, {}, context, owners=named, rows=served, call=(inputs, kwargs)
+                _single_pass, arguments, {}, context, owners=route.named, rows=served, call=(inputs, kwargs)
             )
         else:
             outputs = [
                 _sub_batch(model, inputs, kwargs, n, index, batch, context, targets) for n, index in rows.items()
             ]
     finally:
-        for name in named:
+        for name in route.named:
             model.adapters[name].release()  # type: ignore[operator]
         model._serve(here)
-        _modes(model, named)
-    widths = {tuple(o.shape[1:]) for o in outputs}
-    if len(widths) > 1:
-        shapes = ", ".join(f"{n}: {tuple(o.shape[1:])}" for n, o in zip(order, outputs))
+        _modes(model, route.named)
+    return route.joined(outputs)
+
+
+@dataclass(eq=False)
+class Route:
+    """Which rows of a batch each adapter serves; made by `model.route(names)`, for one size of batch.
+
+    Under `torch.compile` the work that is no tensor's is done here: which ops run at which modules. All routes of the same
+    adapters then run the same graph, whichever rows these serve.
+    """
+
+    batch: int
+    rows: Parts  # samples (n,) of each adapter, None: of the bare backbone
+    back: Tensor  # (B,): where in the outputs, which stand together by adapter, each sample is
+    attached: tuple[str, ...]
+    sites: list[tuple[Site, tuple[tuple[Op, ...], ...]]] | None = None  # what runs; None: not in one pass
+
+    @classmethod
+    def of(cls, model: Model, names: Sequence[str | None], batch: int, plan: bool = False) -> Route:
+        """Checked; `plan`: with what a compiled model needs."""
+        if len(names) != batch:
+            raise ConfigError(
+                f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample."
+            )
+        order = list(dict.fromkeys(names))
+        for name in order:
+            if name is not None:
+                model._known(name)
+        device = model.device
+        rows = {n: torch.tensor([i for i, m in enumerate(names) if m == n], device=device) for n in order}
+        back = torch.empty(batch, dtype=torch.long, device=device)
+        back[torch.cat(list(rows.values()))] = torch.arange(batch, device=device)
+        route = cls(batch, rows, back, tuple(model.adapters.keys()))
+        if plan:
+            train_also(model, route.named)
+            if _row_by_row(model, order):
+                here = model._state.here()
+                try:
+                    model._serve((route.named, route.served, batch, None, False, None))
+                    route.sites = [(site, site.running()) for site in model._sites.values() if site.ops]
+                finally:
+                    model._serve(here)
+        return route
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The adapters."""
+        return tuple(name for name in self.rows if name is not None)
+
+    @property
+    def served(self) -> dict[str, Tensor]:
+        """The rows of each of them, and as "" those of the bare backbone."""
+        return {name or "": rows for name, rows in self.rows.items()}
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError if adapters have come or gone since the route was made."""
+        if self.attached != tuple(model.adapters.keys()):
+            raise ConfigError("adapters were added or removed since model.route(...): make the route anew.")
+
+    def joined(self, outputs: Sequence[Tensor]) -> Tensor:
+        """What each adapter's rows gave, as rows of the batch."""
+        if len({tuple(o.shape[1:]) for o in outputs}) > 1:
+            shapes = ", ".join(f"{n}: {tuple(o.shape[1:])}" for n, o in zip(self.rows, outputs))
+            raise ConfigError(
+                f"the heads of the named adapters have different widths ({shapes}); call the model once for each."
+            )
+        return torch.cat(list(outputs)).index_select(0, self.back)
+
+
+def _compiled(
+    model: Model,
+    inputs: tuple[Any, ...],
+    route: Any,
+    kwargs: dict[str, Any],
+    context: Mapping[str, Any] | None,
+    targets: Any,
+) -> Tensor:
+    """One pass, traced: the ops that run are put in place for its time, and nothing else of the model is touched."""
+    if not isinstance(route, Route):
         raise ConfigError(
-            f"the heads of the named adapters have different widths ({shapes}); call the model once for each."
+            "Under torch.compile, give the adapters of a batch as adapters=model.route([...]), made outside of the compiled call."
         )
-    joined = torch.cat(outputs)
-    back = torch.empty(batch, dtype=torch.long, device=device)
-    back[torch.cat([rows[n] for n in order])] = torch.arange(batch, device=device)
-    return joined.index_select(0, back)
+    if route.sites is None or targets is not None:
+        raise ConfigError(
+            "One of these adapters needs a sub-batch of its own (it changes the sequence or the backbone's parameters, or its "
+            "head needs more than features), which is not compiled. Call the model itself, or the compiled one for each adapter."
+        )
+    route.check(model)
+    state = model._state
+    here = state.here()
+    before = [(site, site.running()) for site, _ in route.sites]
+    served = route.served
+    state.active, state.route, state.batch = route.named, served, route.batch
+    for site, ops in route.sites:
+        site.run_only(ops)
+    try:
+        call = (inputs, kwargs)
+        outputs = model._framed(
+            _single_pass, (model, inputs, kwargs, route.rows), {}, context, owners=route.named, rows=served, call=call
+        )
+    finally:
+        state.active, state.route, state.batch = here[0], here[1], here[2]
+        for site, ops in before:
+            site.run_only(ops)
+    return route.joined(outputs)
 
 
-def _row_by_row(model: Model, named: Sequence[str]) -> bool:
-    """Whether these adapters can serve their rows of one batch in one pass."""
+def _row_by_row(model: Model, order: Sequence[str | None]) -> bool:
+    """Whether these adapters (None: the bare backbone) can serve their rows of one batch in one pass."""
+    if any(model._rich(name) for name in order):
+        return False
+    named = [name for name in order if name is not None]
     for name in named:
         if (
             model._swaps[name]
@@ -106,8 +205,11 @@ def _row_by_row(model: Model, named: Sequence[str]) -> bool:
 def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], rows: Parts) -> list[Tensor]:
     """The batch goes through once; each adapter's features and head get its own rows."""
     state = model._state
-    with state.saver.record(model.device):
+    if torch.compiler.is_compiling():
         pooled = model.family.features(*inputs, **kwargs)
+    else:
+        with state.saver.record(model.device):
+            pooled = model.family.features(*inputs, **kwargs)
     state.route = None
     outputs = []
     for name, index in rows.items():
