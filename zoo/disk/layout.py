@@ -142,10 +142,14 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
     }
     if not copy:
         top["checksum"] = _TEXT
+    if "encoding" in config:  # left out where tensors are stored as they are (zoo.disk.codecs)
+        top["encoding"] = _DICT
     _check_fields(config, top, "", path)
     if config["format_version"] < 1:
         _wrong(path, "format_version", f"{config['format_version']}", f"a whole number from 1 to {FORMAT_VERSION}")
     _check_fields(config["backbone"], {"name": _TEXT, "fingerprint": _TEXT + _NONE, "kwargs": _DICT}, "backbone.", path)
+    if "encoding" in config:
+        _check_fields(config["encoding"], {"codec": _TEXT, "tensors": _DICT}, "encoding.", path)
     names: set[str] = set()
     for i, entry in enumerate(config["adapters"]):
         where = f"adapters[{i}]"

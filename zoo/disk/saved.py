@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.disk.codecs import check_encoding, decode
 from zoo.disk.layout import (
     CARD,
     CONFIG,
@@ -59,6 +60,7 @@ class SavedAdapter:
     card: str = field(repr=False)
     zoo_version: str = ""
     head_kind: str = "linear"
+    codec: str = "plain"
     recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
 
     @property
@@ -112,6 +114,11 @@ def read(folder: str | Path) -> SavedAdapter:
         record = _record(files, folder) or copy["metrics"]
         card = files[CARD].strip(b"\0").decode(errors="replace") or copy["card"]
     check_tensors(config, tensors, path)
+    encoding = config.get("encoding")
+    if encoding is not None:
+        check_encoding(encoding, folder / CONFIG)
+        tensors = decode(encoding, tensors, path)
+        check_tensors(config, tensors, path)
     head = config["head"]
     return SavedAdapter(
         folder=folder,
@@ -126,6 +133,7 @@ def read(folder: str | Path) -> SavedAdapter:
         card=card,
         zoo_version=config["zoo_version"],
         head_kind=head.get("kind", "linear") if head else "linear",
+        codec=encoding["codec"] if encoding is not None else "plain",
         recovered=recovered,
     )
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.disk.budget import budget
+from zoo.disk.codecs import encode
 from zoo.disk.layout import (
     CARD,
     CONFIG,
@@ -74,12 +75,13 @@ def save(
     *,
     source: str | None = None,
     dtype: torch.dtype | None = None,
+    codec: str = "plain",
 ) -> Path:
     """Write the active (or the named) adapters and the head that goes with them, the card and the record.
 
     `source` is what the card tells readers to load: a repository id, by default the folder's name. `dtype` is the
-    precision of the stored numbers, by default the model's own. A kill or a full disk at any moment leaves what the
-    folder held before, or the complete new state.
+    precision of the stored numbers, by default the model's own; `codec` how they are encoded (`zoo.disk.codecs`). A kill or
+    a full disk at any moment leaves what the folder held before, or the complete new state.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
@@ -123,6 +125,9 @@ def save(
         if num_classes
         else None,
     }
+    tensors, encoding = encode(codec, tensors)
+    if encoding is not None:
+        config["encoding"] = encoding
     return write(folder, config, tensors, model.record, render(model, names, source=source or folder.resolve().name))
 
 

@@ -300,15 +300,20 @@ class Model(Contextual):
         return twin
 
     def save_adapter(
-        self, folder: str | Path, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        adapters: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        codec: str = "plain",
     ) -> Path:
         """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics.
 
-        `dtype` is the precision of the stored numbers; by default the model's own.
+        `dtype` is the precision of the stored numbers, by default the model's own; `codec` how they are encoded: "plain", "fp16",
+        "int8", "sparse", or one of another package (`zoo.disk.codecs`).
         """
         from zoo.disk import save
 
-        return save(self, folder, adapters, dtype=dtype)
+        return save(self, folder, adapters, dtype=dtype, codec=codec)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the active adapters, head and card to a Hub repository; options as `zoo.hub.push`. Returns its address."""
