@@ -280,3 +280,14 @@ def test_what_is_declared_is_registered() -> None:
         assert registry.family(name).family == name
     for name in registry.list_tasks():
         assert registry.task(name).name == name
+
+
+def test_trust_backbone(tmp_path: Path) -> None:
+    """A backbone of somebody's folder needs the word; with it, what is wrong with the folder is the next thing said."""
+    folder = zoo.load("vit-micro", "lora", num_classes=2).save_adapter(tmp_path / "out")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["backbone"] = {"name": f"transformers:{tmp_path}", "fingerprint": None, "kwargs": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for command in (("eval", folder, "--data", tmp_path), ("merge", folder, "--out", tmp_path / "m.safetensors")):
+        assert "--trust-backbone" in run(*command, code=1).output
+        assert "config.json" in run(*command, "--trust-backbone", code=1).output

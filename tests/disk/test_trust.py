@@ -192,6 +192,7 @@ def test_a_trusted_backbone_is_built(server: HubServer, tmp_path: Path) -> None:
     saved = model.save_adapter(tmp_path / "mine")
     with pytest.raises(TrustError):
         zoo.load(adapter=saved)
+    assert 'trust_backbone="open_clip:hf-hub:friend/clip")' in (saved / "README.md").read_text()  # the card says so
     again = zoo.load(adapter=saved, trust_backbone="open_clip:hf-hub:friend/clip")
     assert torch.equal(again.backbone.state_dict()["token_embedding.weight"], weights["token_embedding.weight"])
     assert zoo.load("open_clip:hf-hub:friend/clip", adapter=saved).active == ("lora",)

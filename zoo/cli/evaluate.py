@@ -120,6 +120,8 @@ def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backb
             ) from None
         raise
     except UnknownNameError as error:
+        if Path(target).expanduser().is_dir():  # it is there; what it names is not
+            raise
         try:
             registry.find_backbone(target)
         except UnknownNameError:

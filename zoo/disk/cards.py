@@ -18,11 +18,13 @@ and from `model.record`, which `zoo.fit` and `zoo.evaluate` fill. There is no pl
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zoo import registry
 from zoo.disk.layout import CARD
 
 if TYPE_CHECKING:
@@ -144,6 +146,9 @@ class _Card:
         imports, lines = self.model.family.usage(self.model.num_classes)
         # without it, the classifier that the checkpoint has would stand on the features
         bare = ", num_classes=0" if self.model.family.task == "classify" and not self.model.num_classes else ""
+        name = self.model.backbone_name
+        if not registry.known_backbone(name) and re.search(r"[:/\\]", name):  # of somebody's, see `zoo.disk.trust`
+            bare += f", trust_backbone={json.dumps(name)}"
         code = ["import zoo", *imports, "", f'model = zoo.load(adapter="{self.source}"{bare})', *lines]
         return "\n".join(["```python", *code, "```"])
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
-from zoo.library import library
+from zoo.library import library, only_tensors
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -74,7 +74,8 @@ def pipeline(
     if source is not None:
         if model.dtype != torch.float32:
             components.setdefault("torch_dtype", model.dtype)
-        return made.from_pretrained(source, transformer=transformer, **components)
+        with only_tensors():
+            return made.from_pretrained(source, transformer=transformer, **components)
     components.setdefault("scheduler", family.scheduler())
     try:
         return made(transformer=transformer, **components)

@@ -154,7 +154,8 @@ def tokenizer(family: Any, own_words: Sequence[str] | None) -> Any:
     if own_words is not None or source is None:
         return words.tokenizer(own_words or words.EASY_VQA)
     try:
-        found: Any = library("transformers", "multimodal").AutoTokenizer.from_pretrained(source)
+        made = library("transformers", "multimodal").AutoTokenizer
+        found: Any = made.from_pretrained(source, trust_remote_code=False)  # or it asks, and waits for an answer
     except Exception as error:
         raise ConfigError(
             f"The tokenizer of '{family.name}' could not be loaded: {_reason(error)}. Check the network, or set "
