@@ -251,6 +251,19 @@ def test_nothing_to_prune() -> None:
     assert "extra_loss" not in report.history[0] and adapter_of(model).plan is None
 
 
+def test_a_frozen_one_is_left_alone() -> None:
+    """Another adapter is trained beside it."""
+    model = tiny_model([zoo.adapter("adalora", **SMALL), "lora"])
+    with torch.no_grad():
+        for part in adapter_of(model).parts().values():
+            part.lora_e.normal_()
+    model.set_active("adalora", "lora", train="lora")
+    before = {n: p.detach().clone() for n, p in adapter_of(model).named_parameters()}
+    report = fit(model, easy_data(32), steps=5)
+    assert "extra_loss" not in report.history[0]
+    assert difference(dict(adapter_of(model).named_parameters()), before) == 0
+
+
 def test_which_stay() -> None:
     scores = [torch.tensor([0.3, 0.1]), torch.tensor([0.2, 0.2, 0.9])]
     assert [m.tolist() for m in kept(scores, 2)] == [[True, False], [False, False, True]]

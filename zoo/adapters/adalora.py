@@ -175,11 +175,11 @@ class AdaLoRA(Adapter):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
-        """Make the schedule; refuse one that cannot reach the budget. What is within the budget already stays as it is."""
+        """Make the schedule; refuse one that cannot reach the budget. What is frozen, or within the budget, stays as it is."""
         self._finish()
         ranks = self.ranks()
         first, last = sum(ranks.values()), self.target_rank * len(ranks)
-        if first <= last:
+        if first <= last or not any(p.requires_grad for p in self.parameters()):
             return
         steps = [steps_of(v, total_steps) for v in (self.tinit, self.tfinal, self.interval)]
         schedule = Schedule(first, last, total_steps, steps[0], steps[1], max(1, steps[2]))
@@ -189,8 +189,9 @@ class AdaLoRA(Adapter):
             track(part, NAMES)
 
     def extra_loss(self, model: Host, outputs: Any, targets: Any) -> Tensor | None:
-        """gamma times the mean distance of P and Q from orthogonal ones."""
-        return self.orthogonality * self.distance() if self.orthogonality and self.parts() else None
+        """gamma times the mean distance of P and Q from orthogonal ones, while they are trained."""
+        trained = any(p.requires_grad for p in self.parameters())
+        return self.orthogonality * self.distance() if self.orthogonality and trained else None
 
     def distance(self) -> Tensor:
         """Mean over all P and Q of ||P^T P - 1||_F and ||Q Q^T - 1||_F."""
