@@ -56,6 +56,7 @@ class Backbone:
     # (an image of noise, scores of words), and `num_classes` is refused
     pools: ClassVar[bool] = True
     loads_in_dtype: ClassVar[bool] = False  # whether `build` takes `dtype=` and reads the checkpoint in it
+    bare_sublayers: ClassVar[bool] = True  # a sublayer is a function of one tensor to one: it can be replaced
     # What `outputs` can be asked for, besides what a head computes itself
     gives: ClassVar[tuple[str, ...]] = ("pooled",)
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
@@ -135,6 +136,10 @@ class Backbone:
                     f"{what} needs the output '{name}' ({OUTPUTS[name]}), which '{self.name}' of the family '{self.family}' does "
                     f"not give (it gives: {have})."
                 )
+
+    def packs(self, module: nn.Module) -> bool:
+        """Whether a sublayer's module gives (y, None) rather than y."""
+        return False
 
     @property
     def num_prefix(self) -> int:

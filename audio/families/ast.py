@@ -24,7 +24,7 @@ from audio.families.parts.positions import BODY, GEOMETRY, grid, refit
 from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError
 from zoo.library import library
-from zoo.points import NormPoint, Point
+from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
@@ -195,6 +195,7 @@ class AST(TransformersAudio):
                 dim,
                 layer.attention.num_attention_heads,
                 block=i,
+                layout=Layout(2, grid(body.config)),
                 attention={"head_dim": layer.attention.head_dim},
                 tokens={"num_prefix": 2, "first": i == 0, "parameter": token if i == 0 else ""},
             )

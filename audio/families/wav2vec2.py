@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import AttachError, ConfigError, DataError, MismatchError
-from zoo.points import NormPoint, Point
+from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, make_linear
 from zoo.registry import register_backbone
 
@@ -225,6 +225,7 @@ class Wav2Vec2(TransformersAudio):
                 dim,
                 layer.attention.num_heads,
                 block=i,
+                layout=Layout(),
                 table=table,
                 attention={"head_dim": layer.attention.head_dim},
                 tokens={"num_prefix": 0, "first": i == 0},

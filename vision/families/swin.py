@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vision.families.parts.timm_family import TimmBackbone
-from zoo.points import NormPoint, Point
+from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
 
@@ -114,6 +114,7 @@ class Swin(TimmBackbone):
                     attention.num_heads,
                     block=i,
                     stage=s,
+                    layout=Layout(0, tuple(block.input_resolution), tuple(block.window_size), tuple(block.shift_size)),
                     attention={
                         "head_dim": attention.qkv.out_features // 3 // attention.num_heads,
                         "window": attention.window_area,

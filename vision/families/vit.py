@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vision.families.parts.timm_family import TimmBackbone
 from zoo.errors import MismatchError
-from zoo.points import NormPoint, Point
+from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
 
@@ -126,8 +126,14 @@ class ViT(TimmBackbone):
                 dim,
                 attention.num_heads,
                 block=i,
+                layout=Layout(self.num_prefix, tuple(getattr(module.patch_embed, "grid_size", None) or ())),  # type: ignore[arg-type]
                 attention={"head_dim": attention.head_dim},
-                tokens={"num_prefix": self.num_prefix, "first": i == 0, "parameter": token if i == 0 else ""},
+                tokens={
+                    "num_prefix": self.num_prefix,
+                    "first": i == 0,
+                    "accumulates": True,
+                    "parameter": token if i == 0 else "",
+                },
             )
         return found + self._norms(("norm", "fc_norm"), dim)
 

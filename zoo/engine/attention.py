@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.engine.gates import second_softmax, with_masks
 from zoo.engine.memory import recomputable, state_of
 from zoo.engine.sites import Op, Site, parts, site_at
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from zoo.points import Point
     from zoo.points.recorder import Recorder
 
-Pair = tuple[Tensor, Tensor]  # keys and values, each (1 or B, h, T, c)
+Pair = tuple[Tensor, ...]  # keys and values, each (1 or B, h, T, c), and possibly which of them who sees
 Bias = Callable[[int, int, "Tensor | None"], "Tensor | None"]  # (extra keys, images, which of them) -> what is added
 
 
@@ -125,6 +126,7 @@ class Insert:
     num_prefix: int
     site: Site
     count: int = 0  # tokens put in by the present forward pass
+    at: int = 0  # and where
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N + T, d)."""
@@ -134,7 +136,7 @@ class Insert:
             if op.fn is self:
                 break
             at += op.fn.count if isinstance(op.fn, Insert) else 0
-        self.count = prompts.shape[1]
+        self.count, self.at = prompts.shape[1], at
         return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
 
     def strip(self, x: Tensor) -> Tensor:
@@ -248,7 +250,7 @@ class AttentionSite(Site):
     @property
     def sources(self) -> tuple[Op, ...]:
         """Active ops that give keys and values; others (`flow`) say that prompts pass as tokens."""
-        return tuple(op for op in self.forwards if op.verb != "flow")
+        return tuple(op for op in self.forwards if op.verb not in ("flow", "gate"))
 
     # -- extra keys and values --------------------------------------------------------------------------------------
 
@@ -301,6 +303,10 @@ class AttentionSite(Site):
 
         In a routed batch each image gets the keys and values of its own adapter.
         """
+        y = self._attended(q, k, v, images, bias)
+        return second_softmax(self, q, y, images) if any(op.verb == "gate" for op in self.forwards) else y
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, images: int, bias: Bias) -> Tensor:
         for op in self.sources:
             self._seen(op)
         if self.state.route is None:
@@ -308,7 +314,8 @@ class AttentionSite(Site):
             keys, values = self._join(k, [p[0] for p in pairs]), self._join(v, [_shared(p) for p in pairs])
             for op in self.watchers:
                 op.fn(keys, values)
-            return self._compensated(q, pairs, self._product(q, keys, values, k, images, bias))
+            masked = with_masks(bias, pairs, len(q), k.shape[2])
+            return self._compensated(q, pairs, self._product(q, keys, values, k, images, masked))
         outputs, order = [], []
         for index, pairs in self._groups():
             windows = len(q) // images
@@ -316,7 +323,8 @@ class AttentionSite(Site):
             mine = recomputable(torch.Tensor.index_select, q, 0, rows)
             keys = recomputable(_select, k, rows, *(p[0] for p in pairs))
             values = recomputable(_select, v, rows, *(_shared(p) for p in pairs))
-            y = self._product(mine, keys, values, k, len(index), bias, index)
+            masked = with_masks(bias, pairs, len(mine), k.shape[2])
+            y = self._product(mine, keys, values, k, len(index), masked, index)
             outputs.append(self._compensated(mine, pairs, y))
             order.append(rows)
         return torch.cat(outputs).index_select(0, torch.cat(order).argsort())

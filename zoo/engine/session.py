@@ -110,6 +110,30 @@ class Stash:
 
 
 @dataclass(eq=False)
+class Around:
+    """`module(F, x)` in place of a sublayer's module, which may give (y, None) and be called with x several times."""
+
+    module: nn.Module
+    packed: bool
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As the sublayer's own forward."""
+        x = args[0] if args else kwargs[next(iter(kwargs))]
+        rest: list[Any] = []
+
+        def inner(new: Tensor) -> Tensor:
+            given = [new if a is x else a for a in args]
+            output = run(*given, **{k: new if a is x else a for k, a in kwargs.items()})
+            if not isinstance(output, tuple):
+                return output  # type: ignore[no-any-return]
+            rest[:] = output[1:]
+            return output[0]  # type: ignore[no-any-return]
+
+        y = self.module(inner, x)
+        return (y, *(rest or [None])) if self.packed or rest else y
+
+
+@dataclass(eq=False)
 class OnOutput:
     """What changes an output without looking at the input; no closure, so that a copied model keeps to its own parts."""
 
@@ -225,6 +249,9 @@ class Session:
     def _linear(self, point: LinearPoint, verb: str, module: nn.Module) -> None:
         if verb in ("add", "rescale") or (verb == "reparametrize" and hasattr(type(module), "linear_group")):
             self._groups.setdefault((id(point.module), verb, type(module)), []).append((point, module))
+        elif verb == "after":
+            parts = ((module, point.start, point.stop),)
+            self.op(point.module, self._make(point, verb, "output", RescaleGroup(parts), module), LinearSite)
         elif verb == "rescale_input":
             self.op(point.module, self._make(point, verb, "input", module, module), LinearSite)
         else:
@@ -238,6 +265,8 @@ class Session:
     def _condition(self, point: Point, verb: str, module: nn.Module) -> None:
         if verb == "before":
             self.op(point.module, self._make(point, verb, "input", module, module))
+        elif verb == "replace":
+            self.op(point.module, self._make(point, verb, "around", module, module, per_row=False))
         else:
             self.op(point.module, self._make(point, verb, "output", OnOutput(module), module))
 
@@ -246,7 +275,15 @@ class Session:
             call = fn if side == "input" else OnOutput(fn)
             self.op(at, self._make(point, verb, side, call, module))
 
-        if verb == "before":
+        if verb == "replace":
+            if not self.family.bare_sublayers:
+                raise AttachError(
+                    f"sublayers of the family '{self.family.family}' hand on more than one tensor, so '{point.name}' cannot be "
+                    "replaced. Use before, after or parallel there."
+                )
+            around = Around(module, self.family.packs(point.module))
+            self.op(point.module, self._make(point, verb, "around", around, module, per_row=False))
+        elif verb == "before":
             change(point.entry_side, point.entry, module)
         elif verb == "after":
             change(point.exit_side, point.exit, module)

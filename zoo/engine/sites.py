@@ -34,7 +34,8 @@ class Op:
     keyword's value if there are only keywords) and y its output (the first of a tuple);
     "watch_input": `x -> None` and "watch_output": `y -> None`, which change nothing; "watch_call": `(x, again) -> None`
     with x in front of all "input" ops and `again` an `Again`, or None; "forward": not called by the site
-    itself but read by the site's replacement of `forward` (attention, blocks), as are other words of a family's own.
+    itself but read by the site's replacement of `forward` (attention, blocks), as are other words of a family's own;
+    "around": `fn(run, ...)` in place of the module's forward, which it may call as `run`.
     """
 
     owner: str
@@ -76,6 +77,7 @@ class Site:
     inputs: tuple[Op, ...] = ()
     outputs: tuple[Op, ...] = ()
     forwards: tuple[Op, ...] = ()
+    arounds: tuple[Op, ...] = ()
     # Which outputs can be given back by recomputation: "" nothing; "cheap": elementwise; "product": a matrix product
     recompute: str = ""
     _handles: list[Any] = field(default_factory=list)
@@ -87,6 +89,7 @@ class Site:
         self.inputs = tuple(op for op in live if op.where in ("input", "watch_input", "watch_call"))
         self.outputs = tuple(op for op in live if op.where in ("output", "watch_output"))
         self.forwards = tuple(op for op in live if op.where == "forward")
+        self.arounds = tuple(op for op in live if op.where == "around")
         wanted = bool(self.ops) or bool(self.recompute)
         if wanted and not self._handles:
             self._handles = [self.module.register_forward_hook(self._after, with_kwargs=True)]
@@ -98,7 +101,8 @@ class Site:
         self.reset()
         # An instance attribute shadows the class's method: class, parameters and keys of the module stay as they are.
         if self.replaces():
-            self.module.__dict__["forward"] = self.forward
+            around = any(op.where == "around" for op in self.ops)
+            self.module.__dict__["forward"] = self.surrounded if around else self.forward
         else:
             self.module.__dict__.pop("forward", None)
 
@@ -115,7 +119,7 @@ class Site:
 
     def replaces(self) -> bool:
         """Whether the module's forward must be ours."""
-        return any(op.where == "forward" for op in self.ops)
+        return any(op.where in ("forward", "around") for op in self.ops)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -124,6 +128,14 @@ class Site:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs instead of the module's own forward while there are "forward" ops; subclasses say how."""
         return self.original(*args, **kwargs)
+
+    def surrounded(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, inside of what replaces the module as a whole: `fn(run, ...)`."""
+        run: Callable[..., Any] = self.forward
+        for op in self.arounds:
+            self._seen(op)
+            run = functools.partial(op.fn, run)
+        return run(*args, **kwargs)
 
     # -- copies -----------------------------------------------------------------------------------------------------
 

@@ -216,7 +216,7 @@ class AdapterHost(Headed):
             for rival in theirs.get(id(where.module), ()):
                 if op.verb == rival.verb == "replace":
                     raise CombinationError(
-                        f"'{name}' and '{other}' would both replace the block at '{op.point}'. {advice}"
+                        f"'{name}' and '{other}' would both replace what is at '{op.point}'. {advice}"
                     )
                 if op.verb in rival.excludes or rival.verb in op.excludes:
                     raise CombinationError(

@@ -11,6 +11,7 @@ from zoo.points.kinds import (
     SublayerPoint,
     TokensPoint,
 )
+from zoo.points.layout import Layout
 from zoo.points.merger import Merger
 from zoo.points.points import Points
 from zoo.points.rows import Row
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionPoint",
     "BlockPoint",
     "ConditionPoint",
+    "Layout",
     "LinearPoint",
     "Merger",
     "NormPoint",

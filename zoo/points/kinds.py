@@ -1,14 +1,15 @@
 """Points: the named places of a backbone at which an adapter may do something, and the verbs that each kind offers.
 
-| kind        | where                                             | verbs                                                   |
-| ----------- | ------------------------------------------------- | ------------------------------------------------------- |
-| `linear`    | a projection; a slice of a fused one is its own   | `add`, `rescale`, `rescale_input`, `reparametrize`, `train` |
-| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`                         |
-| `attention` | queries, keys and values just before the product  | `extend`, `query`                                       |
-| `tokens`    | the sequence entering a block                     | `prompt`, `train`, `words`                              |
-| `norm`      | a normalisation's scale and shift                 | `train`, `rescale`                                      |
-| `block`     | a whole residual block                            | `before`, `after`, `watch`, `replay`, `replace`, `run`  |
-| `condition` | the embedding that conditions a model             | `before`, `after`                                       |
+| kind        | where                                               | verbs                                                      |
+| ----------- | --------------------------------------------------- | ---------------------------------------------------------- |
+| `linear`    | a projection; a slice of a fused one is its own     | `add`, `after`, `rescale`, `rescale_input`,                |
+|             |                                                     | `reparametrize`, `train`                                   |
+| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `replace`                   |
+| `attention` | queries, keys and values just before the product    | `extend`, `gate`, `query`                                  |
+| `tokens`    | the sequence entering a block, the words of a text  | `prompt`, `train`, `words`                                 |
+| `norm`      | a normalisation's scale and shift                   | `train`, `rescale`                                         |
+| `block`     | a whole residual block                              | `before`, `after`, `watch`, `replay`, `replace`, `run`     |
+| `condition` | the embedding that conditions a model               | `before`, `after`, `replace`                               |
 
 A point is a descriptor and does nothing by itself. Verbs work only inside `Adapter.attach`, where a `Session` records them;
 the model installs what was recorded after `attach` has returned, all or nothing.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from zoo.errors import AttachError
+from zoo.points.layout import Layout
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
@@ -45,6 +47,7 @@ class Point:
     tower: str = ""
     dim_in: int = 0
     dim_out: int = 0
+    layout: Layout | None = field(default=None, repr=False)  # of the tokens inside of a block; None: not described
     module: nn.Module = field(repr=False)
     session: Recorder | None = field(default=None, repr=False)
 
@@ -68,7 +71,7 @@ class LinearPoint(Point):
     """A projection `y = W x + b`, or the slice `[start, stop)` of the outputs of a fused one. W: (dim_out, dim_in)."""
 
     kind: ClassVar[str] = "linear"
-    verbs: ClassVar[tuple[str, ...]] = ("add", "rescale", "rescale_input", "reparametrize", "train")
+    verbs: ClassVar[tuple[str, ...]] = ("add", "after", "rescale", "rescale_input", "reparametrize", "train")
 
     start: int = 0
     stop: int = 0
@@ -95,6 +98,11 @@ class LinearPoint(Point):
         """`y <- y + module(x)`. Points of one fused projection are handed to `module.add_group` together, if it has one."""
         self._tokens_only("a delta f(x)")
         self._record("add", module)
+
+    def after(self, module: nn.Module) -> None:
+        """`y <- module(y)`: any function of the output (..., dim_out), behind what `add` and `rescale` of its adapter do."""
+        self._tokens_only("a function of its output")
+        self._record("after", module)
 
     def rescale(self, module: nn.Module) -> None:
         """`y <- module(y)`, elementwise along the last axis: `module.scale` (dim_out,) and, if there, `module.shift`."""
@@ -133,7 +141,7 @@ class SublayerPoint(Point):
     """A branch `F` of `x + F(norm(x))`. Tensors are channel-last: (B, N, d), or (B, H, W, d) on windowed backbones."""
 
     kind: ClassVar[str] = "sublayer"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel", "replace")
 
     entry: nn.Module = field(repr=False)  # its output is the input of F ("input": its own input is)
     exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
@@ -155,13 +163,26 @@ class SublayerPoint(Point):
             raise AttachError(f"source '{source}' is unknown; 'input' is behind the norm, 'residual' in front of it.")
         self._record("parallel", module, source=source)
 
+    def replace(self, module: nn.Module) -> None:
+        """`y = module(F, x)` runs instead of the branch; `F(x)` is the sublayer's own module (behind its norm, in front of a
+        layer scale), which need not be called.
+
+        Raises:
+            AttachError: a sublayer that is no module of its own, or that hands on more than one tensor.
+        """
+        if any(part is self.entry for part in self.module.modules()) and self.entry_side == "output":
+            raise AttachError(
+                f"the sublayer at '{self.name}' is no module of its own (its input is formed inside), so it cannot be replaced."
+            )
+        self._record("replace", module)
+
 
 @dataclass(eq=False, kw_only=True)
 class AttentionPoint(Point):
     """The product `softmax(q k^T) v` of one attention."""
 
     kind: ClassVar[str] = "attention"
-    verbs: ClassVar[tuple[str, ...]] = ("extend", "query")
+    verbs: ClassVar[tuple[str, ...]] = ("extend", "gate", "query")
 
     num_heads: int = 0
     head_dim: int = 0
@@ -174,8 +195,19 @@ class AttentionPoint(Point):
         Windowed attention shares them between windows, with zero relative bias and no mask. In evaluation the result is
         kept until a parameter of the module changes, so one of size 1 must depend on parameters only: its own, and those of the
         modules in `module.shared` (a tuple), which several points may have in common.
+
+        With a third tensor, (1 or B, 1 or num_heads, 1 or M, T), each of M queries sees some of them only: true where it does,
+        or numbers that are added to the scores.
         """
         self._record("extend", module)
+
+    def gate(self, module: nn.Module) -> None:
+        """`y <- y + g softmax(q K^T) V` with a softmax of their own: `module(B) -> (K, V, g)` (LLaMA-Adapter).
+
+        y is the product in front of the output projection, K and V (1 or B, num_heads, T, head_dim) as in `extend`, g
+        broadcastable to (B, num_heads, M, head_dim). With g = 0 the function is unchanged, to the bit.
+        """
+        self._record("gate", module)
 
     def query(self, module: nn.Module) -> None:
         """`module(batch) -> (1 or batch, T, d)` tokens that only query; `module.receive(z)` gets what becomes of them.
@@ -198,21 +230,30 @@ class TokensPoint(Point):
     num_prefix: int = 0  # class and register tokens in front of the patches
     first: bool = False  # the first block of the backbone (or tower)
     parameter: str = ""  # path of a trainable token of the backbone, such as cls_token
+    accumulates: bool = False  # prompts that are kept may come in here, though it is not the first
     # first block of a text tower: the embedding of its words, and the token ids of a text without start, end and padding
     embedding: nn.Module | None = field(default=None, repr=False)
     spell: Callable[[str], Tensor] | None = field(default=None, repr=False)
 
-    def prompt(self, module: nn.Module, keep: bool = False, pooled: bool = False) -> None:
+    def prompt(self, module: nn.Module, keep: bool = False, pooled: bool = False, replace: bool = False) -> None:
         """`module(B) -> (1 or B, T, d)` tokens between the prefix tokens and the patches; B images.
 
         `keep=False`: they exist in this block only and their outputs are dropped (VPT-deep); computed as keys and values,
         which gives the same outputs and gradients, and kept in evaluation as those of `AttentionPoint.extend`. `keep=True`,
         first block only: they flow through all blocks (VPT-shallow). `pooled`: what leaves the last block takes part in an
         average over the tokens; otherwise it is dropped before the pooling.
+
+        Where `accumulates` is true, prompts that are kept can also come in at later blocks, beside those that are there
+        already; with `replace` they take the place of what has become of the adapter's own of the first block (as many). Where
+        no mask tells places apart, it does not matter at which place prompts stand.
         """
-        if keep and not self.first:
+        if keep and not self.first and not self.accumulates:
             raise AttachError(f"prompts that are kept can only start at the first block, not at '{self.name}'.")
-        self._record("prompt", module, keep=keep, pooled=pooled)
+        if replace and (not keep or self.first):
+            raise AttachError(
+                f"prompts that replace others are kept, and stand behind the first block, not at '{self.name}'."
+            )
+        self._record("prompt", module, keep=keep, pooled=pooled, **({"replace": True} if replace else {}))
 
     def words(self, module: nn.Module) -> None:
         """`module(words, ids) -> words`: the embedded words of texts (n, L, d), in front of the positions; ids (n, L).
@@ -302,7 +343,11 @@ class ConditionPoint(Point):
     """The embedding that conditions a model: class or time embedding, text encoder output. (B, ..., dim_out)."""
 
     kind: ClassVar[str] = "condition"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "replace")
+
+    def replace(self, module: nn.Module) -> None:
+        """`module(embed, x) -> y` runs instead of the embedding; `embed(x)` is its own forward."""
+        self._record("replace", module)
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` on the input of the embedding."""

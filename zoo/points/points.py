@@ -133,6 +133,20 @@ class Points(Sequence[Point]):
                     chosen.update(id(p) for p in hits)
         return [p for p in pool if id(p) in chosen]
 
+    def readers(self, sublayer: Point) -> list[Any]:
+        """The linear points that read a sublayer's input: q, k and v of an attention (of a cross-attention q alone), up and gate
+        of an MLP, the input projection of a mixer."""
+        roles = ("q",) if sublayer.role == "cross" else ("q", "k", "v", "up", "gate", "in")
+        inside = f"{sublayer.name}."
+        return [p for p in self._points if p.kind == "linear" and p.role in roles and p.name.startswith(inside)]
+
+    def norm_before(self, sublayer: Point) -> Any:
+        """The norm point whose output is a sublayer's input, or None: there is none in front, or it is no point."""
+        entry = getattr(sublayer, "entry", None)
+        if entry is None or getattr(sublayer, "entry_side", "") != "output":
+            return None
+        return next((p for p in self._points if p.kind == "norm" and p.module is entry), None)
+
     def train_everything(self) -> None:
         """Train every parameter of the backbone (inside `Adapter.attach`)."""
         self._session("train_everything").train_everything()

@@ -76,7 +76,7 @@ def record(
         AttachError: queries of their own.
     """
     op = recorder(session, point, verb, module)
-    if verb == "extend":
+    if verb in ("extend", "gate"):
         op(attention, SplitAttention, "forward", Given(module))
     elif verb == "prompt" and options["keep"]:
         assert isinstance(point, TokensPoint)

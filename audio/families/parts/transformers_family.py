@@ -169,6 +169,10 @@ class TransformersAudio(Backbone):
         lines = ['sound = model.preprocess()(soundfile.read("sound.wav"))', told("sound", self, num_classes)]
         return ["import soundfile"], lines
 
+    def packs(self, module: nn.Module) -> bool:
+        """The library's attentions give (y, weights)."""
+        return hasattr(module, "q_proj")
+
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Logits (or pooled features) of a merged module."""
         return module(*inputs).logits  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ from zoo.engine.attention import (
     mask_bias,
     recorder,
 )
+from zoo.engine.kept import Overwrite, kept
 from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError, MismatchError
@@ -211,6 +212,7 @@ def record(
     module: nn.Module,
     keep: bool = False,
     pooled: bool = False,
+    replace: bool = False,
 ) -> None:
     """Record the ops of `point.extend(module)`, `point.prompt(module, keep, pooled)` and `point.words(module)` in one tower.
 
@@ -227,12 +229,14 @@ def record(
         op(point.embedding, Site, "input", words.read, per_row=False, excludes=("words",))
         op(point.embedding, Site, "output", words.write, per_row=False)
         return
-    if verb not in ("extend", "prompt"):
+    if verb not in ("extend", "gate", "prompt"):
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family 'clip'.")
     # Where one token alone is read, prompts that leave the last block are read by nobody.
     pooled = pooled and tower.averaged
-    if verb == "extend":
+    if verb in ("extend", "gate"):
         op(attention, kind, "forward", Given(module))
+    elif replace:
+        op(block, BlockSite, "input", Overwrite(module, *kept(session, point, tower.blocks)), per_row=False)
     elif keep or (pooled and block is tower.blocks[-1]):
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))

@@ -25,7 +25,7 @@ from multimodal.families.clip import towers as clip_towers
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
 from zoo.library import library
-from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.points import ConditionPoint, Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear
 from zoo.registry import register_backbone
 
@@ -183,10 +183,12 @@ class CLIPBackbone(Backbone):
                     table=tower.table,
                     block=i,
                     tower=tower.name,
+                    layout=self._layout(tower),
                     attention={"head_dim": head_dim, "causal": tower.causal},
                     tokens={
                         "num_prefix": tower.num_prefix,
                         "first": i == 0,
+                        "accumulates": True,
                         "parameter": tower.parameter if i == 0 else "",
                         **(self._words(tower) if i == 0 else {}),
                     },
@@ -194,6 +196,13 @@ class CLIPBackbone(Backbone):
             found += self._norms(tower, tower.behind)
             found += self._linear(tower, "proj", "proj", tower.proj)
         return found
+
+    def _layout(self, tower: Tower) -> Layout:
+        if tower.name == "text":
+            return Layout(0, (self.context_length,), causal=tower.causal)
+        visual: Any = self.module.visual
+        grid = getattr(getattr(visual, "trunk", None), "patch_embed", visual).grid_size
+        return Layout(tower.num_prefix, tuple(grid))
 
     def _words(self, tower: Tower) -> dict[str, Any]:
         """What the first block of the text tower says of its words."""
@@ -266,29 +275,10 @@ class CLIPBackbone(Backbone):
         Raises:
             DataError: images or texts that an output needs are not given.
         """
-        self.check_wanted(want)
-        module: Any = self.module
-        found: dict[str, Any] = {}
-        pictured = [name for name in ("pooled", "tokens", "maps") if name in want]
-        if pictured and images is None:
-            raise DataError(f"'{pictured[0]}' is an output of images, and none are given.")
-        if pictured == ["pooled"]:
-            found["pooled"] = module.encode_image(images)
-        elif pictured and images is not None:
-            from multimodal.families.clip.towers import look
+        from multimodal.families.clip.towers import named_outputs
 
-            everything = look(module.visual, images)
-            found |= {name: everything[name] for name in pictured}
-        if "text" in want:
-            if texts is None:
-                raise DataError("'text' are features of texts, and none are given.")
-            found["text"] = module.encode_text(self._ids(texts))
-        if "scale" in want:
-            scale, bias = module.logit_scale, module.logit_bias
-            wide = torch.promote_types(scale.dtype, torch.float32)
-            bias = scale.new_zeros(()) if bias is None else bias
-            found["scale"] = torch.stack([scale.exp().to(wide).reshape(()), bias.to(wide).reshape(())])
-        return found
+        self.check_wanted(want)
+        return named_outputs(self.module, images, None if texts is None else self._ids(texts), want)
 
     def run(self, module: Any, images: Any = None, texts: Any = None) -> Tensor:  # type: ignore[override]
         """`features` of a plain module."""
@@ -327,6 +317,10 @@ class CLIPBackbone(Backbone):
         if isinstance(projection, Tensor):
             return projection.shape[1]
         return int(getattr(text, "output_dim", None) or text.ln_final.weight.shape[0])
+
+    def packs(self, module: nn.Module) -> bool:
+        """open_clip's blocks take the first of what torch's attention gives."""
+        return bool(getattr(module, "pair", False))
 
     @property
     def num_prefix(self) -> int:

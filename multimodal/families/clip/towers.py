@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from zoo.errors import DataError
 from zoo.points.rows import Row
 
 OPEN_CLIP = (
@@ -119,6 +121,29 @@ def half(block: Any, role: str, x: Tensor, **kwargs: Any) -> Tensor:
 def towers(module: Any) -> dict[str, Tower | str]:
     """The towers of an open_clip model by name; instead of one that is not described here the reason, in words."""
     return {"image": _image(module.visual), "text": _text(module)}
+
+
+def named_outputs(module: Any, images: Tensor | None, ids: Tensor | None, want: Sequence[str]) -> dict[str, Any]:
+    """`CLIPBackbone.outputs`."""
+    found: dict[str, Any] = {}
+    pictured = [name for name in ("pooled", "tokens", "maps") if name in want]
+    if pictured and images is None:
+        raise DataError(f"'{pictured[0]}' is an output of images, and none are given.")
+    if pictured == ["pooled"]:
+        found["pooled"] = module.encode_image(images)
+    elif pictured and images is not None:
+        everything = look(module.visual, images)
+        found |= {name: everything[name] for name in pictured}
+    if "text" in want:
+        if ids is None:
+            raise DataError("'text' are features of texts, and none are given.")
+        found["text"] = module.encode_text(ids)
+    if "scale" in want:
+        scale, bias = module.logit_scale, module.logit_bias
+        wide = torch.promote_types(scale.dtype, torch.float32)
+        bias = scale.new_zeros(()) if bias is None else bias
+        found["scale"] = torch.stack([scale.exp().to(wide).reshape(()), bias.to(wide).reshape(())])
+    return found
 
 
 def look(visual: Any, images: Tensor) -> dict[str, Any]:

@@ -248,8 +248,8 @@ KINDS: dict[str, type[Extended]] = {
 }
 
 
-def record(session: Recorder, point: Point, module: nn.Module) -> None:
-    """Record the op of `point.extend(module)`.
+def record(session: Recorder, point: Point, module: nn.Module, verb: str = "extend") -> None:
+    """Record the op of `point.extend(module)` or `point.gate(module)`.
 
     Raises:
         AttachError: the attention has a processor that is not described here, or an option that none of the families uses.
@@ -263,4 +263,4 @@ def record(session: Recorder, point: Point, module: nn.Module) -> None:
             f"{', '.join(KINDS)} alone. Put the library's own processor back (after fuse_qkv_projections(): "
             "unfuse_qkv_projections()), or leave the point out of the targets."
         )
-    recorder(session, point, "extend", module)(attention, KINDS[processor], "forward", Given(module))
+    recorder(session, point, verb, module)(attention, KINDS[processor], "forward", Given(module))

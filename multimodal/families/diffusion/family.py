@@ -93,6 +93,7 @@ class DiffusersBackbone(Backbone):
     modality = "diffusion-image"
     saved_options = OPTIONS
     pools = False
+    bare_sublayers = False
     tiny_classes = None
     task = "diffuse"
     loads_in_dtype = True
@@ -302,12 +303,12 @@ class DiffusersBackbone(Backbone):
         Raises:
             AttachError: a processor that is not described there, or another verb.
         """
-        if verb != "extend":
+        if verb not in ("extend", "gate"):
             super().record(session, point, verb, module, **options)
             return
         from multimodal.families.diffusion.attention import record
 
-        record(session, point, module)
+        record(session, point, module, verb)
 
     # -- checks of inputs -------------------------------------------------------------------------------------------
 

@@ -257,13 +257,13 @@ def record(
         if pooled:
             op(family.decoder, DecoderSite, "forward", module, per_row=False)
         return
-    attention = point.module if verb == "extend" else family.self_attention(point.module)
+    attention = point.module if verb in ("extend", "gate") else family.self_attention(point.module)
     if cache_name(type(attention).forward) is None:
         raise AttachError(
             f"the attention at '{point.name}' is that of an older transformers, whose call is not described here. Update it: "
             "pip install -U transformers"
         )
-    if verb == "extend":
+    if verb in ("extend", "gate"):
         op(attention, kind, "forward", Given(module))
         return
     if pooled:

@@ -85,6 +85,7 @@ class Seq2Seq(Backbone):
     modality = "image-text"
     saved_options = OPTIONS
     pools = False
+    bare_sublayers = False
     task = "generate"
     tiny_classes = None
     weights_folder = Path(__file__).parents[2] / "weights"
@@ -245,7 +246,7 @@ class Seq2Seq(Backbone):
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Extra keys and prompts (`multimodal.families.seq2seq.attention`)."""
-        if verb not in ("extend", "prompt"):
+        if verb not in ("extend", "gate", "prompt"):
             super().record(session, point, verb, module, **options)
         from multimodal.families.seq2seq.attention import record
 

@@ -205,8 +205,12 @@ def record(
     module: nn.Module,
     keep: bool = False,
     pooled: bool = False,
+    replace: bool = False,
 ) -> None:
-    """Record the ops of `extend` and `prompt`; see `vision.families.parts.attention.record`."""
+    """Record the ops of `extend`, `gate` and `prompt`; see `vision.families.parts.attention.record`.
+
+    `replace` is refused by the point: prompts flow from the first block on.
+    """
     backbone: Any = family.module
     attention: Any = block.attn
     op = recorder(session, point, verb, module)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zoo.engine.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, recorder
+from zoo.engine.kept import Overwrite, kept
 from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
 
@@ -28,6 +29,7 @@ def record(
     module: nn.Module,
     keep: bool = False,
     pooled: bool = False,
+    replace: bool = False,
 ) -> None:
     """Record the ops of `extend` and `prompt`; see `vision.families.parts.attention.record`."""
     attention: Any = block.attn
@@ -35,8 +37,10 @@ def record(
     op = recorder(session, point, verb, module)
     # Where the class token alone is read, prompts leaving the last block are read by nobody.
     pooled = pooled and (backbone.global_pool != "token" or backbone.attn_pool is not None)
-    if verb == "extend":
+    if verb in ("extend", "gate"):
         op(attention, FusedAttention, "forward", Given(module))
+    elif replace:
+        op(block, BlockSite, "input", Overwrite(module, *kept(session, point, backbone.blocks)), per_row=False)
     elif keep or (pooled and block is backbone.blocks[-1]):
         assert isinstance(point, TokensPoint)
         insert = Insert(module, point.num_prefix, session.site(block, BlockSite))
