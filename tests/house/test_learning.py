@@ -82,3 +82,26 @@ def test_lora_beats_the_probe_on_every_family(task: str) -> None:
     assert accuracy["LoRA"] > accuracy["linear probe"], accuracy
     if task == "objects":
         assert accuracy["LoRA"] > zero_shot(task, DATA.parent)["accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not os.environ.get("ZOO_SLOW"), reason="trains two models for some minutes; set ZOO_SLOW=1")
+@pytest.mark.skipif(
+    not DATA.is_dir(), reason="the CIFAR-10 pack is not here; name its folder's parent in ZOO_TEST_DATA"
+)
+def test_adalora_beats_the_probe() -> None:
+    """500 training images of CIFAR-10, the last epoch, 2,000 test images; the ranks that are left are the budget, unequal."""
+    from zoo.data import few_shot, open_dataset
+
+    train = open_dataset(str(DATA), split="train", shots=50, seed=3)
+    test = few_shot(open_dataset(str(DATA), split="test"), 200, seed=0)
+    accuracy = {}
+    for method, rate in (("linear", 1e-2), ("adalora", 5e-3)):
+        model = zoo.load("vit-micro", method, num_classes=10, seed=3)
+        rates = {"default": rate, "head": 1e-2}
+        zoo.fit(model, train, epochs=8, batch_size=32, lr=rates, seed=3, progress=False)
+        accuracy[method] = zoo.evaluate(model, test, batch_size=250, progress=False)["accuracy"]
+    ranks = model.adapters["adalora"].ranks()  # type: ignore[operator]
+    assert sum(ranks.values()) == 8 * len(ranks) and len(set(ranks.values())) > 3, ranks
+    assert accuracy["adalora"] > accuracy["linear"], accuracy
