@@ -170,6 +170,16 @@ def test_samples_with_adapters_of_their_own_and_second_derivatives() -> None:
     assert model(images(), adapters=["lora", None]).shape == (2, 3)  # and the model's own pass is what it was
 
 
+@pytest.mark.parametrize("part", ["block", "half"])
+def test_compiled(part: str) -> None:
+    run = zoo.blocks(build("lora"))
+    call = run.block(1) if part == "block" else run.half(1, "attn")
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    tokens = torch.randn(2, 65, 24)
+    torch.testing.assert_close(compiled(tokens), call(tokens), rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_refused() -> None:
     model = build("vqt")
     with pytest.raises(CombinationError, match="'vqt' keeps something from block to block"):

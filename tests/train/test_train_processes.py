@@ -23,6 +23,7 @@ from zoo.train.processes import Processes
 METHODS: dict[str, Any] = {
     "lora": {},
     "vpt": {"num_tokens": 3},
+    "meft": {"rank": 2},
     "hyperformer": {"rank": 4, "task_dim": 4, "hidden": 8, "projected": 8},
     "adalora": {"rank": 3, "target_rank": 2},
     "spt": {"budget": 0.002, "rank": 2, "dropout": 0.0, "drop_path": 0.0, "num_batches": 3},

@@ -371,7 +371,10 @@ def _seeded(seed: int | None, number: int, x: Tensor) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(seed + number)
+        torch.default_generator.manual_seed(seed + number)
+        if x.is_cuda:
+            with torch.cuda.device(x.device):
+                torch.cuda.manual_seed(seed + number)
         yield
 
 
