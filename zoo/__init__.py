@@ -51,6 +51,8 @@ _LAZY = {
     "load": "zoo.loading",
     "open_dataset": "zoo.data",
     "probing": "zoo.model.probing",
+    "prune": "zoo.model.pruning",
+    "quantise": "zoo.model.pruning",
     "recomputable": "zoo.engine.memory",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
@@ -58,8 +60,10 @@ _LAZY = {
     "register_regime": "zoo.registry",
     "register_task": "zoo.registry",
     "run": "zoo.regimes",
+    "save_backbone": "zoo.model.stored",
     "saved_bytes": "zoo.engine.memory",
     "second_order": "zoo.engine.second_order",
+    "sparsify": "zoo.model.pruning",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
 }
@@ -78,6 +82,8 @@ if TYPE_CHECKING:
     from zoo.model.algebra import AdapterState, average
     from zoo.model.damping import damped
     from zoo.model.probing import capture, probing
+    from zoo.model.pruning import prune, quantise, sparsify
+    from zoo.model.stored import save_backbone
     from zoo.points import (
         AttentionPoint,
         BlockPoint,

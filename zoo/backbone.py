@@ -7,6 +7,7 @@ not a table is how the family's attention takes more keys or queries (`record`),
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +38,14 @@ OUTPUTS = {
     "text": "features of the texts, (n, d), in the space of the pooled features",
     "scale": "by what similarities of images and texts are multiplied, and what is added to them, (2,)",
 }
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is taken out along an axis of length `before`: the entries `kept` stay."""
+
+    before: int
+    kept: tuple[int, ...]
 
 
 class Backbone:
@@ -264,6 +273,14 @@ class Backbone:
         from zoo.data.preprocess import image_transform
 
         return image_transform(self.data_config(), train, **options)
+
+    @classmethod
+    def surgery(cls) -> Any:
+        """What takes heads, neurons and blocks out of its modules (`zoo.model.pruning`), as `vision.families.parts.cutting`."""
+        raise ConfigError(
+            f"Taking heads, neurons or blocks out is not described for the family '{cls.family}': it depends on how its "
+            "attention reads the projections. It is for vit and swin; zoo.sparsify and zoo.quantise work on every family."
+        )
 
     # -- verbs that depend on the family's attention ----------------------------------------------------------------
 

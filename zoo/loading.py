@@ -16,6 +16,7 @@ from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
 from zoo.library import only_tensors
 from zoo.model import Model
+from zoo.model.stored import is_changed, load_changed
 
 
 def load(
@@ -35,7 +36,8 @@ def load(
     """A backbone with adapters and a head.
 
     Args:
-        backbone: a short name (`zoo.list_backbones()`) or `timm:<model>`; may be left out if `adapter` is a saved one, which
+        backbone: a short name (`zoo.list_backbones()`), `timm:<model>`, or a folder of `zoo.save_backbone`;
+            may be left out if `adapter` is a saved one, which
             knows its backbone.
         adapter: a method's name ("lora"), a config object (`zoo.adapter("lora", rank=4)`), the name of an embedded adapter,
             a folder, a Hub repository `user/name[@revision]`, or a list of these.
@@ -78,7 +80,7 @@ def load(
         first = next(iter(packs.values()))
         backbone = first.backbone_name
         backbone_kwargs = of_file(backbone, first.backbone_kwargs, first.folder, trust_backbone, backbone_kwargs)
-    elif packs:
+    elif packs and not is_changed(backbone):
         cls, own = registry.find_backbone(backbone)
         first = next(iter(packs.values()))
         if cls.point_options and registry.library_name(first.backbone_name) == own:
@@ -88,7 +90,7 @@ def load(
             check_options(cls.saved_options, points, first.folder, backbone)
             backbone_kwargs = {**points, **backbone_kwargs}
     needed = {k: v for s in sources if isinstance(s, Adapter) for k, v in s.point_options.items()}
-    if needed:
+    if needed and not is_changed(backbone):
         options = registry.find_backbone(backbone)[0].point_options
         backbone_kwargs = {**{k: v for k, v in needed.items() if k in options}, **backbone_kwargs}
     with torch.random.fork_rng(enabled=seed is not None):
@@ -129,6 +131,8 @@ def of_file(
     """
     from zoo.disk.trust import check_backbone, check_size
 
+    if "~" in name:
+        registry.find_backbone(name)  # says where changed backbones live
     theirs = {k: v for k, v in options.items() if k not in given}
     own_words = inspect.signature(load).parameters
     check_backbone(name, theirs, where, trust)
@@ -154,6 +158,11 @@ def load_backbone(
     **kwargs: Any,
 ) -> Model:
     """A bare model: the backbone and its head."""
+    if is_changed(name):
+        if kwargs:
+            raise ConfigError(f"'{name}' is built as its recipe says; it takes no options ({', '.join(kwargs)}).")
+        options = {"num_classes": num_classes, "pretrained": pretrained, "device": device, "dtype": dtype}
+        return load_changed(name, memory=memory, **options)  # type: ignore[arg-type]
     cls, own = registry.find_backbone(name)
     for option in ("weights_only", "trust_remote_code"):
         if option in kwargs:

@@ -250,6 +250,11 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
         cls = family(key)
         if name in cls.aliases:
             return cls, cls.aliases[name]
+    if "~" in name:
+        raise UnknownNameError(
+            f"'{name}' is a changed backbone (zoo.prune, zoo.sparsify, zoo.quantise), which lives in a folder of its own "
+            "(zoo.save_backbone). Name the folder: zoo.load('<folder>', adapter=...)."
+        )
     reasons = []
     for key in families():
         answer = family(key).accepts(name)

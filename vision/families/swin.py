@@ -94,6 +94,13 @@ class Swin(TimmBackbone):
         tokens = x.flatten(1, 2)
         return (tokens + block.drop_path2(block.mlp(block.norm2(tokens)))).view_as(x)
 
+    @classmethod
+    def surgery(cls) -> Any:
+        """Heads, neurons and blocks of timm's plain attention and MLP can be taken out."""
+        from vision.families.parts import cutting
+
+        return cutting
+
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""
         module: Any = self.module

@@ -106,6 +106,13 @@ class ViT(TimmBackbone):
             return x + block.drop_path1(block.ls1(attended))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
+    @classmethod
+    def surgery(cls) -> Any:
+        """Heads, neurons and blocks of timm's plain attention and MLP can be taken out."""
+        from vision.families.parts import cutting
+
+        return cutting
+
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every block, and of the final norms."""
         module, dim = self.module, int(self.module.embed_dim)  # type: ignore[arg-type]

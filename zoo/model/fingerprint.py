@@ -19,7 +19,8 @@ def fingerprint(module: nn.Module) -> str | None:
     """
     digest = hashlib.sha256()
     parts = []
-    for name, parameter in sorted(module.named_parameters()):
+    rounded = [(name, b) for name, b in module.named_buffers() if b.dtype == torch.int8]  # weights of `zoo.quantise`
+    for name, parameter in sorted([*module.named_parameters(), *rounded], key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)

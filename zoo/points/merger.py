@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -49,6 +50,22 @@ class Merger:
         for self._phase in ("weight", "output", "input"):
             for adapter in adapters:
                 adapter.merge(self)
+        self._keep_zeros()
+
+    def _keep_zeros(self) -> None:
+        """What is zero in a sparse backbone (`zoo.sparsify`) stays zero; what that takes from the adapters is said."""
+        for name, module in self.target.named_modules():
+            mask = module._buffers.get("weight_mask")
+            weight = module._parameters.get("weight")
+            if mask is None or weight is None or not bool((lost := weight.data * ~mask).any()):
+                continue
+            part = float(lost.norm() / (weight.data.norm() + 1e-30))
+            weight.data.mul_(mask)
+            warnings.warn(
+                f"Merging kept the zeros of the sparse weight '{name}': entries of {100 * part:.2g} % of its norm, which the "
+                "adapters had put there, are left out, so the merged module computes something else than the live model.",
+                stacklevel=4,
+            )
 
     def module(self, point: Point) -> nn.Module:
         """The copy's module at a point."""
