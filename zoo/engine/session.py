@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zoo.engine.blocks import require_plain
 from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.generated import Made
+from zoo.engine.mixing import Installed, mix
 from zoo.engine.reversible import ALONE
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
@@ -157,6 +158,7 @@ class Session:
     touched: list[Point] = field(default_factory=list)
     context: Context = field(default_factory=Context)  # the model's
     wants: list[Want] = field(default_factory=list)
+    others: Installed = field(default_factory=dict)  # ops of the model's other adapters
     _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
     _shared: dict[str, nn.Module] = field(default_factory=dict)
@@ -314,6 +316,10 @@ class Session:
             self.op(point.module, self._make(point, verb, where, leave, module, last=True), BlockSite)
         else:
             self.op(point.module, self._make(point, verb, "forward", module, module, per_row=False), BlockSite)
+
+    def mix(self, names: Sequence[str], make: Callable[[Any], nn.Module]) -> None:
+        """See `zoo.engine.mixing`."""
+        mix(self, self.others, self.points, names, make)
 
     def train_everything(self) -> None:
         """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""

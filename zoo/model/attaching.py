@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from zoo.adapters.base import Adapter
+from zoo.engine import mixing
 from zoo.engine.context import Want
 from zoo.engine.session import Session, Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
@@ -159,7 +160,7 @@ class AdapterHost(Headed):
                 known = upgraded
             return known
 
-        session = Session(name, fresh, self.family, site, self.points, context=self._state.context)
+        session = Session(name, fresh, self.family, site, self.points, context=self._state.context, others=self._ops)
         self.points.session = session
         for point in self.points:
             point.session = session
@@ -202,6 +203,7 @@ class AdapterHost(Headed):
 
     def _check_pair(self, name: str, ops: list[tuple[Site, Op]], swaps: list[Swap], other: str) -> None:
         """Raise CombinationError if an adapter with these ops and swaps cannot be active together with another."""
+        mixing.check_pair(name, ops, other, self._ops[other])
         advice = "Use one of them at a time (model.set_active(...)); attach the second with activate=False."
         trained = {(id(s.module), s.name) for s in swaps}
         for swap in self._swaps[other]:
@@ -227,6 +229,7 @@ class AdapterHost(Headed):
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away; without any adapter the backbone is as it came, to the bit."""
         self._known(name)
+        mixing.check_removal(name, self._ops)
         self.set_active(*(n for n in self._state.active if n != name))
         gone = {id(op) for _, op in self._ops.pop(name)}
         del self._swaps[name], self.adapters[name], self._resting[name]

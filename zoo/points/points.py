@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -214,6 +214,13 @@ class Points(Sequence[Point]):
         session = self._session("generate")
         self._free(name)
         return session.generate(name, generator, values)  # type: ignore[no-any-return]
+
+    def mix(self, names: Sequence[str], make: Callable[[Any], nn.Module]) -> None:
+        """Mix other adapters of the model by `make(point)` wherever all of them act (`zoo.engine.mixing`).
+
+        `module(y, outputs)` gets the activation and what each adapter makes of it; the adapters are not in use themselves.
+        """
+        self._session("mix").mix(names, make)
 
     def require(self, kind: str, method: str) -> list[Any]:
         """All points of a kind, or an AttachError that says that this backbone has none."""

@@ -74,5 +74,8 @@ class Recorder(Protocol):
     ) -> Any:
         """A value of the forward context (`Value`), or with per="forward" a place for a carried tensor (`Carried`)."""
 
+    def mix(self, names: Sequence[str], make: Callable[[Any], nn.Module]) -> None:
+        """Run other adapters and mix what they make, wherever all of them act."""
+
     def train_everything(self) -> None:
         """Trainable copies of all parameters of the backbone."""
