@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
+from zoo.heads import HEADS
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -111,9 +112,16 @@ _DECLARED = {
     "zoo.adapters": re.compile(r'^@register_adapter\("([\w-]+)"\)', re.MULTILINE),
     "zoo.backbones": re.compile(r'^@register_backbone\n(?:.*\n)+?    family = "([\w-]+)"', re.MULTILINE),
     "zoo.tasks": re.compile(r'^@register_task\("([\w-]+)"\)', re.MULTILINE),
+    "zoo.heads": re.compile(r'^@register_head\("([\w-]+)"\)', re.MULTILINE),
     "zoo.regimes": re.compile(r'^@register_regime\("([\w-]+)"\)', re.MULTILINE),
 }
-_ROOMS = {"zoo.adapters": "adapters", "zoo.backbones": "families", "zoo.tasks": "tasks", "zoo.regimes": "regimes"}
+_ROOMS = {
+    "zoo.adapters": "adapters",
+    "zoo.backbones": "families",
+    "zoo.heads": "heads",
+    "zoo.regimes": "regimes",
+    "zoo.tasks": "tasks",
+}
 
 
 @cache
@@ -207,6 +215,24 @@ def regime(name: str, **settings: Any) -> Any:
 def list_regimes() -> list[str]:
     """Names of all regimes."""
     return sorted(set(_entry_points("zoo.regimes")) | set(_regimes))
+
+
+def head_class(kind: str) -> type[Any]:
+    """The class of a kind of heads.
+
+    Raises:
+        ConfigError: no such kind; with all there are.
+    """
+    if kind not in HEADS and kind in _entry_points("zoo.heads"):
+        _load("zoo.heads", kind)
+    if kind not in HEADS:
+        raise ConfigError(f"there is no head of the kind '{kind}'. {nearest(kind, list_heads())}")
+    return HEADS[kind]
+
+
+def list_heads() -> list[str]:
+    """Names of all kinds of heads."""
+    return sorted(set(_entry_points("zoo.heads")) | set(HEADS))
 
 
 def list_tasks() -> list[str]:

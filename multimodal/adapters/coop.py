@@ -14,6 +14,8 @@ Defaults: M = 16, one context, name at the end, as the authors' main setting. Th
 16 images for each class, batch 32, cosine, one epoch of warm-up at 1e-5, random resized crops and flips; our default rate
 is for AdamW.
 Counts: M d, or K M d. CLIP ViT-B/16 (d = 512), M = 16: 8,192.
+Measured (benchmarks/coop.py: clip-micro, CIFAR-10, 16 images of each class, 30 epochs, batch 32, our default rate; the first
+2,000 test images, mean of three seeds): zero-shot 25.1 %, 16 random vectors 42.9 % (41.3 to 43.7), from "a photo of a" 33.0 %.
 Source: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022; KaiyangZhou/CoOp (trainers/coop.py).
 
 The class texts are encoded once for each step, whatever the batch (once for each part of an accumulated one), and in evaluation

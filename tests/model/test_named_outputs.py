@@ -171,6 +171,17 @@ def test_margins_see_targets_while_training_only() -> None:
         model(images, targets=labels)
 
 
+def test_a_head_without_a_name_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.heads["default"] = Grid(24, 4)
+    with pytest.raises(ConfigError, match="Grid has no name to be saved by"):
+        model.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert registry.list_heads() == ["cosine", "linear", "text", "two"]
+    with pytest.raises(ConfigError, match="no head of the kind 'texts'"):
+        model.reset_head(4, kind="texts")
+
+
 def test_a_head_that_the_family_cannot_serve_is_refused() -> None:
     model = tiny_model()
     before = model.head

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, nearest
-from zoo.heads.base import HEADS, register_head
+from zoo.heads.base import HEADS, Head, register_head
 
 __all__ = ["HEADS", "CosineHead", "TwoHeads", "kind_of", "make_head"]
 
@@ -41,7 +41,13 @@ HEADS["linear"] = nn.Linear
 
 
 def kind_of(head: nn.Module) -> str:
-    """Under which name of `HEADS` a head is saved."""
+    """Under which name of `HEADS` a head is saved.
+
+    Raises:
+        ConfigError: a `Head` that is not registered, which nobody could load again.
+    """
+    if isinstance(head, Head) and type(head) not in HEADS.values():
+        raise ConfigError(f"{type(head).__name__} has no name to be saved by: put @zoo.register_head('...') above it.")
     return next((name for name, cls in HEADS.items() if type(head) is cls), "linear")
 
 

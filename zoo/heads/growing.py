@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
+from zoo.heads.text import TextHead
 
 __all__ = ["grown"]
 
@@ -21,6 +22,14 @@ def grown(head: nn.Module, more: int, std: float = 0.02) -> nn.Module:
         ConfigError: a head whose rows are not its classes.
     """
     width = int(getattr(head, "out_features", 0))
+    if isinstance(head, TextHead):  # its classes are names
+        if head.specific:
+            raise ConfigError(
+                "The head cannot grow: its classes have contexts of their own, and new ones would have none."
+            )
+        named = copy.deepcopy(head)
+        named.out_features, named.classes = width + more, None
+        return named
     twin = copy.deepcopy(head)
     layers = [m for m in twin.modules() if isinstance(m, nn.Linear) and len(m.weight) == width]
     if not layers or sum(len(m._parameters) for m in twin.modules()) != sum(len(m._parameters) for m in layers):

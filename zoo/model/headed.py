@@ -12,8 +12,9 @@ from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.sites import State
 from zoo.errors import ConfigError
-from zoo.heads import HEADS, Head, make_head
+from zoo.heads import Head, make_head
 from zoo.heads.growing import grown
+from zoo.registry import head_class
 
 
 class Headed(nn.Module):
@@ -158,7 +159,8 @@ class Headed(nn.Module):
             )
         own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
         plain = kind == "linear" and own
-        if isinstance(made := HEADS.get(kind), type) and issubclass(made, Head):
+        made = nn.Linear if plain else head_class(kind)
+        if issubclass(made, Head):
             self.family.check_wanted(made.needs, f"a head of the kind '{kind}'")
         head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
         if self.device.type != "meta":

@@ -287,6 +287,24 @@ def test_what_is_refused() -> None:
         zoo.adapter("coop", num_tokens=0)
 
 
+def test_new_classes_are_new_names() -> None:
+    """One context serves them; contexts of single classes do not."""
+    model = build(num_tokens=3).eval()
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        model.classes = list(NAMES)
+        model.grow_head(["red bird"])
+        after = model(x)
+    assert after.shape == (4, 4) and model.num_classes == 4
+    torch.testing.assert_close(after[:, :3], before)
+    specific = build(num_tokens=3, class_specific=True)
+    specific.classes = list(NAMES)
+    with pytest.raises(ConfigError, match="contexts of their own"):
+        specific.grow_head(["red bird"])
+    assert specific.num_classes == 3
+
+
 class Pictures(TensorDataset):
     """Images of three classes; `classes` are their names."""
 
