@@ -159,7 +159,7 @@ class Headed(nn.Module):
             )
         own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
         plain = kind == "linear" and own
-        made = nn.Linear if plain else head_class(kind)
+        made: type[Any] = nn.Linear if plain else head_class(kind)
         if issubclass(made, Head):
             self.family.check_wanted(made.needs, f"a head of the kind '{kind}'")
         head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
