@@ -119,8 +119,11 @@ def check_size(name: str, build: Callable[[dict[str, Any]], nn.Module], options:
     """
     if not options:
         return
-    plain, wanted = (_count(build(given)) for given in ({}, options))
-    if wanted > max(ROOM, GROWTH * plain):
+    wanted = _count(build(options))
+    if wanted <= ROOM:
+        return
+    plain = _count(build({}))
+    if wanted > GROWTH * plain:
         raise ConfigError(
             f"'{where}' asks for a '{name}' of {wanted:,} parameters; by itself it has {plain:,}. If that is meant, name the "
             f"backbone and its options yourself: zoo.load('{name}', adapter=..., {next(iter(options))}=...)."
