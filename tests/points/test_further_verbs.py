@@ -496,3 +496,36 @@ def test_layouts_are_those_of_the_tokens(family: str) -> None:
         assert blocks[0].layout == Layout(0, (8, 8), (4, 4)) and blocks[1].layout.shift == (2, 2)
     if family == "clip":
         assert {p.tower: p.layout.causal for p in blocks} == {"image": False, "text": True}
+
+
+def test_they_compile() -> None:
+    """All of them at once, in one graph, equal to eager."""
+    model = tiny_model(None)
+    images = easy_data(4).tensors[0]
+
+    def put(points: Any) -> None:
+        points["blocks.0.attn.o"].after(Turn(0.3))
+        points["blocks.0.attn.product"].gate(Extra(points["blocks.0.attn.product"], gate=True))
+        points["blocks.1.attn.product"].extend(Extra(points["blocks.1.attn.product"], SEEN))
+        points["blocks.1.mlp"].replace(Doubled(0.5))
+        points["blocks.0.tokens"].prompt(Tokens(24, 0), keep=True)
+        points["blocks.1.tokens"].prompt(Tokens(24, 1), keep=True, replace=True)
+
+    model.add_adapter(attached(put))
+    model.train()
+    learned = list(model.adapters.parameters())
+    expected = model(images)
+    gradients = torch.autograd.grad(expected.square().sum(), learned)
+    torch._dynamo.reset()
+    try:
+        logits = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+        found = torch.autograd.grad(logits.square().sum(), learned)
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, gradients):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(images), model(images))
