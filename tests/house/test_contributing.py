@@ -64,8 +64,14 @@ def test_every_path_is_there() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"`((?:zoo|vision|multimodal|audio|tests|docs|scripts)/[\w/.]*)`", text))
     examples = {*BLOCKS, "zoo/adapters/my_method.py", "tests/adapters/test_my_method.py"}
-    later = {"zoo/regimes/"}
-    assert [path for path in named - examples - later if not (ROOT / path).exists()] == []
+    assert [path for path in named - examples if not (ROOT / path).exists()] == []
+
+
+def test_every_service_is_named() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    pages = sorted((ROOT / "docs" / "services").glob("*.md"))
+    assert len(pages) >= 10
+    assert [page.name for page in pages if f"](docs/services/{page.name}) |" not in text] == []
 
 
 def test_the_method_is_short() -> None:
