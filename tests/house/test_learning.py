@@ -105,3 +105,24 @@ def test_adalora_beats_the_probe() -> None:
     ranks = model.adapters["adalora"].ranks()  # type: ignore[operator]
     assert sum(ranks.values()) == 8 * len(ranks) and len(set(ranks.values())) > 3, ranks
     assert accuracy["adalora"] > accuracy["linear"], accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not os.environ.get("ZOO_SLOW"), reason="trains two models for some minutes; set ZOO_SLOW=1")
+@pytest.mark.skipif(
+    not DATA.is_dir(), reason="the CIFAR-10 pack is not here; name its folder's parent in ZOO_TEST_DATA"
+)
+def test_compacter_beats_the_probe() -> None:
+    """1,000 training images of CIFAR-10, the last epoch, 1,000 test images: 61.3 against 58.2 % when this was written."""
+    from zoo.data import open_dataset
+
+    train = open_dataset(str(DATA), split="train", shots=100, seed=0)
+    test = open_dataset(str(DATA), split="test", shots=100, seed=1)
+    accuracy = {}
+    for method, settings, rate in (("linear", {}, 1e-2), ("compacter", {"bottleneck": 24}, 5e-3)):
+        model = zoo.load("vit-micro", zoo.adapter(method, **settings), num_classes=10, seed=0)
+        rates = {"default": rate, "head": 1e-2}
+        zoo.fit(model, train, epochs=8, batch_size=32, lr=rates, seed=0, precision="bf16", progress=False)
+        accuracy[method] = zoo.evaluate(model, test, batch_size=250, progress=False)["accuracy"]
+    assert accuracy["compacter"] > accuracy["linear"], accuracy
