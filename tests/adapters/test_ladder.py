@@ -81,6 +81,7 @@ def test_the_input_gets_no_gradient() -> None:
     model = build()
     image = x().requires_grad_()
     model(image).sum().backward()
+    model.outputs(image, want=("tokens",))["tokens"].sum().backward()
     assert image.grad is None
     assert all(p.grad is not None for p in model.parameters_to_train().values())
     assert all(p.grad is None for p in model.backbone.parameters())

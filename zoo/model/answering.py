@@ -28,7 +28,15 @@ def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kw
             adapter.release()
 
 
+def apart(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs that get no gradient, where all that is trained stands beside the backbone (`Adapter.side_network`)."""
+    freed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs), freed
+
+
 def _outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if model._beside:
+        inputs, kwargs = apart(inputs, kwargs)
     found = model.family.outputs(*inputs, want=want, **kwargs)
     if "pooled" in found:
         for adapter in model._active_adapters():

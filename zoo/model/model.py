@@ -17,7 +17,7 @@ from zoo.engine.session import Swap
 from zoo.engine.sites import Op, Site, State
 from zoo.errors import ConfigError
 from zoo.model.algebra import AdapterState, put, state_of
-from zoo.model.answering import answer, named_outputs
+from zoo.model.answering import answer, apart, named_outputs
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import fingerprint
 from zoo.model.routing import Route, forward_routed, routed_parameters
@@ -163,8 +163,7 @@ class Model(Contextual):
     def _features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         names = [] if self._plan == "" else list(self._state.active)
         if self._beside:
-            inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-            kwargs = {k: x.detach() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+            inputs, kwargs = apart(inputs, kwargs)
         pooled = self.family.features(*inputs, **kwargs)
         for name in names:
             pooled = self.adapters[name].features(pooled)  # type: ignore[operator]
