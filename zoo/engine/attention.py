@@ -118,33 +118,6 @@ class FusedKeys:
         return self.k_norm(pair[0]), pair[1]
 
 
-@dataclass(eq=False)
-class Insert:
-    """Puts prompts into the sequence behind its prefix tokens, and behind the prompts of other adapters put there before."""
-
-    module: nn.Module
-    num_prefix: int
-    site: Site
-    count: int = 0  # tokens put in by the present forward pass
-    at: int = 0  # and where
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, N, d) -> (B, N + T, d)."""
-        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
-        at = self.num_prefix
-        for op in self.site.inputs:
-            if op.fn is self:
-                break
-            at += op.fn.count if isinstance(op.fn, Insert) else 0
-        self.count, self.at = prompts.shape[1], at
-        return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
-
-    def strip(self, x: Tensor) -> Tensor:
-        """(B, N + T, d) -> (B, N, d). All prompts of all adapters are neighbours, so these may be anybody's."""
-        patches = x[:, self.num_prefix + self.count :]
-        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
-
-
 def prepend(own: Tensor, *extra: Tensor) -> Tensor:
     """Extra keys (or values) in front of the own ones.
 

@@ -1,4 +1,4 @@
-"""Prompts that are kept and made anew in later blocks (`TokensPoint.prompt(replace=True)`)."""
+"""Prompts that are kept as tokens: put into the sequence, taken out, made anew in later blocks (`TokensPoint.prompt`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.engine.attention import Insert
-from zoo.engine.sites import site_at
+from zoo.engine.sites import Site, site_at
 from zoo.errors import AttachError, ConfigError
 from zoo.points import Point
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
-__all__ = ["Overwrite", "kept"]
+__all__ = ["Insert", "Overwrite", "kept"]
+
+
+@dataclass(eq=False)
+class Insert:
+    """Puts prompts into the sequence behind its prefix tokens, and behind the prompts of other adapters put there before."""
+
+    module: nn.Module
+    num_prefix: int
+    site: Site
+    count: int = 0  # tokens put in by the present forward pass
+    at: int = 0  # and where
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, N, d) -> (B, N + T, d)."""
+        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
+        at = self.num_prefix
+        for op in self.site.inputs:
+            if op.fn is self:
+                break
+            at += op.fn.count if isinstance(op.fn, Insert) else 0
+        self.count, self.at = prompts.shape[1], at
+        return torch.cat([x[:, :at], prompts, x[:, at:]], dim=1)
+
+    def strip(self, x: Tensor) -> Tensor:
+        """(B, N + T, d) -> (B, N, d). All prompts of all adapters are neighbours, so these may be anybody's."""
+        patches = x[:, self.num_prefix + self.count :]
+        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
 
 
 def kept(session: Recorder, point: Point, blocks: Sequence[nn.Module]) -> tuple[Insert, tuple[nn.Module, ...]]:

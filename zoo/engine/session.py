@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.around import Around
 from zoo.engine.blocks import require_plain
 from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.generated import Made
@@ -108,30 +109,6 @@ class Stash:
         source, self.held = self.held, None
         assert source is not None, "the sublayer's exit ran without its entry"
         return y + self.module(source)
-
-
-@dataclass(eq=False)
-class Around:
-    """`module(F, x)` in place of a sublayer's module, which may give (y, None) and be called with x several times."""
-
-    module: nn.Module
-    packed: bool
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As the sublayer's own forward."""
-        x = args[0] if args else kwargs[next(iter(kwargs))]
-        rest: list[Any] = []
-
-        def inner(new: Tensor) -> Tensor:
-            given = [new if a is x else a for a in args]
-            output = run(*given, **{k: new if a is x else a for k, a in kwargs.items()})
-            if not isinstance(output, tuple):
-                return output  # type: ignore[no-any-return]
-            rest[:] = output[1:]
-            return output[0]  # type: ignore[no-any-return]
-
-        y = self.module(inner, x)
-        return (y, *(rest or [None])) if self.packed or rest else y
 
 
 @dataclass(eq=False)

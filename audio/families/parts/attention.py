@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from zoo.engine.attention import AttentionSite, Given, Insert, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.attention import AttentionSite, Given, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.kept import Insert
 from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError

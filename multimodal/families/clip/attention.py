@@ -27,13 +27,12 @@ from zoo.engine.attention import (
     FusedAttention,
     FusedKeys,
     Given,
-    Insert,
     Prompts,
     heads,
     mask_bias,
     recorder,
 )
-from zoo.engine.kept import Overwrite, kept
+from zoo.engine.kept import Insert, Overwrite, kept
 from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError, MismatchError

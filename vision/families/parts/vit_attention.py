@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zoo.engine.attention import FusedAttention, FusedKeys, Given, Insert, Prompts, recorder
-from zoo.engine.kept import Overwrite, kept
+from zoo.engine.attention import FusedAttention, FusedKeys, Given, Prompts, recorder
+from zoo.engine.kept import Insert, Overwrite, kept
 from zoo.engine.sites import BlockSite, Site
 from zoo.points import Point, TokensPoint
 
