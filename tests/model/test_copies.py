@@ -24,8 +24,10 @@ def pickled(model: zoo.Model) -> zoo.Model:
     return pickle.loads(pickle.dumps(model))  # in memory, as a process hands a model to another
 
 
-WAYS = [("vit", copy.deepcopy), ("vit", pickled), ("swin", copy.deepcopy)]
-copied = pytest.mark.parametrize(("family", "how"), WAYS, ids=["vit-deepcopy", "vit-pickle", "swin-deepcopy"])
+# every method on ViT; on Swin and by pickle one of each way in which methods reach the backbone
+SOME = [m for m in ("bitfit", "lora", "spt", "ssf", "vpt") if m in METHODS]
+WAYS = [("vit", m, copy.deepcopy) for m in METHODS]
+WAYS += [(family, m, how) for family, how in (("vit", pickled), ("swin", copy.deepcopy)) for m in SOME]
 
 
 def models() -> int:
@@ -33,8 +35,7 @@ def models() -> int:
     return sum(isinstance(o, zoo.Model) for o in gc.get_objects())
 
 
-@each
-@copied
+@pytest.mark.parametrize(("family", "method", "how"), WAYS)
 def test_a_copy_goes_on_as_a_model_built_for_it(
     family: str, method: str, how: Callable[[zoo.Model], zoo.Model]
 ) -> None:
