@@ -267,9 +267,12 @@ def _prove(old: Model, new: Model, edit: Mapping[str, Any]) -> None:
         for names in ((), *((name,) for name in old.adapters)):
             old.set_active(*names)
             new.set_active(*names)
-            with _without(old, edit):
-                expected = old(*inputs, **_given(old, inputs))
-            found = new(*inputs, **_given(old, inputs))
+            try:
+                with _without(old, edit):
+                    expected = old(*inputs, **_given(old, inputs))
+                found = new(*inputs, **_given(old, inputs))
+            except ZooError as error:
+                raise ConfigError(f"the adapter '{names[0] if names else ''}' cannot be cut to fit: {error}") from error
             close = 1e-4 if old.dtype == torch.float32 else 5e-2
             if not torch.allclose(found, expected, rtol=close, atol=close * float(expected.abs().amax())):
                 if not names:
