@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar10", type=Path)
     parser.add_argument("flowers17", type=Path)
+    # other forms of the adapter: lora, prefix
     parser.add_argument("--forms", nargs="+", default=["adapter"])
     args = parser.parse_args()
     torch.set_num_threads(1)
