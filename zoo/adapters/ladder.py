@@ -1,4 +1,4 @@
-"""LST: ladder side-tuning.
+"""Ladder side-tuning: a narrow transformer beside the frozen one reads every block; no gradient runs through the backbone.
 
 Idea: a small transformer runs beside the frozen one. It reads every block's output through a down-projection and a learned gate,
 and its own last state is the feature. The backbone only feeds it, so nothing is back-propagated through the backbone.
