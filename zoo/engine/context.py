@@ -70,6 +70,10 @@ class Frame:
         """As it is now, for a recomputation; the same object if nothing can change."""
         return Frame(self.values, dict(self.carried), True, self.per_sample, True) if self.carries else self
 
+    def bare(self) -> Frame:
+        """Its values alone. What is carried leads on to the graph, which must not come to hold itself."""
+        return Frame(self.values, per_sample=self.per_sample)
+
 
 @dataclass(eq=False)
 class Context:

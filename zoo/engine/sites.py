@@ -251,7 +251,9 @@ class Site:
         alone = state.route is None and state.serving is None and state.active == (op.owner,)
         if not alone or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return Again(self, self.write_input(args, kwargs, None), state.place())  # type: ignore[arg-type]
+        *here, frame = state.here()
+        place = (*here, None if frame is None else frame.bare())
+        return Again(self, self.write_input(args, kwargs, None), place)  # type: ignore[arg-type]
 
     def _apply(self, op: Op, *tensors: Tensor) -> Tensor:
         """Run an op on all rows, or on those that its adapter serves; the last tensor is the one that changes."""

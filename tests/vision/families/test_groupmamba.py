@@ -116,7 +116,14 @@ def test_wrong_sizes_are_named() -> None:
 
 # -- the methods ----------------------------------------------------------------------------------------------------------
 
-REFUSED = {"prefix": "attention points", "vpt": "tokens points", "vqt": "attention points"}
+REFUSED = {
+    "prefix": "attention points",
+    "vpt": "tokens points",
+    "vqt": "attention points",
+    "coop": "tokens points",
+    "ladder": "attention points",
+    "meft": "not a plain sequence",
+}
 
 
 @pytest.mark.parametrize("method", zoo.list_adapters())
