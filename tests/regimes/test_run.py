@@ -219,6 +219,19 @@ def test_refused_with_nothing_half_done(what: str, message: str) -> None:
     assert model.active == active and model.classes == classes and model.record == {}
 
 
+def test_a_call_put_right_is_not_refused(tmp_path: Path) -> None:
+    """A run that is refused before anything was done leaves no folder that would be another run's."""
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="'epochs' is decided by the regime"):
+        zoo.run(tiny_model(), "supervised", easy_data(8), out=out, fit={"epochs": 2, "progress": False}, epochs=1)
+    assert not out.exists()
+    zoo.run(tiny_model(), "supervised", easy_data(8), out=out, fit={"progress": False}, epochs=1)
+    before = (out / "state.json").read_bytes()
+    with pytest.raises(ConfigError, match="epochs was 1, is 2"):
+        zoo.run(tiny_model(), "supervised", easy_data(8), out=out, fit={"progress": False}, epochs=2)
+    assert (out / "state.json").read_bytes() == before
+
+
 def test_names_and_settings() -> None:
     assert "supervised" in zoo.list_regimes()
     with pytest.raises(UnknownNameError, match="Did you mean 'supervised'"):

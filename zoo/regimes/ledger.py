@@ -174,6 +174,16 @@ class Ledger:
         write_state(self.folder / START, start.tensors, start.about)
         self.write()
 
+    def withdraw(self) -> None:
+        """A run that is refused before anything was done leaves nothing that would refuse the same run put right."""
+        if self.folder is None or not self.main or self.phases or self.values:
+            return
+        if next(self.folder.glob("[0-9][0-9][0-9]-*"), None) is None:
+            for file in (STATE, START):
+                (self.folder / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # only if it is empty
+
     def write(self) -> None:
         """Write `state.json`."""
         if self.folder is None or not self.main:

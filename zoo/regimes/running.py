@@ -15,7 +15,7 @@ import torch
 from zoo import registry
 from zoo.data.dataset import ImageDataset
 from zoo.data.seeds import kept_generators, seed_everything
-from zoo.errors import ConfigError, MismatchError, nearest
+from zoo.errors import ConfigError, MismatchError, ZooError, nearest
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.ledger import Ledger, data_identity, structure, take
 from zoo.regimes.report import RunReport
@@ -86,7 +86,11 @@ def run(
             start.put(model)
         else:
             ledger.begin(take(model))
-        _carry_out(this, chosen, processes)
+        try:
+            _carry_out(this, chosen, processes)
+        except ZooError:
+            ledger.withdraw()
+            raise
         summary = json.loads(json.dumps(chosen.summary(this)))
         model.eval()
     report = RunReport(chosen, ledger.phases, ledger.values, summary, ledger.seconds)
