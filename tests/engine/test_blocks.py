@@ -186,6 +186,9 @@ def test_what_is_refused() -> None:
         zoo.blocks(model).start(images())
     with pytest.raises(CombinationError, match="'meft' keeps something"):
         zoo.blocks(build("meft")).start(images())
+    for method in (zoo.adapter("ladder", reduction=4), zoo.adapter("hyperformer", tasks=("a",))):
+        with pytest.raises(CombinationError, match=f"'{method.method}' reads values that are there only within"):
+            zoo.blocks(build(method)).start(images())
     run = zoo.blocks(build("lora"))
     with pytest.raises(ConfigError, match=r"advance\(5\) from block 0: there are 4"):
         run.advance(run.start(images()), 5)

@@ -160,6 +160,11 @@ class BlockRunner:
                     f"'{name}' keeps something from block to block within a forward pass, so its blocks cannot be run by hand. "
                     "Switch it off (model.set_active(...)), or call the model as a whole."
                 )
+            if self.model._wants.get(name):
+                raise CombinationError(
+                    f"'{name}' reads values that are there only within a forward pass of the model, so its blocks cannot be run "
+                    "by hand. Switch it off (model.set_active(...)), or call the model as a whole."
+                )
 
     # -- one at a time ----------------------------------------------------------------------------------------------
 
