@@ -184,6 +184,9 @@ def test_refusals() -> None:
         ({"heads": {0: [3]}}, SelectionError, "no head 3: it has 3"),
         ({"heads": {0: [0, 1, 2]}}, ConfigError, "no head left"),
         ({"neurons": {0: [-1]}}, SelectionError, "no neuron -1"),
+        ({"neurons": {0: [1.5]}}, ConfigError, r"neurons\[0\] is \[1.5\]; expected a list of whole numbers"),
+        ({"heads": {0: 1}}, ConfigError, "expected a list of whole numbers"),
+        ({"blocks": 7}, SelectionError, "no block 7"),
         ({"blocks": [0, 1, 2]}, ConfigError, "no block left"),
         ({"blocks": [7]}, SelectionError, "no block 7"),
         ({"heads": {"quack": [0]}}, SelectionError, "no block 'quack'"),
@@ -258,6 +261,28 @@ def test_int8_refusals() -> None:
         zoo.prune(small, heads={0: [0]})
     with pytest.raises(AttachError, match="no parameter 'weight'"):
         small.add_adapter(_Weights())
+    with pytest.raises(AttachError, match="'full' trains every parameter"):
+        small.add_adapter("full")
+    with pytest.raises(ConfigError, match="Make weights sparse first"):
+        zoo.sparsify(small, "up")
+    assert list(small.adapters) == []
+    data = torch.utils.data.TensorDataset(images()[[0, 1, 2, 3, 0]], torch.arange(5))
+    for adapter, error, words in (
+        (zoo.adapter("spt", num_batches=1), AttachError, "Int8Linear has none"),
+        (zoo.adapter("ladder", init="fisher", reduction=4), ConfigError, "kept in int8"),
+    ):
+        small.add_adapter(adapter)
+        with pytest.raises(error, match=words):
+            zoo.fit(small, data, steps=1, batch_size=2, progress=False)
+        small.remove_adapter(adapter.method)
+    part = zoo.quantise(zoo.quantise(model, "up"))  # by default whatever can be
+    assert all(
+        torch.equal(a, b) for a, b in zip(part.backbone.state_dict().values(), small.backbone.state_dict().values())
+    )
+    names = {
+        type(p.module).__name__ for p in zoo.quantise(zoo.load("clip-micro", pretrained=False)).points if p.role == "up"
+    }
+    assert names == {"Int8Linear"}  # others, such as fused projections of open_clip, stay as they are
     torch._dynamo.reset()
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), small(images()), rtol=1e-5, atol=1e-5)

@@ -302,6 +302,11 @@ class Session:
         """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""
         copies: dict[int, nn.Parameter] = {}
         for path, module in self.family.modules_to_train():
+            if "int8" in module._buffers:
+                raise AttachError(
+                    f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept in int8, which is not trained. "
+                    "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
+                )
             for name, frozen in module._parameters.items():
                 if frozen is None:
                     continue

@@ -18,6 +18,7 @@ and nothing has happened.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,11 @@ Which = Mapping[int | str, Iterable[int]]
 
 
 def prune(
-    model: Model, *, heads: Which | None = None, neurons: Which | None = None, blocks: Iterable[int | str] = ()
+    model: Model,
+    *,
+    heads: Which | None = None,
+    neurons: Which | None = None,
+    blocks: Iterable[int | str] | int | str = (),
 ) -> Model:
     """A model without these parts of its backbone; adapters, heads and what is active come along.
 
@@ -53,25 +58,33 @@ def prune(
         SelectionError: no such block, head or neuron.
     """
     edit: dict[str, Any] = {
-        "heads": {_block(model, k).name: sorted({int(i) for i in v}) for k, v in (heads or {}).items()},
-        "neurons": {_block(model, k).name: sorted({int(i) for i in v}) for k, v in (neurons or {}).items()},
-        "blocks": list(dict.fromkeys(_block(model, k).name for k in blocks)),
+        "heads": {_block(model, k).name: _whole(v, "heads", k) for k, v in (heads or {}).items()},
+        "neurons": {_block(model, k).name: _whole(v, "neurons", k) for k, v in (neurons or {}).items()},
+        "blocks": list(
+            dict.fromkeys(_block(model, k).name for k in ((blocks,) if isinstance(blocks, (int, str)) else blocks))
+        ),
     }
     if not any(edit.values()):
         raise ConfigError("There is nothing to take out: give heads=, neurons= or blocks=.")
     return changed(model, edit)
 
 
-def quantise(model: Model, points: str | Sequence[str] = "all-linear") -> Model:
+def quantise(model: Model, points: str | Sequence[str] | None = None) -> Model:
     """A model whose frozen projections keep int8 weights, one scale for each output: a quarter of the bytes of float32.
 
     Products are those of the rounded weights, exactly: `F.linear(x, scale * int8)`. Adapters are trained on them as on any;
     merging into them, and training them, is refused.
 
     Args:
-        points: which linear points; all slices of a fused projection, or none.
+        points: which linear points, all slices of a fused projection or none; by default "all-linear" as far as these are
+            `nn.Linear`.
+
+    Raises:
+        ConfigError: a point of another kind, a part of a fused projection, or nothing to keep in int8.
     """
-    chosen = model.points.linears(points)
+    chosen = model.points.linears(points or "all-linear")
+    if points is None:
+        chosen = [p for p in chosen if type(p.module) is nn.Linear] or chosen
     modules = {id(p.module): p for p in chosen}
     for point in chosen:
         if type(point.module) is not nn.Linear:
@@ -97,7 +110,7 @@ def sparsify(
         masks: instead of both: point -> (dim_out, dim_in), true where the weight stays.
 
     Raises:
-        ConfigError: a sparsity outside of 0 ... 1. MismatchError: a mask of another shape.
+        ConfigError: a sparsity outside of 0 ... 1, or int8 weights. MismatchError: a mask of another shape.
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is {sparsity}; expected 0 <= sparsity < 1, the part that becomes zero.")
@@ -106,6 +119,10 @@ def sparsify(
     with model._bare():
         for point in chosen:
             weight = point.weight
+            if "weight" not in point.module._parameters:
+                raise ConfigError(
+                    f"'{point.name}' has int8 weights. Make weights sparse first (sparsify), then quantise."
+                )
             if masks is not None:
                 kept = masks[point.name].bool().to(weight.device)
                 if kept.shape != weight.shape:
@@ -316,6 +333,14 @@ def _zeroed(channels: Sequence[int], module: nn.Module, args: tuple[Any, ...]) -
     x = args[0].clone()
     x[..., list(channels)] = 0
     return (x, *args[1:])
+
+
+def _whole(given: Iterable[int], what: str, key: int | str) -> list[int]:
+    """Indices, each once, in order."""
+    try:
+        return sorted({operator.index(i) for i in given})
+    except TypeError:
+        raise ConfigError(f"{what}[{key!r}] is {given!r}; expected a list of whole numbers.") from None
 
 
 def _block(model: Model, key: int | str) -> Point:

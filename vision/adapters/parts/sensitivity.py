@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zoo import probing
-from zoo.errors import DataError
+from zoo.errors import AttachError, DataError
 from zoo.points import LinearPoint, NormPoint, Points
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def sensitivity(
         batches: (inputs, targets) of the task; None is what the model is for.
 
     Raises:
+        AttachError: weights of int8.
         DataError: no batch, labels that the head has no output for, a loss or gradients that are not finite.
     """
     slots = {(id(module), part): (module, part) for module, part in (c.slot for c in found)}
@@ -106,7 +107,12 @@ def sensitivity(
         model.requires_grad_(False)
         try:
             for key, (module, part) in slots.items():
-                parameter: Any = module._parameters[part]
+                parameter: Any = module._parameters.get(part)
+                if parameter is None:
+                    raise AttachError(
+                        f"Single numbers of a '{part}' are scored and trained, and a {type(module).__name__} has none that can "
+                        "be: use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
+                    )
                 scores[key] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(_Square(scores[key])))
