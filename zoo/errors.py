@@ -84,7 +84,7 @@ class MissingPackageError(ZooError, ImportError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence with the known names nearest to `name`, or with all of them if they are few."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=count, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     if len(names) <= 20:

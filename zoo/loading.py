@@ -57,6 +57,8 @@ def load(
         TrustError: a saved adapter names a backbone of an unknown source. Nothing of it was downloaded.
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
+    if isinstance(classes, str):
+        raise ConfigError(f"classes is '{classes}'; expected a list of names, ['{classes}'].")
     if classes is not None:
         num_classes = len(classes) if num_classes is None else num_classes
         if num_classes != len(classes):

@@ -78,6 +78,8 @@ def test_what_is_refused() -> None:
         model(x(), context={**VALUES, "task": "card"})
     with pytest.raises(UnknownNameError, match=r"reads a context value 'qualty'. Did you mean 'quality'"):
         model(x(), context={**VALUES, "qualty": QUALITY})
+    with pytest.raises(ContextError, match="context is list; expected a dict"):
+        model(x(), context=[QUALITY])  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="no adapter of this model reads"), bare("vit").context(task="a"):
         raise AssertionError
     with pytest.raises(ContextError, match="is a set; expected a tensor or list of 4"):

@@ -64,8 +64,15 @@ def test_what_does_not_go_together_is_named() -> None:
         model.adapter_state("e")
     with pytest.raises(ConfigError, match="at least one"):
         zoo.average([])
-    with pytest.raises(ConfigError, match="give one for each"):
+    with pytest.raises(ConfigError, match="give one finite number for each"):
         zoo.average([a], [1.0, 2.0])
+    with pytest.raises(ConfigError, match="one finite number for each"):
+        zoo.average([a, a], [float("nan"), 1.0])
+    for wrong in (lambda: zoo.average([dict(a)]), lambda: model.set_adapter_state("a", dict(a))):  # type: ignore[list-item, arg-type]
+        with pytest.raises(ConfigError, match="expected a state"):
+            wrong()
+    with pytest.raises(ConfigError, match="divided by 0"):
+        a / 0
     with pytest.raises(TypeError):
         a + 1  # type: ignore[operator]
 
@@ -135,6 +142,10 @@ def test_a_head_grows() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             model.grow_head(names)
+    with pytest.raises(ConfigError, match=r"expected a list of names, \['pink'\]"):
+        model.grow_head("pink")
+    with pytest.raises(ConfigError, match=r"num_classes is 3, and classes \['pink'\]; expected a list"):
+        model.reset_head(3, ["pink"])
     assert model.num_classes == 5
     fresh = tiny_model("lora", num_classes=0)
     fresh.grow_head(["red"])

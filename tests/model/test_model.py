@@ -224,6 +224,9 @@ def test_logits_are_those_of_timm(images: Tensor) -> None:
         (lambda: zoo.adapter("lora", rank=0), ConfigError, "expected 1 or more"),
         (lambda: zoo.load("vit-micro", pretrained=False, colour="red"), ConfigError, "colour"),
         (lambda: zoo.load(), ConfigError, "Name a backbone"),
+        (lambda: zoo.load("vit-micro", classes="cat"), ConfigError, r"expected a list of names, \['cat'\]"),
+        (lambda: build().set_active(["lora"]), UnknownNameError, "no adapter '.'lora'.'"),  # type: ignore[arg-type]
+        (lambda: build().set_active(None), UnknownNameError, "no adapter 'None'"),  # type: ignore[arg-type]
     ],
 )
 def test_mistakes(call: object, error: type[Exception], words: str) -> None:

@@ -246,7 +246,9 @@ def make_frame(
 
 
 def check_names(given: Mapping[str, Any], wants: Sequence[Want]) -> None:
-    """Raise UnknownNameError for a value that no attached adapter would read."""
+    """Raise UnknownNameError for a value that no attached adapter would read, ContextError for what is no dict."""
+    if not isinstance(given, Mapping):
+        raise ContextError(f"context is {type(given).__name__}; expected a dict of values by name, {{'task': ...}}.")
     known = {w.name for w in wants if w.per in PER and not w.of_inputs}
     for name in given:
         if name not in known:

@@ -13,6 +13,7 @@ must be equal in both, or is taken from the first of a sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ class AdapterState(Mapping[str, Tensor]):
     def __truediv__(self, factor: Any) -> AdapterState:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
+        if factor == 0:
+            raise ConfigError(f"{self.origin} cannot be divided by 0.")
         return self * (1.0 / factor)
 
     def __neg__(self) -> AdapterState:
@@ -120,16 +123,20 @@ def average(states: Sequence[AdapterState], weights: Sequence[float] | None = No
     """sum_i w_i S_i / sum_i w_i, added up in float32 at least; by default all w_i are 1.
 
     Raises:
-        ConfigError: no state, not one weight for each, or weights that sum to 0. MismatchError: states that do not go together.
+        ConfigError: no state, something else, not one weight for each, or weights that sum to 0.
+        MismatchError: states that do not go together.
     """
     if not states:
         raise ConfigError("average needs at least one state.")
     weights = [1.0] * len(states) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(states) or sum(weights) == 0:
+    total = sum(weights)
+    if len(weights) != len(states) or total == 0 or not math.isfinite(total):
         raise ConfigError(
-            f"{len(states)} states and the weights {weights}; give one for each, with a sum other than 0."
+            f"{len(states)} states and the weights {weights}; give one finite number for each, with a sum other than 0."
         )
-    first, total = states[0], sum(weights)
+    for state in states:
+        _is_state(state)
+    first = states[0]
     for other in states[1:]:
         first.check(other, other.origin)
     found: dict[str, Tensor] = {}
@@ -145,6 +152,13 @@ def average(states: Sequence[AdapterState], weights: Sequence[float] | None = No
     return AdapterState(found, "an average")
 
 
+def _is_state(given: object) -> None:
+    if not isinstance(given, AdapterState):
+        raise ConfigError(
+            f"expected a state (model.adapter_state(name), or what was computed of states), not a {type(given).__name__}."
+        )
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of an adapter by name, those too that are not saved."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -158,6 +172,7 @@ def state_of(module: nn.Module, origin: str) -> AdapterState:
 @torch.no_grad()
 def put(module: nn.Module, state: AdapterState, what: str) -> None:
     """Copy a state into an adapter, all of it or (MismatchError) nothing."""
+    _is_state(state)
     own = tensors_of(module)
     state.check(own, what)
     for name, tensor in own.items():

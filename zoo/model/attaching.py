@@ -297,7 +297,7 @@ class AdapterHost(Sited):
             self.set_active(*active)
 
     def _known(self, name: str) -> None:
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise UnknownNameError(f"The model has no adapter '{name}'. {nearest(name, self.adapters.keys())}")
 
     def _free_name(self, method: str) -> str:

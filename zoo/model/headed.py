@@ -76,7 +76,15 @@ class Headed(nn.Module):
         return name if name is not None and name in self.heads else "default"
 
     def reset_head(self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear") -> None:
-        """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`."""
+        """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`.
+
+        Raises:
+            ConfigError: there is no name for each class, or no such kind.
+        """
+        if classes is not None and (isinstance(classes, str) or len(classes) != num_classes):
+            raise ConfigError(
+                f"num_classes is {num_classes}, and classes {classes!r}; expected a list of as many names."
+            )
         dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()
         made_for: Any = dict(self.adapters.items()).get(name)
         if num_classes and kind == "linear" and made_for is not None:
@@ -112,6 +120,8 @@ class Headed(nn.Module):
         Raises:
             ConfigError: no class, one that the head has already, or a head whose classes have no names or cannot grow.
         """
+        if isinstance(classes, str):
+            raise ConfigError(f"classes is '{classes}'; expected a list of names, ['{classes}'].")
         names, width = [str(c) for c in classes], self.num_classes
         own = self.classes or []
         if width and len(own) != width:
