@@ -15,7 +15,7 @@ from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
 from zoo.train.evaluation import autocast, input_dtype, split_of, supplied, to_device
-from zoo.train.optimizer import MakeOptimizer
+from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report

@@ -16,29 +16,20 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
+from zoo.train.optimizers import MakeOptimizer, make_optimizer
 from zoo.train.schedule import factor
 
 if TYPE_CHECKING:
     from zoo.model import Model
 
-__all__ = ["OPTIMIZERS", "OptimizerService"]
+__all__ = ["OptimizerService"]
 
 Chosen = str | Parameter | Iterable[str | Parameter]
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
-
-OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {}),
-    "adam": (torch.optim.Adam, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-}
 # what a group of ours carries besides torch's own settings
 OURS = ("lr_scale", "birth", "warmup", "schedule", "names")
 
@@ -385,17 +376,8 @@ class OptimizerService:
             self._optimizers[kind] = self._make(kind, [new])
 
     def _make(self, kind: str, groups: list[dict[str, Any]]) -> Optimizer:
-        wanted = self._default if kind == "main" else kind
-        if callable(wanted):
-            return wanted(groups)
-        if wanted not in OPTIMIZERS:
-            raise ConfigError(f"Unknown optimizer '{wanted}'. {nearest(wanted, OPTIMIZERS)}")
-        cls, defaults = OPTIMIZERS[wanted]
-        options = {**defaults, **(self.options if kind == "main" else {})}
-        try:
-            return cls(groups, lr=self.lr, **options)  # type: ignore[call-arg]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"Optimizer '{wanted}' does not take these options: {options} ({error}).") from error
+        main = kind == "main"
+        return make_optimizer(self._default if main else kind, groups, self.lr, self.options if main else {})
 
 
 def _json(value: Any) -> Any:

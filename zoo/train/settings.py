@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.errors import ConfigError
 from zoo.train.evaluation import PRECISIONS
-from zoo.train.optimizer import OPTIMIZERS, MakeOptimizer
+from zoo.train.optimizers import OPTIMIZERS, MakeOptimizer
 from zoo.train.schedule import check_schedule
 
 __all__ = ["Settings"]

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from multimodal.families.clip import build as clip_build
 from multimodal.families.clip import towers as clip_towers
+from multimodal.families.clip.towers import linear_points, norm_points
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
 from zoo.library import library
-from zoo.points import ConditionPoint, Layout, NormPoint, Point
-from zoo.points.rows import find, make_linear
+from zoo.points import ConditionPoint, Layout, Point
+from zoo.points.rows import find
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
@@ -193,8 +194,8 @@ class CLIPBackbone(Backbone):
                         **(self._words(tower) if i == 0 else {}),
                     },
                 )
-            found += self._norms(tower, tower.behind)
-            found += self._linear(tower, "proj", "proj", tower.proj)
+            found += norm_points(self.module, tower, tower.behind)
+            found += linear_points(self.module, tower, "proj", "proj", tower.proj)
         return found
 
     def _layout(self, tower: Tower) -> Layout:
@@ -218,30 +219,12 @@ class CLIPBackbone(Backbone):
 
     def _ahead(self, tower: Tower) -> list[Point]:
         """Points in front of the blocks."""
-        found = self._linear(tower, "patch_embed", "patch", tower.patch)
+        found = linear_points(self.module, tower, "patch_embed", "patch", tower.patch)
         embed = find(self.module, tower.embed) if tower.embed else None
         if embed is not None:
             common: Any = {"name": f"{tower.name}.embed", "role": "condition", "path": tower.embed, "module": embed}
             found.append(ConditionPoint(**common, tower=tower.name, dim_in=tower.dim, dim_out=tower.dim))
-        return found + self._norms(tower, tower.norms)
-
-    def _linear(self, tower: Tower, name: str, role: str, path: str) -> list[Point]:
-        module = find(self.module, path) if path else None
-        if module is None:
-            return []
-        common = {"name": f"{tower.name}.{name}", "role": role, "path": path, "module": module, "tower": tower.name}
-        point = make_linear(module, None, "", 0, common)
-        return [] if point is None else [point]
-
-    def _norms(self, tower: Tower, places: Sequence[tuple[str, str]]) -> list[Point]:
-        found: list[Point] = []
-        for name, path in places:
-            norm = find(self.module, path)
-            weight = getattr(norm, "weight", None)
-            if norm is not None and isinstance(weight, Tensor):
-                common: Any = {"name": f"{tower.name}.{name}", "role": "norm", "path": path, "module": norm}
-                found.append(NormPoint(**common, tower=tower.name, dim_in=len(weight), dim_out=len(weight)))
-        return found
+        return found + norm_points(self.module, tower, tower.norms)
 
     def modules_to_train(self) -> Iterable[tuple[str, nn.Module]]:
         """Everything, or what belongs to the chosen tower (logit scale and bias belong to the text's)."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import DataError
-from zoo.points.rows import Row
+from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, find, make_linear
 
 OPEN_CLIP = (
     Row("tokens", "tokens", "tokens", ""),
@@ -268,3 +269,25 @@ def _text(module: Any) -> Tower | str:
         behind=(("norm", f"{prefix}ln_final"),),
         proj=f"{prefix}text_projection",
     )
+
+
+def linear_points(backbone: nn.Module, tower: Tower, name: str, role: str, path: str) -> list[Point]:
+    """The point of a projection outside of the blocks, if it is there."""
+    module = find(backbone, path) if path else None
+    if module is None:
+        return []
+    common = {"name": f"{tower.name}.{name}", "role": role, "path": path, "module": module, "tower": tower.name}
+    point = make_linear(module, None, "", 0, common)
+    return [] if point is None else [point]
+
+
+def norm_points(backbone: nn.Module, tower: Tower, places: Sequence[tuple[str, str]]) -> list[Point]:
+    """The points of norms outside of the blocks, (name, path), of those that are there."""
+    found: list[Point] = []
+    for name, path in places:
+        norm = find(backbone, path)
+        weight = getattr(norm, "weight", None)
+        if norm is not None and isinstance(weight, Tensor):
+            common: Any = {"name": f"{tower.name}.{name}", "role": "norm", "path": path, "module": norm}
+            found.append(NormPoint(**common, tower=tower.name, dim_in=len(weight), dim_out=len(weight)))
+    return found

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from multimodal.families.seq2seq import build as seq2seq_build
 from multimodal.families.seq2seq import words
+from multimodal.families.seq2seq.visual_embedding import visual_points
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError
 from zoo.library import pretrained_config
-from zoo.points import ConditionPoint, NormPoint, Point
-from zoo.points.rows import Row, find, make_linear
+from zoo.points import NormPoint, Point
+from zoo.points.rows import Row, find
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,15 +43,6 @@ PREFIXES = {  # what a question is preceded by in fine-tuning
     "refer": "visual grounding: ",
     "translate": "translate English to German: ",
 }
-
-VISUAL_PARTS = (  # kind and name of a point, path in the visual embedding
-    ("linear", "features", "feat_embedding.0"),
-    ("norm", "features_norm", "feat_embedding.1"),
-    ("linear", "boxes", "absolute_vis_pos_embedding.0"),
-    ("norm", "boxes_norm", "absolute_vis_pos_embedding.1"),
-    ("norm", "norm", "layer_norm"),
-)
-
 
 _SIZES = (
     *("d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance"),
@@ -185,7 +177,7 @@ class Seq2Seq(Backbone):
 
     def points(self) -> list[Point]:
         """The visual embedding, then encoder and decoder in forward order."""
-        found = self._visual_points()
+        found = visual_points(self.encoder, self.encoder_path, self.config)
         for tower, stack, path in (
             ("encoder", self.encoder, self.encoder_path),
             ("decoder", self.decoder, self.decoder_path),
@@ -224,25 +216,6 @@ class Seq2Seq(Backbone):
                 name=f"{tower}.{name}", role="norm", path=where, module=module, dim_in=dim, dim_out=dim, tower=tower
             )
         ]
-
-    def _visual_points(self) -> list[Point]:
-        embedding = find(self.encoder, "visual_embedding")
-        if embedding is None:
-            return []
-        path, dim = f"{self.encoder_path}.visual_embedding", self.config.d_model
-        found: list[Point] = []
-        for kind, name, inner in VISUAL_PARTS:
-            part = find(embedding, inner)
-            if part is None:
-                continue
-            place: dict[str, Any] = {"path": f"{path}.{inner}", "module": part, "tower": "encoder"}
-            place["name"] = f"encoder.visual.{name}"
-            if kind == "norm":
-                found.append(NormPoint(role="norm", dim_in=dim, dim_out=dim, **place))
-            elif (linear := make_linear(part, None, "", 0, {"role": "visual", **place})) is not None:
-                found.append(linear)
-        place = {"name": "encoder.visual", "role": "condition", "path": path, "tower": "encoder"}
-        return [*found, ConditionPoint(module=embedding, dim_in=self.config.feat_dim, dim_out=dim, **place)]
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Extra keys and prompts (`multimodal.families.seq2seq.attention`)."""

@@ -19,9 +19,21 @@ once more), `layer_norm` for "sum".
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zoo.points import ConditionPoint, NormPoint, Point
+from zoo.points.rows import find, make_linear
+
+VISUAL_PARTS = (  # kind and name of a point, path in the visual embedding
+    ("linear", "features", "feat_embedding.0"),
+    ("norm", "features_norm", "feat_embedding.1"),
+    ("linear", "boxes", "absolute_vis_pos_embedding.0"),
+    ("norm", "boxes_norm", "absolute_vis_pos_embedding.1"),
+    ("norm", "norm", "layer_norm"),
+)
 
 NORMS = ("individual", "sum", "none")
 
@@ -89,3 +101,24 @@ class VisualEmbedding(nn.Module):
             tokens = tokens + self.img_order_embedding(image_ids)
             tokens = tokens + self.obj_order_embedding(words - 1 - object_ids)
         return self.layer_norm(tokens) if self.norms == "sum" else tokens
+
+
+def visual_points(encoder: nn.Module, encoder_path: str, config: Any) -> list[Point]:
+    """Points of the visual embedding of an encoder, if it has one."""
+    embedding = find(encoder, "visual_embedding")
+    if embedding is None:
+        return []
+    path, dim = f"{encoder_path}.visual_embedding", config.d_model
+    found: list[Point] = []
+    for kind, name, inner in VISUAL_PARTS:
+        part = find(embedding, inner)
+        if part is None:
+            continue
+        place: dict[str, Any] = {"path": f"{path}.{inner}", "module": part, "tower": "encoder"}
+        place["name"] = f"encoder.visual.{name}"
+        if kind == "norm":
+            found.append(NormPoint(role="norm", dim_in=dim, dim_out=dim, **place))
+        elif (linear := make_linear(part, None, "", 0, {"role": "visual", **place})) is not None:
+            found.append(linear)
+    place = {"name": "encoder.visual", "role": "condition", "path": path, "tower": "encoder"}
+    return [*found, ConditionPoint(module=embedding, dim_in=config.feat_dim, dim_out=dim, **place)]
