@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from train_parts import easy_data, fit, tiny_model
 
 import zoo
+from zoo import registry
 from zoo.engine.mixing import WeightedSum
 from zoo.errors import AttachError, CombinationError, UnknownNameError
 
@@ -114,14 +116,31 @@ def test_only_the_mixture_learns(memory: str) -> None:
     assert any(float((p.detach() - 0.5).abs().max()) > 1e-3 for p in model.adapters["sum"].parameters())
 
 
+def test_a_mixture_is_saved_with_what_it_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, known = zoo.load("vit-micro", num_classes=3), registry.adapter_class
+    for name in "ab":
+        model.add_adapter("lora", name)
+        with torch.no_grad():
+            for p in model.adapters[name].parameters():
+                p.add_(0.2 * torch.randn_like(p))
+    model.add_adapter(Sum(names=("a", "b"), weights=(0.7, 0.4)), "sum")
+    assert model.active == ("sum",)  # which runs the others itself
+    model.save_adapter(tmp_path, adapters=["a", "b", "sum"])
+    monkeypatch.setattr(registry, "adapter_class", lambda method: Sum if method == Sum.method else known(method))
+    again, images = zoo.load(adapter=tmp_path).eval(), torch.randn(2, 3, 32, 32)
+    assert again.active == ("sum",) and torch.equal(again(images), model.eval()(images))
+
+
 def test_refusals() -> None:
     model = build("lora")
+    model.add_adapter(zoo.adapter("hyperformer", tasks=("x",)), "made", activate=False)
     model.add_adapter("prefix", "pre", activate=False)
     model.add_adapter(zoo.adapter("lora", targets="q,k,v"), "more", activate=False)
     model.add_adapter(zoo.adapter("adapter", rank=2), "other", activate=False)
     for names, error, message in (
         (("a", "c"), UnknownNameError, "no adapter 'c' to mix"),
         (("a",), AttachError, "two adapters or more"),
+        (("a", "made"), AttachError, "'made' cannot be mixed: it reads values"),
         (("a", "pre"), AttachError, "'pre' cannot be mixed: 'extend'"),
         (("a", "other"), AttachError, "no point at which all of a, other act"),
     ):

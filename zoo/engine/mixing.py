@@ -23,7 +23,7 @@ from zoo.engine.sites import Op, Site
 from zoo.errors import AttachError, CombinationError, UnknownNameError, nearest
 from zoo.points import Points
 
-__all__ = ["Mixed", "WeightedSum", "check_pair", "check_removal", "mix"]
+__all__ = ["Mixed", "WeightedSum", "check_pair", "check_removal", "mix", "mixed_by"]
 
 Installed = Mapping[str, list[tuple[Site, Op]]]
 
@@ -89,6 +89,10 @@ def mix(
     changes: dict[tuple[str, int, str], list[tuple[Site, Op]]] = {}
     watches: list[tuple[Site, Op]] = []
     for name in names:
+        if session.readers.get(name):
+            raise AttachError(
+                f"'{name}' cannot be mixed: it reads values of the forward pass, which only adapters in use are given."
+            )
         for site, op in others[name]:
             if op.where.startswith("watch_") and op.where in ("watch_input", "watch_output"):
                 watches.append((site, op))
@@ -120,10 +124,15 @@ def mix(
         session.op(found[0][0].module, own, type(found[0][0]))
 
 
+def mixed_by(ops: Sequence[tuple[Site, Op]]) -> set[str]:
+    """The adapters that an adapter with these ops runs itself."""
+    return {owner for _, op in ops if isinstance(op.fn, Mixed) for owner in op.fn.owners}
+
+
 def check_pair(name: str, ops: Sequence[tuple[Site, Op]], other: str, theirs: Sequence[tuple[Site, Op]]) -> None:
     """Raise CombinationError if one of two adapters mixes the other: it would act twice."""
     for mixing, own, mixed in ((name, ops, other), (other, theirs, name)):
-        if any(isinstance(op.fn, Mixed) and mixed in op.fn.owners for _, op in own):
+        if mixed in mixed_by(own):
             raise CombinationError(
                 f"'{mixing}' runs '{mixed}' itself; with both in use it would act twice. Use '{mixing}' alone: "
                 f"model.set_active('{mixing}')."
@@ -133,5 +142,5 @@ def check_pair(name: str, ops: Sequence[tuple[Site, Op]], other: str, theirs: Se
 def check_removal(name: str, installed: Installed) -> None:
     """Raise CombinationError if another adapter mixes this one."""
     for other, ops in installed.items():
-        if any(isinstance(op.fn, Mixed) and name in op.fn.owners for _, op in ops):
+        if name in mixed_by(ops):
             raise CombinationError(f"'{other}' mixes '{name}'; remove '{other}' first.")

@@ -6,7 +6,7 @@ what "more keys" means depends on its attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,7 @@ class Session:
     context: Context = field(default_factory=Context)  # the model's
     wants: list[Want] = field(default_factory=list)
     others: Installed = field(default_factory=dict)  # ops of the model's other adapters
+    readers: Mapping[str, Any] = field(default_factory=dict)  # which of them read values of a forward pass
     _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
     _shared: dict[str, nn.Module] = field(default_factory=dict)

@@ -103,7 +103,8 @@ class AdapterHost(Sited):
         if head is not None:
             self.heads[name] = head
         self._install(name, session)
-        self.set_active(*self._state.active, *([name] if activate else []))
+        mixed = mixing.mixed_by(session.ops) if activate else ()
+        self.set_active(*(n for n in self._state.active if n not in mixed), *([name] if activate else []))
         return fresh
 
     def reattach(self, name: str) -> Adapter:
@@ -153,7 +154,8 @@ class AdapterHost(Sited):
                 known = upgraded
             return known
 
-        session = Session(name, fresh, self.family, site, self.points, context=self._state.context, others=self._ops)
+        context, others, readers = self._state.context, self._ops, self._wants
+        session = Session(name, fresh, self.family, site, self.points, context=context, others=others, readers=readers)
         self.points.session = session
         for point in self.points:
             point.session = session
@@ -183,7 +185,7 @@ class AdapterHost(Sited):
         if not activate:
             return
         for other in self._state.active:
-            if other != name:  # or it is attached anew
+            if other != name and other not in mixing.mixed_by(session.ops):  # attached anew, or not in use from now on
                 self._check_pair(name, session.ops, session.swaps, other)
 
     def _check_pair(self, name: str, ops: list[tuple[Site, Op]], swaps: list[Swap], other: str) -> None:
