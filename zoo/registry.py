@@ -205,16 +205,25 @@ def regime(name: str, **settings: Any) -> Any:
     Raises:
         UnknownNameError: no such regime. ConfigError: a setting that it does not have, or of the wrong type.
     """
+    return regime_class(name).from_config(settings)
+
+
+def regime_class(name: str) -> type[Any]:
+    """The class of a regime.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
     if name not in _regimes and name in _entry_points("zoo.regimes"):
         _load("zoo.regimes", name)
     if name not in _regimes:
         raise UnknownNameError(f"There is no regime '{name}'. {nearest(name, list_regimes())}")
-    return _regimes[name].from_config(settings)
+    return _regimes[name]
 
 
-def list_regimes() -> list[str]:
-    """Names of all regimes."""
-    return sorted(set(_entry_points("zoo.regimes")) | set(_regimes))
+def list_regimes(pattern: str = "*") -> list[str]:
+    """Names of regimes that match a glob."""
+    return sorted(n for n in set(_entry_points("zoo.regimes")) | set(_regimes) if fnmatch.fnmatch(n, pattern))
 
 
 def head_class(kind: str) -> type[Any]:

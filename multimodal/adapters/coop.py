@@ -79,6 +79,7 @@ class CoOp(Adapter):
     point_options = {"tower": "both"}
     head_kind = "text"
     paper = "Zhou et al. 2022"
+    taxonomy = "additive"
     identity = False  # "a photo of a" in place of random words is the zero-shot classifier
     merges = False
     trial = {"num_tokens": 3}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from zoo import registry
 from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, UnknownNameError
 
@@ -75,3 +76,8 @@ def test_almost_a_backbone() -> None:
         zoo.load("timm:vit_base_patch16_rpn_224", pretrained=False, device="meta")
     with pytest.raises(UnknownNameError, match="Did you mean"):
         zoo.load("timm:vit_base_patch16_225", pretrained=False)
+
+
+def test_every_method_has_a_place_in_the_taxonomy() -> None:
+    kinds = {"additive", "selective", "reparametrised", "hybrid", "system"}
+    assert {registry.adapter_class(name).taxonomy for name in registry.list_adapters()} == kinds

@@ -125,6 +125,7 @@ class FacT(Adapter):
     default_lr = 1e-3
     default_weight_decay = 1e-4
     paper = "Jie and Deng 2023"
+    taxonomy = "reparametrised"
     trial = {"rank": 2, "dropout": 0.0}
 
     def __post_init__(self) -> None:

@@ -81,6 +81,7 @@ class SPT(Adapter):
     needs_calibration = True
     default_lr = 1e-3
     paper = "He et al. 2023"
+    taxonomy = "hybrid"
     trial = {"budget": 0.004, "rank": 2, "dropout": 0.0, "drop_path": 0.0}
 
     def __post_init__(self) -> None:

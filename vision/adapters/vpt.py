@@ -88,6 +88,7 @@ class VPT(Adapter):
 
     default_lr = 1e-2
     paper = "Jia et al. 2022"
+    taxonomy = "additive"
     identity = False
     merges = False
     trial = {"num_tokens": 3}

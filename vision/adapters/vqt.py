@@ -121,6 +121,7 @@ class VQT(Adapter):
 
     default_lr = 1e-2
     paper = "Tu, Mai and Chao 2023"
+    taxonomy = "additive"
     identity = False
     merges = False
     trial = {"dropout": 0.0}

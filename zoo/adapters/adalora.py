@@ -127,6 +127,7 @@ class AdaLoRA(Adapter):
     default_lr = 1e-3
     default_weight_decay = 0.0
     paper = "Zhang et al. 2023"
+    taxonomy = "reparametrised"
     trial = {"rank": 3, "target_rank": 2}
 
     def __post_init__(self) -> None:

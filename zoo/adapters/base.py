@@ -47,6 +47,8 @@ class Adapter(Structured):
     default_weight_decay: ClassVar[float] = 0.01  # of matrices; vectors have none
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that have none: ("*.lora_e",)
     paper: ClassVar[str] = ""  # "Hu et al. 2021; Liu et al. 2024"
+    # how surveys would file it: "additive", "selective", "reparametrised", "hybrid" or "system"; shown by `zoo list`
+    taxonomy: ClassVar[str] = ""
     # Settings that came later: a saved adapter that lacks them has their defaults, which do what was done before
     later: ClassVar[tuple[str, ...]] = ()
     # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)

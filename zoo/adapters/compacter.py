@@ -87,6 +87,7 @@ class Compacter(Adapter):
 
     default_lr = 3e-3
     paper = "Karimi Mahabadi et al. 2021"
+    taxonomy = "additive"
     identity = False
     merges = False
     trial = {"bottleneck": 8, "init_std": 0.3}

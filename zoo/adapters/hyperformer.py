@@ -142,6 +142,7 @@ class Hyperformer(Adapter):
 
     default_lr = 3e-4
     paper = "Karimi Mahabadi et al. 2021"
+    taxonomy = "additive"
     identity = False
     merges = False
     trial = {"rank": 2, "task_dim": 4, "hidden": 8, "projected": 8}

@@ -84,6 +84,7 @@ class Ladder(Adapter):
     identity, merges = False, False
     trial = {"reduction": 4}
     paper = "Sung, Cho and Bansal 2022"
+    taxonomy = "additive"
 
     def __post_init__(self) -> None:
         super().__post_init__()

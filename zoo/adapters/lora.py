@@ -199,6 +199,7 @@ class LoRA(Adapter):
     later = ("learn_scale",)
     default_lr = 1e-3
     paper = "Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024"
+    taxonomy = "reparametrised"
     trial = {"rank": 2, "targets": "all-linear"}
 
     def __post_init__(self) -> None:

@@ -91,6 +91,7 @@ class MEFT(Adapter):
 
     default_lr = 5e-4
     paper = "Liao et al. 2023"
+    taxonomy = "system"
     identity = False
     merges = False
     trial = {"rank": 2}

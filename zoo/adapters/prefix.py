@@ -140,6 +140,7 @@ class Prefix(Adapter):
     later = ("learn_scale", "compensate", "init")
     default_lr = 5e-3
     paper = "Li and Liang 2021"
+    taxonomy = "additive"
     identity = False
     merges = False
 

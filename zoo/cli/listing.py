@@ -13,13 +13,13 @@ from zoo.cli.common import JSON_HELP, console, print_json, table
 from zoo.errors import UnknownNameError, nearest
 
 if TYPE_CHECKING:
-    from zoo.adapters.base import Adapter
+    pass
 
 Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="backbones, adapters, or a pattern such as 'vit*'.")] = "all",
+    what: Annotated[str, typer.Argument(help="backbones, adapters, regimes, or a pattern such as 'vit*'.")] = "all",
     pattern: Annotated[str, typer.Argument(help="Only names that match, with * and ?.")] = "*",
     as_table: Annotated[
         bool,
@@ -27,7 +27,7 @@ def list_(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List backbones, methods, and the trained adapters that come along.
+    """List backbones, methods, regimes, and the trained adapters that come along.
 
     \b
       zoo list
@@ -39,7 +39,7 @@ def list_(
 
     Any other timm model of a listed family works too, by its own name: timm:vit_small_patch14_dinov2.lvd142m
     """
-    if what not in ("all", "backbones", "adapters"):
+    if what not in ("all", "backbones", "adapters", "regimes"):
         what, pattern = "all", what
     if as_table:
         _table(pattern, as_json)
@@ -51,10 +51,12 @@ def list_(
         found["adapters"] = _adapters(pattern)
     if what in ("all", "adapters"):
         found["trained"] = _trained(pattern)
+    if what in ("all", "regimes"):
+        found["regimes"] = _regimes(pattern)
     if not any(found.values()):
         import zoo
 
-        known = [*zoo.list_backbones(), *zoo.list_adapters()]
+        known = [*zoo.list_backbones(), *zoo.list_adapters(), *zoo.list_regimes()]
         raise UnknownNameError(f"No name matches '{pattern}'. {nearest(pattern, known)}")
     if as_json:
         print_json(found)
@@ -66,12 +68,17 @@ def list_(
     if found.get("adapters"):
         if found.get("backbones"):
             out.print()
-        out.print(table(["adapter", "what it is"], [(a["name"], a["summary"]) for a in found["adapters"]]))
+        rows = [(a["name"], a["taxonomy"], a["summary"]) for a in found["adapters"]]
+        out.print(table(["adapter", "kind", "what it is"], rows))
     if found.get("trained"):
         if found.get("backbones") or found.get("adapters"):
             out.print()
         trained = [(t["name"], t["backbone"], t["methods"], t["classes"] or "") for t in found["trained"]]
         out.print(table(["trained, comes along", "backbone", "methods", "classes"], trained, right=["classes"]))
+    if found.get("regimes"):
+        if any(found.get(k) for k in ("backbones", "adapters", "trained")):
+            out.print()
+        out.print(table(["regime", "what it is"], [(r["name"], r["summary"]) for r in found["regimes"]]))
 
 
 def _table(pattern: str, as_json: bool) -> None:
@@ -133,6 +140,16 @@ def _adapters(pattern: str) -> list[dict[str, Any]]:
     from zoo import registry
 
     classes = {name: registry.adapter_class(name) for name in registry.list_adapters(pattern)}
+    return [
+        {"name": name, "summary": summary(cls), "paper": cls.paper, "taxonomy": cls.taxonomy}
+        for name, cls in classes.items()
+    ]
+
+
+def _regimes(pattern: str) -> list[dict[str, Any]]:
+    from zoo import registry
+
+    classes = {name: registry.regime_class(name) for name in registry.list_regimes(pattern)}
     return [{"name": name, "summary": summary(cls), "paper": cls.paper} for name, cls in classes.items()]
 
 
@@ -152,8 +169,8 @@ def _trained(pattern: str) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(cls: type[Adapter]) -> str:
-    """The first sentence of a method's file, or of its class."""
+def summary(cls: type[Any]) -> str:
+    """The first sentence of a method's or regime's file, or of its class."""
     module = sys.modules.get(cls.__module__)
     for text in (inspect.getdoc(module) if module else "", cls.__doc__):
         first = " ".join((text or "").strip().split("\n\n")[0].split())

@@ -178,6 +178,7 @@ class $Class(Adapter):
 
     default_lr = 1e-3
     paper = "Author et al. 2024"
+    taxonomy = "reparametrised"
 
     def __post_init__(self) -> None:
         super().__post_init__()

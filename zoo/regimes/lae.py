@@ -1,4 +1,4 @@
-"""LAE: learning, accumulation, ensemble. Classes come in sessions; a fast adapter learns them, a slow one keeps what was known.
+"""LAE: classes in sessions; a fast adapter learns them, a slow one keeps what was known, and both answer together.
 
 Idea: the online adapter learns the session at hand; the offline one follows it by a moving average, so it changes slowly; at
 inference each class is as likely as the more confident of the two says.
