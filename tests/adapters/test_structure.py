@@ -119,6 +119,7 @@ def test_what_is_refused_changes_nothing() -> None:
         (lambda: adapter.resize(A, keep=[0, 8]), "has 8 rows along dim 0"),
         (lambda: adapter.resize(A, keep=torch.tensor([True, False])), "the mask has"),
         (lambda: adapter.resize(A, keep=torch.zeros(8, dtype=torch.bool)), "resized to 0 rows"),
+        (lambda: adapter.resize(A, keep=[0.5]), r"keep= are whole numbers or a mask, not torch.float32"),
         (lambda: adapter.resize(A, rows=7), "less than the 8 rows"),
         (lambda: adapter.resize(A, rows=9, new=torch.zeros(1, 23)), r"expected \(1, 24\)"),
         (lambda: adapter.resize(A, dim=2), "no dim=2"),

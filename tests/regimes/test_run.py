@@ -282,5 +282,10 @@ def test_command_line(tmp_path: Path, image_folder: Path) -> None:
     assert "supervised: 1 phases" in result.output
     assert json.loads((tmp_path / "run" / "report.json").read_text())["settings"] == {"seed": 0, "epochs": 1}
     assert zoo.load(adapter=tmp_path / "run").num_classes > 1
+    own = ["run", "lae", "vit-micro", "--data", str(image_folder), "--sessions", "2", "-q", "-s", "run.form=prefix"]
+    own += ["--split", "train", "--test-split", "test", "-s", "run.epochs=1", "-s", "run.frozen_epochs=0"]
+    result = CliRunner().invoke(app, [*own, "-o", str(tmp_path / "lae")])  # a regime that attaches its own adapter
+    assert result.exit_code == 0, result.output
+    assert "prefix" in zoo.load(adapter=tmp_path / "lae").adapters
     wrong = CliRunner().invoke(app, [*line[:-2], "-s", "run.epoch=1"])
     assert wrong.exit_code == 1 and "epoch" in wrong.output

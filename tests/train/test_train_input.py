@@ -224,3 +224,19 @@ def test_a_training_set_of_which_nothing_can_be_read(tmp_path: Path) -> None:
         DataError, match=r"Nothing was trained on in epoch 1: none of the images could be read\. First: .*a\.parquet"
     ):
         zoo.fit(tiny_model(), data, epochs=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streams": [1]}, "streams is a list; expected data by name"),
+        ({"sampler": "mixed"}, "sampler is 'mixed'; expected one of"),
+        ({"callbacks": 5}, "callbacks is a int; expected a list"),
+        ({"callbacks": [1]}, "the callback 1 is neither a function nor has it one of the methods"),
+    ],
+)
+def test_other_things_than_asked_for(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        zoo.fit(tiny_model(), easy_data(8), epochs=1, progress=False, **options)
+    with pytest.raises(DataError, match=r"this one holds a tuple\. Put items into a torch Dataset"):
+        zoo.fit(tiny_model(), [(torch.zeros(3, 8, 8), 0)], epochs=1, progress=False)

@@ -113,6 +113,8 @@ class Structured(nn.Module):
         chosen = (
             torch.arange(length) if keep is None else keep if isinstance(keep, Tensor) else torch.tensor(list(keep))
         )
+        if chosen.is_floating_point() and chosen.numel():
+            raise ConfigError(f"'{self._full(name)}': keep= are whole numbers or a mask, not {chosen.dtype}.")
         if chosen.dtype == torch.bool and chosen.shape != (length,):
             raise ConfigError(
                 f"'{self._full(name)}' has {length} rows along dim {dim}; the mask has {tuple(chosen.shape)}."

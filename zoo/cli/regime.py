@@ -17,11 +17,14 @@ from zoo.errors import ConfigError, DataError
 def run(
     regime: Annotated[str, typer.Argument(help="A regime's name: supervised, lae, multitask ...")],
     backbone: Annotated[str, typer.Argument(help="A short name such as vit-b16, or timm:<model>.")],
-    adapters: Annotated[list[str], typer.Argument(help="Methods, or saved adapters to go on from.")],
     data: Annotated[list[str], data_option("Training data; several as name=source, one option for each.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for state, adapter, report.", rich_help_panel=OUTPUT)
     ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Methods, or saved adapters to go on from; none if the regime attaches its own."),
+    ] = None,
     test: Annotated[list[str] | None, data_option("Test data, as --data.")] = None,
     split: Annotated[str | None, data_option("Split of --data, where it has several.")] = None,
     test_split: Annotated[str | None, data_option("Split of --test; without --test, of --data.")] = None,
@@ -47,6 +50,7 @@ def run(
     \b
       zoo run supervised vit-micro lora --data photos/train --test photos/test -o run/
       zoo run supervised vit-micro lora -s run.epochs=3 -s rank=4 --data photos -o run/
+      zoo run lae vit-micro -s run.form=prefix --data photos/train --test photos/test --sessions 5 -o run/
 
     The folder then holds the adapter (zoo eval, zoo.load), report.json, report.md and report.png.
     """
@@ -87,7 +91,7 @@ def run(
     width = len(single.classes) if single is not None and procedure.needs_head and sessions is None else 0
     model = zoo.load(
         backbone,
-        adapter=_adapters(adapters, [t for t in texts if not t.startswith("run.")]),
+        adapter=_adapters(adapters or [], [t for t in texts if not t.startswith("run.")]),
         num_classes=width,
         pretrained=pretrained,
         memory=memory,

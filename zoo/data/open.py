@@ -128,6 +128,10 @@ def _own_classes(dataset: Any) -> Any:
 def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Path | list[Path] | str:
     """An image folder, Parquet files, or the name of a Hub data set."""
     if isinstance(source, (list, tuple)):
+        if other := [type(s).__name__ for s in source if not isinstance(s, (str, Path))]:
+            raise DataError(
+                f"A list of data names Parquet files, and this one holds a {other[0]}. Put items into a torch Dataset."
+            )
         files = [Path(s).expanduser() for s in source]
         if not files:
             raise DataError("The list of Parquet files is empty.")

@@ -15,6 +15,7 @@ from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
 from zoo.train.evaluation import autocast, input_dtype, split_of, supplied, to_device
+from zoo.train.hooks import HOOKS
 from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -150,6 +151,7 @@ def fit(
         drop_last=drop_last,
         sampler=sampler,
     )
+    _check_given(streams, sampler, callbacks)
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
         raise ConfigError(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
@@ -233,3 +235,18 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
             inputs = trainer.task.example(model, inputs, targets)
             with autocast(processes.device, trainer.settings.precision), given:
                 record["saved_bytes"] = {getattr(model, "memory", "default"): call(model.saved_bytes, inputs)}
+
+
+def _check_given(streams: Any, sampler: Any, callbacks: Any) -> None:
+    """Raise ConfigError for what is no dict of data, no sampler, and no list of callbacks."""
+    if streams is not None and not isinstance(streams, Mapping):
+        raise ConfigError(f"streams is a {type(streams).__name__}; expected data by name, {{'replay': ...}}.")
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise ConfigError(f"sampler is {sampler!r}; expected one of zoo.train: PerClass, Mixed, OnePart.")
+    if not isinstance(callbacks, (list, tuple)):
+        raise ConfigError(f"callbacks is a {type(callbacks).__name__}; expected a list.")
+    for callback in callbacks:
+        if not callable(callback) and not any(hasattr(callback, hook) for hook in HOOKS):
+            raise ConfigError(
+                f"the callback {callback!r} is neither a function nor has it one of the methods {', '.join(HOOKS)}."
+            )
