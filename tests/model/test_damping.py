@@ -196,3 +196,5 @@ def test_refusals() -> None:
         pass
     with pytest.raises(ConfigError, match="Switch it off"), zoo.damped(build("vit", "prefix"), "prefix", 0.5):
         pass
+    with pytest.raises(ConfigError, match="runs its blocks as one"), zoo.damped(build("vit", "meft"), "meft", {1: 0.0}):
+        pass

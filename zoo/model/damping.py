@@ -48,6 +48,7 @@ def damped(model: Any, adapter: str, factor: Factors = 0.0) -> Iterator[None]:
         )
     at = _factors(model, factor)
     ops = model._ops[adapter]
+    _check_runs(adapter, [op.point for _, op in ops if op.verb == "run"], at)
     now = [(site, _scaled(site, op, at(op.point))) for site, op in ops]
     changed = {id(new): old for (_, old), (_, new) in zip(ops, now) if new is not old}
     swaps = [
@@ -98,6 +99,17 @@ def _factors(model: Any, factor: Factors) -> Callable[[str], float]:
         return next((f for block, f in found.items() if name == block or name.startswith(f"{block}.")), 1.0)
 
     return at
+
+
+def _check_runs(adapter: str, blocks: list[str], at: Callable[[str], float]) -> None:
+    """Raise ConfigError if some blocks of a sequence that an adapter runs as one have another factor than the rest."""
+    factors: dict[str, set[float]] = {}
+    for name in blocks:
+        factors.setdefault(name.rpartition(".")[0], set()).add(at(name))
+    if any(len(found) > 1 for found in factors.values()):
+        raise ConfigError(
+            f"'{adapter}' runs its blocks as one: it can be switched off at all of them (factor 0), or at none."
+        )
 
 
 def _point_of(model: Any, module: Any) -> str:
