@@ -81,3 +81,13 @@ def test_almost_a_backbone() -> None:
 def test_every_method_has_a_place_in_the_taxonomy() -> None:
     kinds = {"additive", "selective", "reparametrised", "hybrid", "system"}
     assert {registry.adapter_class(name).taxonomy for name in registry.list_adapters()} == kinds
+
+
+def test_the_public_names_load_no_compiler_and_no_library() -> None:
+    """Torch's compiler alone costs a second, and most people never ask for it."""
+    code = "import sys; from zoo import load, fit, adapter, run; print(*[m for m in HEAVY if m in sys.modules])"
+    heavy = ("timm", "open_clip", "transformers", "diffusers", "torch._dynamo")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("HEAVY", repr(heavy))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

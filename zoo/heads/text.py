@@ -39,6 +39,9 @@ class TextHead(Head):
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
+        global _untraced
+        if _untraced is class_ids:  # here, since it loads torch's compiler: a second that only texts should cost
+            _untraced = torch.compiler.disable(class_ids)
         self.template, self.specific = "a photo of a {}.", False
         self._ids: Tensor | None = None
         self._written: tuple[Any, ...] = ()  # what the ids were made of
@@ -92,7 +95,7 @@ class TextHead(Head):
         assert self.classes is not None
         wanted = (self.template, self.specific, self.classes)
         if self._written != wanted:
-            self._ids = class_ids(model.family, self.classes, self.template, self.specific)
+            self._ids = _untraced(model.family, self.classes, self.template, self.specific)
             self._written = wanted
         assert self._ids is not None
         if self._ids.device != model.device:
@@ -100,7 +103,6 @@ class TextHead(Head):
         return self._ids
 
 
-@torch.compiler.disable
 def class_ids(family: Any, names: Sequence[str], template: str, specific: bool = False) -> Tensor:
     """Token ids (K, L) of the template with each name; slots are negative. Underscores in names are spaces.
 
@@ -127,6 +129,9 @@ def class_ids(family: Any, names: Sequence[str], template: str, specific: bool =
     raise ConfigError(
         f"The vectors of '{template}' cannot be told from words by this tokenizer; choose another class position."
     )
+
+
+_untraced = class_ids  # the same, left alone by a compiler, once there is a head of texts
 
 
 def _token(family: Any, filler: str) -> int | None:
