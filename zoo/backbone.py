@@ -231,7 +231,7 @@ class Backbone:
 
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """Python for cards: imports, and what to do with `model`, whose head has so many classes (0: none)."""
-        lines = ['image = model.preprocess()(Image.open("photo.jpg").convert("RGB"))', told("image", self, num_classes)]
+        lines = ['image = model.preprocess()(Image.open("photo.jpg"))', told("image", self, num_classes)]
         return ["from PIL import Image"], lines
 
     def tiny_batch(self) -> tuple[Tensor, ...]:

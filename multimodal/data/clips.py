@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from multimodal.data.pixels import Pixels
+from zoo.data.images import colours
 from zoo.errors import ConfigError, DataError
 
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -79,9 +80,14 @@ class ClipRows:
     def _frames(clip: Path) -> list[Image.Image]:
         if clip.is_dir():
             files = sorted(p for p in clip.iterdir() if p.suffix.lower() in FRAMES)
-            return [Image.open(p).convert("RGB") for p in files]
+            return [_frame(p) for p in files]
         with Image.open(clip) as image:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+            return [colours(frame) for frame in ImageSequence.Iterator(image)]
+
+
+def _frame(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return colours(image)
 
 
 class Clip:

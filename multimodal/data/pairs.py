@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset
 
-from zoo.data.dataset import ImageDataset, OnError, Transform, decode
+from zoo.data.dataset import ImageDataset, OnError, Transform
+from zoo.data.images import decode
 from zoo.data.open import _folder_name, _locate, _short_name
 from zoo.data.parquet import ParquetRows
 from zoo.data.sources import TorchRows, read_file

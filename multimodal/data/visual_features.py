@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from zoo.data.dataset import decode
+from zoo.data.images import colours, decode
 from zoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class GridFeatures:
 def opened(image: Any, where: str) -> Image.Image:
     """A PIL image, encoded bytes or a path as an RGB image; DataError names `where`, or the path."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return colours(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode(image, where)
     try:

@@ -6,8 +6,6 @@ with an image that cannot be read.
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from zoo.errors import ConfigError, DataError
 
-__all__ = ["ImageDataset", "OnError", "Rows", "Skipped", "Transform", "collate", "decode"]
+__all__ = ["ImageDataset", "OnError", "Rows", "Skipped", "Transform", "collate"]
 
 OnError = Literal["raise", "skip"]
 Transform = Callable[[Any], Any]
@@ -138,30 +136,6 @@ class ImageDataset(Dataset[Any]):
     def __repr__(self) -> str:
         count = "unknown" if self.classes is None else len(self.classes)
         return f"ImageDataset({self.name!r}, {len(self)} {self.noun}, {count} classes)"
-
-
-def decode(data: bytes | bytearray | memoryview | None, where: str) -> Image.Image:
-    """An RGB image out of encoded bytes (JPEG, PNG, WebP ...).
-
-    Raises:
-        DataError: there are no bytes, or they are no whole image; the message names `where`.
-    """
-    if data is None or len(data) == 0:
-        raise DataError(f"{where}: the image is empty (0 bytes). {_ADVICE}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of palettes; neither matters here
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
-                    return image.point(lambda value: value / 256, "L").convert("RGB")
-                return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DataError(f"{where}: the image is corrupt ({reason}). {_ADVICE}") from error
-
-
-_ADVICE = 'Repair or remove it, or open the data set with on_error="skip" to go on without it.'
 
 
 def collate(items: Sequence[Any]) -> tuple[Any, Tensor]:

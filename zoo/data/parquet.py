@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zoo.data.dataset import decode
+from zoo.data.images import decode
 from zoo.errors import DataError, nearest
 
 __all__ = ["ParquetRows"]

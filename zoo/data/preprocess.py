@@ -1,9 +1,9 @@
 """From a PIL image to the tensor that a backbone was trained on.
 
 Evaluation does what timm does with the same configuration, to the bit: resize so that `crop_pct` of the image is left,
-cut out the centre, normalise. Training cuts out a random part and flips it. Tiny images (up to 64 pixels) would lose too
-much to a random resize: they get the evaluation view, moved by up to an eighth of its size (4 pixels at 32) with the border
-reflected, and flipped.
+cut out the centre, normalise. Images are taken as PIL opens them, of any depth and orientation (`zoo.data.images`). Training
+cuts out a random part and flips it. Tiny images (up to 64 pixels) would lose too much to a random resize: they get the
+evaluation view, moved by up to an eighth of its size (4 pixels at 32) with the border reflected, and flipped.
 
 Random numbers come from torch's generator, so seeding torch (as data loaders do in each worker) repeats the augmentation.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from zoo.data.images import colours, describe, picture, size_of
 from zoo.errors import ConfigError, DataError, nearest
 
 AUGMENTS = ("crop-flip", "crop", "none")
@@ -31,7 +32,7 @@ RATIO = (3 / 4, 4 / 3)  # its aspect
 
 
 def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: str = "crop-flip") -> ImageTransform:
-    """The preprocessing of a backbone: PIL image -> float tensor (C, H, W), C = 3 unless the backbone takes one channel.
+    """The preprocessing of a backbone: PIL image, or uint8 tensor of C bands -> float tensor (C, H, W).
 
     Args:
         config: `input_size` (C, H, W), and optionally `mean` and `std` (C values each), `interpolation`, `crop_pct`,
@@ -50,10 +51,10 @@ class ImageTransform:
 
     def __init__(self, config: Mapping[str, Any], train: bool, augment: str) -> None:
         size = config.get("input_size")
-        if not isinstance(size, Sequence) or len(size) != 3 or size[0] not in (1, 3) or min(size) < 1:
+        if not isinstance(size, Sequence) or len(size) != 3 or min(size) < 1:
             raise ConfigError(
-                f"input_size is {size!r}; expected (channels, height, width) with 1 or 3 channels. A backbone that takes no "
-                "images has no image preprocessing."
+                f"input_size is {size!r}; expected (channels, height, width). A backbone that takes no images has no image "
+                "preprocessing."
             )
         self.channels, self.height, self.width = (int(n) for n in size)
         self.mean = _per_channel("mean", config.get("mean", (0.485, 0.456, 0.406)), self.channels)
@@ -78,11 +79,11 @@ class ImageTransform:
         self.train = train and augment != "none"
         self.flip = self.train and augment == "crop-flip"
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Any) -> Tensor:
         """The image as a normalised float tensor (C, H, W).
 
         Raises:
-            DataError: it is not a PIL image.
+            DataError: it is no PIL image and no uint8 tensor, or has another number of bands than the backbone takes.
         """
         image = self._colours(image)
         if not self.train:
@@ -90,50 +91,60 @@ class ImageTransform:
         elif max(self.height, self.width) <= TINY:
             image = self._shifted(self._centre(image))
         else:
-            top, left, height, width = RandomResizedCrop.get_params(image, list(self.scale), list(RATIO))
-            size = [self.height, self.width]
-            image = TF.resized_crop(image, top, left, height, width, size, self.interpolation)
+            area = RandomResizedCrop.get_params(image, list(self.scale), list(RATIO))
+            image = TF.resized_crop(image, *area, [self.height, self.width], self.interpolation, antialias=True)
         if self.flip and bool(torch.rand(()) < 0.5):
             image = TF.hflip(image)
-        return TF.normalize(TF.to_tensor(image), list(self.mean), list(self.std))
+        values = image.float() / 255 if isinstance(image, Tensor) else TF.to_tensor(image)
+        return TF.normalize(values, list(self.mean), list(self.std))
 
-    def _colours(self, image: Image.Image) -> Image.Image:
-        """Three channels (or one): grey is repeated, alpha dropped, 16 bits become 8."""
-        if not isinstance(image, Image.Image):
-            raise DataError(
-                f"expected a PIL image, got {type(image).__name__}. Open files with PIL.Image.open, and arrays with "
-                "PIL.Image.fromarray; tensors that are ready for the model need no preprocessing."
-            )
-        if image.mode == "I;16":  # PIL would clip all above 255 to white
-            image = image.point(lambda value: value / 256, "L")
-        elif image.mode in ("P", "PA", "LA", "La") and "transparency" in image.info:
-            image = image.convert("RGBA")
-        mode = "RGB" if self.channels == 3 else "L"
-        return image if image.mode == mode else image.convert(mode)
+    def _colours(self, image: Any) -> Any:
+        """A PIL image of as many channels as the backbone takes, or a tensor of that many bands."""
+        if isinstance(image, Tensor) and image.dtype in (torch.uint8, torch.uint16):
+            image = picture(image)
+        if isinstance(image, Image.Image):
+            return colours(image, self.channels)
+        if isinstance(image, Tensor) and image.dtype == torch.uint8:
+            if len(image) != self.channels:
+                raise DataError(
+                    f"an image of {len(image)} bands, and the backbone takes {self.channels}. Choose bands, or load it with "
+                    f"in_chans={len(image)}."
+                )
+            return image
+        raise DataError(
+            f"expected a PIL image, got {describe(image)}. Open files with PIL.Image.open, arrays with PIL.Image.fromarray; "
+            "images of other bands are uint8 tensors (C, H, W). Tensors that are ready for the model need no preprocessing."
+        )
 
-    def _centre(self, image: Image.Image) -> Image.Image:
+    def _centre(self, image: Any) -> Any:
         """The evaluation view: resized so that `crop_pct` of it is (height, width), of which the centre is cut out."""
         height, width = math.floor(self.height / self.crop_pct), math.floor(self.width / self.crop_pct)
         target = [self.height, self.width]
         if self.crop_mode == "squash":
-            return TF.center_crop(TF.resize(image, [height, width], self.interpolation), target)
+            return TF.center_crop(TF.resize(image, [height, width], self.interpolation, antialias=True), target)
         if self.crop_mode == "center":
             if height == width:
-                return TF.center_crop(TF.resize(image, [height], self.interpolation), target)
-            return TF.center_crop(self._resize(image, min(image.height / height, image.width / width)), target)
-        image = self._resize(image, max(image.height / height, image.width / width))
-        missing_x, missing_y = max(0, self.width - image.width), max(0, self.height - image.height)
+                return TF.center_crop(TF.resize(image, [height], self.interpolation, antialias=True), target)
+            return TF.center_crop(self._resize(image, min(*_ratios(image, height, width))), target)
+        image = self._resize(image, max(*_ratios(image, height, width)))
+        tall, wide = size_of(image)
+        missing_x, missing_y = max(0, self.width - wide), max(0, self.height - tall)
         if missing_x or missing_y:
             border = [missing_x // 2, missing_y // 2, (missing_x + 1) // 2, (missing_y + 1) // 2]
-            fill = [round(255 * value) for value in self.mean]
-            image = TF.pad(image, border, fill=fill if self.channels == 3 else fill[0])
+            fill: Any = [round(255 * value) for value in self.mean]
+            if isinstance(image, Tensor):  # one value for all bands is all that torchvision pads a tensor with
+                bands = [TF.pad(band[None], border, fill=value) for band, value in zip(image, fill, strict=True)]
+                image = torch.cat(bands)
+            else:
+                image = TF.pad(image, border, fill=fill if self.channels == 3 else fill[0])
         return TF.center_crop(image, target)
 
-    def _resize(self, image: Image.Image, ratio: float) -> Image.Image:
+    def _resize(self, image: Any, ratio: float) -> Any:
         """Both sides divided by `ratio`."""
-        return TF.resize(image, [round(image.height / ratio), round(image.width / ratio)], self.interpolation)
+        size = [round(side / ratio) for side in size_of(image)]
+        return TF.resize(image, size, self.interpolation, antialias=True)
 
-    def _shifted(self, image: Image.Image) -> Image.Image:
+    def _shifted(self, image: Any) -> Any:
         """A random cut-out of the same size from the image with reflected borders of an eighth of its size."""
         y, x = max(1, self.height // 8), max(1, self.width // 8)
         padded = TF.pad(image, [x, y], padding_mode="reflect")
@@ -148,10 +159,16 @@ class ImageTransform:
         )
 
 
+def _ratios(image: Any, height: float, width: float) -> tuple[float, float]:
+    """How much larger the image is than that, each side."""
+    tall, wide = size_of(image)
+    return tall / height, wide / width
+
+
 def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
     numbers = tuple(float(v) for v in values)
-    if len(numbers) == 3 and channels == 1:
-        numbers = (sum(numbers) / 3,)
+    if len(numbers) == 3 and channels != 3:  # of colours, which the bands are not: their mean for each
+        numbers = (sum(numbers) / 3,) * channels
     if len(numbers) != channels:
         raise ConfigError(f"{name} has {len(numbers)} values; expected {channels}, one for each channel.")
     return numbers

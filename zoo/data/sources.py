@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from zoo.data.dataset import Skipped, decode
+from zoo.data.dataset import Skipped
+from zoo.data.images import decode, picture
 from zoo.errors import DataError, MissingPackageError, nearest
 
 __all__ = ["FolderRows", "HubRows", "TorchRows", "labels_of"]
@@ -211,11 +210,10 @@ class TorchRows:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise DataError(f"{self.where(index)}: {type(item).__name__}; expected a pair (image, label).")
         image, label = item
-        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-            from torchvision.transforms.functional import to_pil_image
-
-            image = to_pil_image(image).convert("RGB")
-        return image, label
+        try:
+            return picture(image), label
+        except DataError as error:
+            raise DataError(f"{self.where(index)}: {error}") from error
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
