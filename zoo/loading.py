@@ -7,18 +7,42 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from zoo import registry
 from zoo.adapters.base import Adapter
+from zoo.arguments import DEVICE, DTYPE, FLAG, NAMES, NOTHING, PATH, TEXT, Kind, one_of, shown, typed, whole
+from zoo.engine.memory import MEMORY_SETTINGS
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
 from zoo.library import only_tensors
 from zoo.model import Model
 from zoo.model.stored import is_changed, load_changed
 
 
+def _adapters(value: Any) -> Any:
+    several = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(one, (str, Path, Adapter)) for one in several):
+        raise TypeError
+    return value
+
+
+_ADAPTERS = Kind("a method's name, a config object (zoo.adapter), a saved adapter, or a list of these", _adapters)
+
+
+@typed(
+    backbone=Kind("a backbone's name", lambda value: str(PATH.take(value))) | NOTHING,
+    adapter=_ADAPTERS | NOTHING,
+    num_classes=whole(0, 10_000_000) | NOTHING,
+    classes=NAMES | NOTHING,
+    pretrained=FLAG,
+    device=DEVICE | NOTHING,
+    dtype=DTYPE | NOTHING,
+    memory=one_of(*MEMORY_SETTINGS),
+    seed=whole(0, 2**64 - 1) | NOTHING,
+    trust_backbone=FLAG | TEXT,
+)
 def load(
     backbone: str | None = None,
     adapter: str | Adapter | Path | Sequence[str | Adapter | Path] | None = None,
@@ -27,7 +51,7 @@ def load(
     classes: Sequence[str] | None = None,
     pretrained: bool = True,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     memory: str = "default",
     seed: int | None = None,
     trust_backbone: bool | str = False,
@@ -57,8 +81,6 @@ def load(
         TrustError: a saved adapter names a backbone of an unknown source. Nothing of it was downloaded.
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
-    if isinstance(classes, str):
-        raise ConfigError(f"classes is '{classes}'; expected a list of names, ['{classes}'].")
     if classes is not None:
         num_classes = len(classes) if num_classes is None else num_classes
         if num_classes != len(classes):
@@ -103,7 +125,7 @@ def load(
             num_classes=num_classes,
             pretrained=pretrained,
             device=device,
-            dtype=dtype,
+            dtype=cast("torch.dtype | None", dtype),
             memory=memory,
             **backbone_kwargs,
         )
@@ -175,8 +197,12 @@ def load_backbone(
     where = torch.device(device) if device is not None else None
     meta = where is not None and where.type == "meta"
     if meta:
-        with torch.device("meta"), only_tensors():
-            module = cls.build(own, pretrained=False, **kwargs)
+        try:
+            with torch.device("meta"), only_tensors():
+                module = cls.build(own, pretrained=False, **kwargs)
+        except Exception as error:
+            _of_options(name, kwargs, error)
+            raise
         module = module.to("meta")
     else:
         precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
@@ -187,6 +213,7 @@ def load_backbone(
             raise
         except Exception as error:
             if not _of_pickle(error):
+                _of_options(name, kwargs, error)
                 raise
             raise WeightsError(
                 f"A file of '{name}' holds more than tensors, so it was not read: it could run any code. Ask for safetensors, or "
@@ -201,6 +228,23 @@ def load_backbone(
     elif dtype is not None:
         model.to(dtype=dtype)
     return model
+
+
+def _of_options(name: str, options: dict[str, Any], error: Exception) -> None:
+    """Say which options were given where a library's builder broke over values that it was not made for.
+
+    Raises:
+        ConfigError: the error is one of wrong values. Those of files, of the network and of memory are left as they are.
+    """
+    kinds = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+    if not options or isinstance(error, ZooError) or not isinstance(error, kinds):
+        return
+    given = ", ".join(f"{key}={shown(value)}" for key, value in options.items())
+    reason = next(iter(str(error).splitlines()), "")[:200]
+    raise ConfigError(
+        f"'{name}' cannot be built with {given} ({type(error).__name__}: {reason}). Options are handed to the library's builder: "
+        "see what it takes."
+    ) from error
 
 
 def _of_pickle(error: BaseException | None) -> bool:

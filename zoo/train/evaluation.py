@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, TEXT, Kind, instance, one_of, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.open import SPLITS
 from zoo.errors import ConfigError, DataError
@@ -30,6 +31,49 @@ Loss = Callable[[Any, Any], Tensor]
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _model(value: Any) -> Any:
+    if hasattr(value, "parameters_to_train") and hasattr(value, "backbone"):
+        return value
+    if hasattr(getattr(value, "module", None), "parameters_to_train"):
+        raise ConfigError(
+            f"model is a {type(value).__name__} around a model; expected the model itself, model.module. Several processes train "
+            "together by `accelerate launch`, without a wrapper."
+        )
+    raise TypeError
+
+
+def _metrics(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        parts = ("update", "compute", "reset")
+        if all(isinstance(n, str) for n in value) and all(
+            isinstance(m, str) or (not isinstance(m, type) and all(callable(getattr(m, p, None)) for p in parts))
+            for m in value.values()
+        ):
+            return dict(value)
+        raise TypeError
+    return [value] if isinstance(value, str) else NAMES.take(value)
+
+
+METRICS = Kind("names of metrics, or a dict of names with objects that have update, compute and reset", _metrics)
+MODEL = Kind("a model of zoo.load", _model)
+TASK = TEXT | instance("an object of zoo.Task", Task)
+WORKERS = whole(0, 256) | NOTHING
+
+
+@typed(
+    model=MODEL,
+    batch_size=whole(1),
+    split=TEXT | NOTHING,
+    record=TEXT | NOTHING,
+    per_class=FLAG,
+    metrics=METRICS | NOTHING,
+    task=TASK | NOTHING,
+    loss=FUNCTION | NOTHING,
+    precision=one_of(*PRECISIONS),
+    workers=WORKERS,
+    device=DEVICE | NOTHING,
+    progress=FLAG,
+)
 def evaluate(
     model: Model,
     data: Any,

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.arguments import DEVICE, FLAG, FUNCTION, NOTHING, PATH, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
-from zoo.train.evaluation import autocast, input_dtype, split_of, supplied, to_device
+from zoo.train.evaluation import MODEL, TASK, WORKERS, autocast, input_dtype, split_of, supplied, to_device
 from zoo.train.hooks import HOOKS
 from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report
 from zoo.train.samplers import Sampler
-from zoo.train.settings import Settings
+from zoo.train.settings import KINDS, Settings
 from zoo.train.streams import Stream
 from zoo.train.trainer import Trainer
 
@@ -31,6 +32,22 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 
+@typed(
+    **{name: kind for name, kind in KINDS.items() if name not in ("keep", "monitor", "optimizer_options")},
+    model=MODEL,
+    task=TASK | NOTHING,
+    loss=FUNCTION | NOTHING,
+    optimizer_options=KINDS["optimizer_options"] | NOTHING,
+    monitor=KINDS["monitor"] | NOTHING,
+    keep=KINDS["keep"] | NOTHING,
+    checkpoint=PATH | NOTHING,
+    checkpoint_every=whole(1) | NOTHING,
+    resume=FLAG,
+    out=PATH | NOTHING,
+    workers=WORKERS,
+    device=DEVICE | NOTHING,
+    progress=FLAG,
+)
 def fit(
     model: Model,
     train: Any,
@@ -129,7 +146,7 @@ def fit(
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
-        lr=dict(lr) if isinstance(lr, Mapping) else lr,
+        lr=lr,
         weight_decay=weight_decay,
         optimizer=optimizer,
         optimizer_options=dict(optimizer_options or {}),

@@ -29,10 +29,15 @@ def make_optimizer(
     """An optimizer over param groups, by its name (with the name's own options under those given) or by a function.
 
     Raises:
-        ConfigError: no such name, or options that it does not take.
+        ConfigError: no such name, options that it does not take, or a function that makes none.
     """
     if callable(wanted):
-        return wanted(groups)
+        made = wanted(groups)
+        if not isinstance(made, Optimizer):
+            raise ConfigError(
+                f"optimizer gave a {type(made).__name__}; expected a function that returns a torch optimizer."
+            )
+        return made
     if wanted not in OPTIMIZERS:
         raise ConfigError(f"Unknown optimizer '{wanted}'. {nearest(wanted, OPTIMIZERS)}")
     cls, defaults = OPTIMIZERS[wanted]

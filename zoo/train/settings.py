@@ -6,12 +6,49 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from zoo.arguments import ANYTHING, FLAG, FUNCTION, NOTHING, TEXT, Kind, mapping, number, one_of, whole
 from zoo.errors import ConfigError
 from zoo.train.evaluation import PRECISIONS
 from zoo.train.optimizers import OPTIMIZERS, MakeOptimizer
 from zoo.train.schedule import check_schedule
 
-__all__ = ["Settings"]
+__all__ = ["KINDS", "Settings"]
+
+_OPTIMIZER = Kind(
+    f"one of {', '.join(OPTIMIZERS)}, or a function from param groups to a torch optimizer",
+    (one_of(*OPTIMIZERS) | FUNCTION).take,
+)
+_RATES = Kind(
+    "numbers above 0: one for all, a dict of them by adapter, 'head' or pattern, or None",
+    (number(above=0) | mapping("", number(above=0), least=1) | NOTHING).take,
+)
+
+# what each setting may be (`zoo.arguments`)
+KINDS: dict[str, Kind] = {
+    "epochs": whole(1),
+    "steps": whole(1) | NOTHING,
+    "batch_size": whole(1),
+    "lr": _RATES,
+    "weight_decay": number(0) | NOTHING,
+    "optimizer": _OPTIMIZER,
+    "optimizer_options": mapping("a dict of the optimizer's further arguments", ANYTHING),
+    "schedule": TEXT,
+    "warmup": number(0),
+    "layer_decay": number(above=0, most=1) | NOTHING,
+    "clip": number(above=0) | NOTHING,
+    "accumulate": whole(1),
+    "precision": one_of(*PRECISIONS),
+    "label_smoothing": number(0, below=1),
+    "mixup": number(0),
+    "cutmix": number(0),
+    "augment": TEXT | NOTHING,
+    "seed": whole(0),
+    "patience": whole(1) | NOTHING,
+    "monitor": TEXT,
+    "keep": one_of("best", "last"),
+    "val_fraction": number(above=0, below=1),
+    "drop_last": FLAG,
+}
 
 
 @dataclass
@@ -44,38 +81,11 @@ class Settings:
     sampler: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            self._whole(name, 1)
-        for name in ("steps", "patience"):
-            if getattr(self, name) is not None:
-                self._whole(name, 1)
-        self._whole("seed", 0)
-        for name in ("mixup", "cutmix", "weight_decay"):
-            self._check(getattr(self, name) is None or getattr(self, name) >= 0, name, "a number of at least 0")
-        self._check(0 <= self.label_smoothing < 1, "label_smoothing", "a number from 0 to below 1")
-        self._check(self.clip is None or self.clip > 0, "clip", "a number above 0, or None")
-        self._check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-        self._check(self.keep in ("best", "last"), "keep", "'best' or 'last'")
-        self._check(0 < self.val_fraction < 1, "val_fraction", "a number between 0 and 1")
-        self._check(
-            callable(self.optimizer) or self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}"
-        )
-        self._check(self.batch_size >= self.accumulate, "accumulate", f"at most batch_size ({self.batch_size})")
-        rates = self.lr.values() if isinstance(self.lr, Mapping) else [self.lr]
-        self._check(all(r is None or (isinstance(r, (int, float)) and r > 0) for r in rates), "lr", "numbers above 0")
+        for name, kind in KINDS.items():
+            setattr(self, name, kind.of(name, getattr(self, name)))
+        if self.batch_size < self.accumulate:
+            raise ConfigError(f"accumulate is {self.accumulate}; expected at most batch_size ({self.batch_size}).")
         check_schedule(self.schedule)
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        self._check(
-            isinstance(value, int) and not isinstance(value, bool) and value >= least,
-            name,
-            f"a whole number >= {least}",
-        )
-
-    def _check(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON types."""
