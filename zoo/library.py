@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zoo.errors import MissingPackageError
+from zoo.errors import MissingPackageError, WeightsError
 
 
 def library(name: str, extra: str) -> ModuleType:
@@ -95,3 +96,48 @@ def pretrained_config(source: str, file: str = "config.json") -> dict[str, Any] 
     if entry := _fetched_code(found):
         return f"'{file}' of '{source}' asks for code from a repository ({entry}), which is never fetched. Take the entry out."
     return found
+
+
+def check_loaded(
+    source: str,
+    made: str,
+    report: Mapping[str, Collection[Any]],
+    optional: Collection[str] = (),
+    spare: Collection[str] = (),
+) -> None:
+    """Every tensor of a network came from its file, and every tensor of the file went into the network.
+
+    Libraries fill in random numbers for what a file lacks, and go on. That is no pretrained network.
+
+    Args:
+        source: folder or repository. made: class of the network. report: what the library says of the loading
+            (`output_loading_info`). optional: patterns of tensors that a file may lack, since they are no trained numbers, or
+            are meant to start at random. spare: patterns of tensors that it may have over.
+
+    Raises:
+        WeightsError: with the tensors that are missing, or have no place.
+    """
+    others = (*(report.get("mismatched_keys") or ()),)
+    shaped = [str(m if isinstance(m, str) else m[0]) for m in others]
+    missing = sorted({*_but(report.get("missing_keys") or (), optional), *shaped})
+    unread = sorted(_but(report.get("unexpected_keys") or (), spare))
+    if not missing and not unread:
+        return
+    said = [f"{what} {len(keys)}: {_some(keys)}" for what, keys in (("lacks", missing), ("has over", unread)) if keys]
+    architectures = pretrained_config(source)
+    own = architectures.get("architectures") if isinstance(architectures, dict) else None
+    other = own[0] if isinstance(own, list) and own and own[0] != made else None
+    hint = f" (it says that it is a {other})" if other else ""
+    raise WeightsError(
+        f"The weights of '{source}'{hint} are not those of the {made} that its configuration, with the options given, describes. "
+        f"Of its tensors the file {'; it '.join(said)}. Nothing is made up for them: get a whole copy, "
+        f"name the options that it was saved with, or pass pretrained=False for random weights."
+    )
+
+
+def _but(keys: Collection[str], patterns: Collection[str]) -> list[str]:
+    return [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

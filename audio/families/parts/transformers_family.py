@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.backbone import Backbone, told
 from zoo.errors import ConfigError, nearest
-from zoo.library import library, pretrained_config
+from zoo.library import check_loaded, library, pretrained_config
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
@@ -115,7 +116,7 @@ class TransformersAudio(Backbone):
         """A model with the weights of a repository or folder; without a classifier if these have none.
 
         Raises:
-            ConfigError: the weights cannot be had, or are not all there.
+            ConfigError: the weights cannot be had, or are not all there. WeightsError: they are of another body.
         """
         transformers = library("transformers", "audio")
         model = getattr(transformers, cls.library_classes[cls.described(source)[0]][1])
@@ -136,6 +137,11 @@ class TransformersAudio(Backbone):
                 f"'{source}' holds no weights for {', '.join(missing[:3])} ({len(missing)} tensors in all): it is not what "
                 f"transformers saves of a {model.__name__}."
             )
+        # What other tasks have besides the body (a vocabulary, a quantiser) is of no use here; parts of the body are
+        body = f"{module.base_model_prefix}."
+        check_loaded(
+            source, model.__name__, {"unexpected_keys": report["unexpected_keys"]}, spare=(f"^(?!{re.escape(body)})",)
+        )
         if own:
             for part in cls.head_parts:
                 setattr(module, part, nn.Identity())

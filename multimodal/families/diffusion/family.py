@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, WeightsError
 from zoo.library import library, pretrained_config
 from zoo.points import ConditionPoint, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
@@ -142,6 +142,7 @@ class DiffusersBackbone(Backbone):
 
         Raises:
             ConfigError: a setting that the class does not have or take, or weights that cannot be had.
+            WeightsError: weights that lack a tensor of the network, or have one over.
             MissingPackageError: diffusers is not installed.
         """
         options = {k: v for k, v in kwargs.items() if v is not None}
@@ -168,6 +169,8 @@ class DiffusersBackbone(Backbone):
         _, folder = source_config(source)
         try:
             return load(made, source, folder, options, dtype)
+        except WeightsError:
+            raise
         except Exception as error:
             raise ConfigError(
                 f"The pretrained weights of '{name}' could not be loaded: {type(error).__name__}: {str(error)[:300]}. Check the "

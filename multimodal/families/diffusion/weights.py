@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.library import pretrained_config
+from zoo.library import check_loaded, pretrained_config
 
 NAME = "diffusion_pytorch_model.safetensors"
+# Fixed tables of positions, which the library makes anew; early files hold them
+SPARE = (r"^pos_embed\.pos_embed$",)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -25,7 +27,8 @@ def load(made: Any, source: str, folder: str, options: dict[str, Any], dtype: to
     """`made.from_pretrained`, in `dtype` or in the stored precision; None leaves the precision to the library.
 
     Raises:
-        Whatever the library and the Hub's client raise.
+        WeightsError: tensors of the network that the files lack, or the reverse.
+        Whatever else the library and the Hub's client raise.
     """
     place = {"subfolder": folder} if folder else {}
     other = options.keys() & {
@@ -36,7 +39,9 @@ def load(made: Any, source: str, folder: str, options: dict[str, Any], dtype: to
     chosen = None if other or dtype is None else through(stored_dtype(source, folder), dtype)
     if chosen is not None:
         options = {**options, "torch_dtype": chosen}
-    return made.from_pretrained(source, **place, **options)  # type: ignore[no-any-return]
+    module, report = made.from_pretrained(source, **place, output_loading_info=True, **options)
+    check_loaded(source, made.__name__, report, spare=SPARE)
+    return module  # type: ignore[no-any-return]
 
 
 def through(stored: torch.dtype | None, wanted: torch.dtype) -> torch.dtype | None:

@@ -7,6 +7,7 @@ authors' configurations use; a network saved with `save_pretrained` has them in 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from multimodal.families.seq2seq import released, words
-from zoo.errors import ConfigError, MismatchError
-from zoo.library import library, pretrained_config
+from zoo.errors import ConfigError, MismatchError, WeightsError
+from zoo.library import check_loaded, library, pretrained_config
 
 VISUAL: dict[str, Any] = {
     "feat_dim": 2048,
@@ -114,17 +115,30 @@ def fresh(cls: Any, name: str, options: dict[str, Any], visual: bool) -> nn.Modu
 
 
 def from_source(cls: Any, name: str, source: str, options: dict[str, Any], visual: dict[str, Any] | None) -> nn.Module:
-    """`from_pretrained`; the vocabulary then grows by the words that name visual tokens."""
+    """`from_pretrained`; the vocabulary then grows by the words that name visual tokens.
+
+    A visual embedding that the source never had starts at random; every other tensor comes from its files.
+
+    Raises:
+        ConfigError: weights that cannot be had. WeightsError: they lack a tensor of the network, or have one over.
+    """
     transformers = library("transformers", "multimodal")
+    saved = pretrained_config(source)
+    fresh_visual = isinstance(saved, dict) and "feat_dim" not in saved
+    optional = [*(rf"(^|\.){re.escape(key)}$" for key in released.OPTIONAL), *([r"visual_embedding\."] * fresh_visual)]
     try:
         config = getattr(transformers, cls.config_class).from_pretrained(source)
         size = options.get("vocab_size", config.vocab_size)
         for key, value in {**options, **(visual or {})}.items():
             if key != "vocab_size":
                 setattr(config, key, value)
-        module = network(cls, visual is not None).from_pretrained(source, config=config, dtype=torch.float32)
+        made = network(cls, visual is not None)
+        module, report = made.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
+        check_loaded(source, cls.classes[0 if visual is None or fresh_visual else 1], report, optional)
         if size != config.vocab_size:
             module.resize_token_embeddings(size, mean_resizing=False)
+    except WeightsError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"The pretrained weights of '{name}' could not be loaded: {_reason(error)}. Check the network and the name, or "
