@@ -6,6 +6,7 @@ not a table is how the family's attention takes more keys or queries (`record`),
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ class Backbone:
     # it may be: a range (whole numbers, or lists of them), float (numbers, or lists of them), bool, str (a list of words), a
     # tuple of texts to choose from, a pattern that a text matches, or a mapping of the same kind. See `zoo.disk.trust`.
     saved_options: ClassVar[Mapping[str, Any]] = {}
+    # Patterns of the names of parameters that no forward pass here reads (a mask token of pretraining): nothing trains them
+    unread: ClassVar[Sequence[str]] = ()
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
@@ -175,6 +178,9 @@ class Backbone:
             "num_classes=0), or model.reset_head(0)) and keep `model.head` beside the merged module."
         )
 
+    def name_classes(self, module: nn.Module, classes: Sequence[str]) -> None:
+        """Write the names of the classes into a merged module, where its library keeps them; by default it keeps none."""
+
     def head_path(self) -> str | None:
         """Module path at which `put_head` puts a classifier; None if that is not one module."""
         return None
@@ -182,6 +188,11 @@ class Backbone:
     def modules_to_train(self) -> Iterable[tuple[str, nn.Module]]:
         """(path, module) of everything whose own parameters full fine-tuning trains."""
         return self.module.named_modules()
+
+    def reads(self, path: str, name: str) -> bool:
+        """Whether the forward pass reads a parameter of the module at `path` (`unread`)."""
+        place = ".".join(filter(None, (path, name)))
+        return not any(fnmatch.fnmatch(place, pattern) for pattern in self.unread)
 
     def check_routed(self, *inputs: Any) -> None:
         """Raise ConfigError if the rows of what comes out do not belong to one sample each (per-sample adapters)."""

@@ -275,7 +275,7 @@ class AST(TransformersAudio):
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""
-        from audio.families.parts.attention import record
+        from zoo.families.split_attention import record
 
         path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
         block: Any = self.module.get_submodule(path)

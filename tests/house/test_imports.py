@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.adapters.base", "zoo.adapters.structure", "zoo.backbone", "zoo.host", "zoo.tasks.base", "zoo.heads"),
     ("zoo.registry",),
     ("zoo.engine",),
-    ("zoo.adapters.parts", "zoo.disk", "zoo.hub", "zoo.tasks"),
+    ("zoo.adapters.parts", "zoo.disk", "zoo.families", "zoo.hub", "zoo.tasks"),
     ("zoo.model",),
     ("zoo.train",),
     ("zoo.regimes",),

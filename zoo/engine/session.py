@@ -309,7 +309,7 @@ class Session:
                     "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
                 )
             for name, frozen in module._parameters.items():
-                if frozen is None:
+                if frozen is None or not self.family.reads(path, name):
                     continue
                 if id(frozen) not in copies:
                     copies[id(frozen)] = nn.Parameter(frozen.detach().clone())

@@ -278,6 +278,8 @@ class Model(Contextual):
         Merger(plain, self.points, self.family.fold_shift).run(active)
         if not isinstance(head, nn.Identity):
             self.family.put_head(plain, copy.deepcopy(head))
+            if self.classes is not None:
+                self.family.name_classes(plain, self.classes)
         return self.family.restore(plain).requires_grad_(True).eval()
 
     def adapter_state(self, name: str) -> AdapterState:

@@ -1,0 +1,374 @@
+"""transformers' vision networks: against the library's forward, prompts written out, checkpoints as the library saves them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from zoo.errors import ConfigError, DataError, MergeError, WeightsError
+from zoo.registry import family
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+}
+DINO = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("hf-vit-b16", SMALL),
+    "vit_mae": ("hf-mae-b16", SMALL),
+    "beit": ("hf-beit-b16", SMALL),
+    "dinov2": ("hf-dinov2-b14", {**DINO, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": ("hf-dinov2-b14-reg", DINO),
+    "dinov3_vit": ("hf-dinov3-b16", SMALL),
+    "dinov3_vit, gated": ("hf-dinov3-b16", {**SMALL, "use_gated_mlp": True}),
+    "clip": ("hf-clip-b32", {**SMALL, "projection_dim": 20}),
+    "siglip": ("hf-siglip-b16", SMALL),
+    "videomae": ("videomae-b16", {**SMALL, "image_size": 16, "num_frames": 4}),
+}
+each = pytest.mark.parametrize("kind", KINDS)
+METHODS = ("bitfit", "norm", "ssf", "ia3", "prefix", "vpt", "full")
+
+
+def make(kind: str, adapter: Any = None, **options: Any) -> zoo.Model:
+    name, small = KINDS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = zoo.load(name, pretrained=False, **{"num_classes": 0, **small, **options})
+        for parameter in model.backbone.parameters():  # nothing that starts as zero hides a mistake
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+        if adapter is not None:
+            model.add_adapter(adapter)
+    return model.double().eval()
+
+
+def batch(model: zoo.Model) -> Tensor:
+    return torch.randn(2, *model.example_batch(1)[0].shape[1:], generator=torch.Generator().manual_seed(1)).double()
+
+
+def library(model: zoo.Model) -> Any:
+    """transformers' own module with the same weights, and nothing of ours in it."""
+    module = type(model.backbone)(copy.deepcopy(model.backbone.config)).double()
+    state = dict(model.backbone.state_dict())
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and all(k.startswith("classifier") for k in missing)
+    if "classifier" in module._modules:
+        module.classifier = nn.Identity()
+    return module.requires_grad_(False).eval()  # with gradients torch takes another kernel
+
+
+def answer(module: Any, images: Tensor) -> Tensor:
+    output = module(images)
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    raise AssertionError(output)
+
+
+def settle(model: zoo.Model) -> None:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for parameter in model.parameters_to_train().values():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+
+@each
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_equals_the_library(kind: str, attention: str) -> None:
+    model = make(kind, attn_implementation=attention)
+    x = batch(model)
+    assert torch.equal(model.features(x), answer(library(model), x))  # to the bit
+    outputs = model.outputs(x, want=("pooled", "tokens"))
+    assert torch.equal(outputs["pooled"], model.features(x)) and model.features(x).shape[1] == model.family.feature_dim
+    assert outputs["tokens"].shape[1] == model.family.num_prefix + (16 if kind != "videomae" else 8)
+
+
+@each
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_dead_and_merges_are_exact(kind: str, method: str) -> None:
+    model = make(kind, method)
+    x = batch(model)
+    assert model.probe(x) == []
+    settle(model)
+    if method == "ssf" and kind.startswith(("dinov3", "clip")):  # turned keys, or a projection, without a bias
+        with pytest.raises(MergeError, match="has no bias to merge into"):
+            model.merge()
+    elif model.adapters[method].merges:
+        torch.testing.assert_close(model.family.run(model.merge(), x), model.features(x), rtol=1e-9, atol=1e-9)
+    model.remove_adapter(method)
+    assert torch.equal(model.features(x), answer(library(model), x))
+
+
+@each
+def test_lora_on_everything_is_that_of_the_weights(kind: str) -> None:
+    """W + s B A in the library's own module gives the same; so does the merged module; every linear of the blocks is reached."""
+    model = make(kind, zoo.adapter("lora", rank=2, targets="all-linear"))
+    x, module = batch(model), library(model)
+    settle(model)
+    chosen = model.points.select("blocks.*.**", kind="linear")
+    blocks = model.family.place.blocks
+    linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{blocks}." in n]
+    assert sorted(p.path for p in chosen) == sorted(linears)
+    with torch.no_grad():
+        for point in chosen:
+            part = model.adapters["lora"].module_at(point.name)
+            module.get_submodule(point.path).weight += part.delta()
+    torch.testing.assert_close(model.features(x), answer(module, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.family.run(model.merge(), x), model.features(x), rtol=1e-9, atol=1e-9)
+
+
+@each
+def test_every_normalisation_is_a_point(kind: str) -> None:
+    """The pooling's norms among them: counted against the library's modules."""
+    model = make(kind, "norm")
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]
+    assert {id(p.module) for p in model.points.select(kind="norm")} == {id(m) for m in norms}
+    assert model.num_parameters(trainable=True, head=False) == sum(p.numel() for m in norms for p in m.parameters())
+
+
+def straightforward(module: Any, model: zoo.Model, x: Tensor, prompts: list[Tensor], deep: bool, pool: str) -> Tensor:
+    """Prompts as tokens [prefix | prompts | patches] that run through whole blocks of the library's module."""
+    family, place = model.family, model.family.place
+    at, count = family.num_prefix, len(prompts[0])
+    blocks = module.get_submodule(".".join(filter(None, (place.body, place.blocks))))
+
+    def enter(number: int) -> Any:
+        def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0]
+            if number == 0 or deep:
+                rest = hidden[:, at:] if number == 0 else hidden[:, at + count :]
+                hidden = torch.cat([hidden[:, :at], prompts[number].expand(len(x), -1, -1), rest], dim=1)
+            return (hidden, *args[1:]), kwargs
+
+        return hook
+
+    def grow(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None:  # BEiT's bias of relative positions
+            own = torch.arange(mask.shape[-1] + count)
+            own = own[(own < at) | (own >= at + count)]
+            wide = mask.new_zeros(*mask.shape[:2], mask.shape[-1] + count, mask.shape[-1] + count)
+            wide[..., own[:, None], own] = mask
+            kwargs["attention_mask"] = wide
+        return args, kwargs
+
+    def leave(block: Any, args: Any, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden[:, :at], hidden[:, at + count :]], dim=1)
+
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(enter(i), with_kwargs=True)
+        family.attention_of(block).register_forward_pre_hook(grow, with_kwargs=True)
+    if pool != "all" or not family.averaged:
+        blocks[-1].register_forward_hook(leave)
+    return answer(module, x)
+
+
+@each
+@pytest.mark.parametrize(("deep", "pool"), [(True, "patches"), (True, "all"), (False, "patches"), (False, "all")])
+def test_prompts_equal_the_straightforward_form(kind: str, deep: bool, pool: str) -> None:
+    model = make(kind, zoo.adapter("vpt", num_tokens=3, deep=deep, pool=pool))
+    x = batch(model)
+    prompts = [p.detach().clone().requires_grad_() for p in model.adapters["vpt"].parameters()]
+    expected = straightforward(library(model), model, x, prompts, deep, pool)
+    found = model.features(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+    grads = torch.autograd.grad((expected * weights).sum(), prompts)
+    (found * weights).sum().backward()
+    for parameter, grad in zip(model.adapters["vpt"].parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-8, atol=1e-11)
+
+
+@each
+def test_blocks_by_hand_and_memory(kind: str) -> None:
+    model = make(kind, zoo.adapter("lora", rank=2))
+    settle(model)
+    x, run = batch(model), zoo.blocks(model)
+    here = run.start(x)
+    for i in range(len(run)):
+        tokens = run.half(i, "mlp", here)(run.half(i, "attn", here)(here.tokens))
+        here = run.advance(here, 1)
+        torch.testing.assert_close(tokens, here.tokens, rtol=1e-12, atol=1e-12)
+    assert torch.equal(run.finish(here), model.features(x))
+    found = {}
+    for memory in ("default", "low", "min"):
+        model.memory = memory
+        model.zero_grad()
+        model.features(x).square().sum().backward()
+        found[memory] = [p.grad.clone() for p in model.parameters_to_train().values()]  # type: ignore[union-attr]
+    for memory in ("low", "min"):
+        for one, other in zip(found[memory], found["default"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+
+
+def test_counts() -> None:
+    """Of the library's own modules; SigLIP-B with its pooling."""
+    expected = {
+        "hf-siglip-b16": 92_884_224,
+        "hf-vit-b16": 85_798_656,
+        "hf-mae-b16": 85_798_656,
+        "hf-beit-b16": 85_761_984,
+        "hf-dinov2-b14": 86_580_480,
+        "hf-dinov2-b14-reg": 86_583_552,
+        "hf-dinov3-b16": 85_660_416,
+        "hf-clip-b32": 87_849_216,
+        "videomae-b16": 86_227_200,
+    }
+    for name, count in expected.items():
+        assert zoo.load(name, num_classes=0, device="meta").num_parameters() == count, name
+    lora = zoo.load("hf-dinov3-b16", "lora", num_classes=0, device="meta")
+    assert lora.num_parameters(trainable=True) == 294_912
+
+
+PRETRAINED = {
+    "vit": "ViTModel",
+    "vit_mae": "ViTMAEForPreTraining",
+    "beit": "BeitForMaskedImageModeling",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "videomae": "VideoMAEForPreTraining",
+}
+
+
+def saved(kind: str, folder: Path) -> Any:
+    """A folder as the library saves the network of pretraining."""
+    cls = getattr(transformers, PRETRAINED[kind])
+    small = dict(KINDS[kind][1])
+    if kind in ("clip", "siglip"):
+        text = {k: small[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+        width = small.get("projection_dim")
+        small = {"vision_config": small, "text_config": {**text, "vocab_size": 50}}
+        small |= {} if width is None else {"projection_dim": width}
+    if kind in ("vit_mae", "videomae"):
+        small |= {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    small |= {"use_mean_pooling": False} if kind == "videomae" else {}
+    module = cls(cls.config_class(**small)).eval()
+    module.save_pretrained(folder)
+    return module
+
+
+@pytest.mark.parametrize("kind", PRETRAINED)
+def test_checkpoints_of_pretraining(kind: str, tmp_path: Path) -> None:
+    """Decoders, poolers and text towers are left out; every other tensor is that of the file."""
+    module = saved(kind, tmp_path)
+    model = zoo.load(f"transformers:{tmp_path}", num_classes=3).eval()
+    assert model.num_classes == 3 and model.fingerprint is not None
+    x = torch.randn(2, *model.example_batch(1)[0].shape[1:])
+    if kind in ("clip", "siglip"):
+        expected = module.get_image_features(x)
+        expected = expected if isinstance(expected, Tensor) else expected.pooler_output
+        torch.testing.assert_close(model.features(x), expected, rtol=1e-5, atol=1e-5)
+    own = {v.double().sum().item() for v in module.state_dict().values()}
+    mine = [k for k, v in model.backbone.state_dict().items() if v.double().sum().item() not in own]
+    assert [k for k in mine if "fc_norm" not in k] == []
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
+def test_missing_and_strange_tensors_are_named(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(kind, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    norm = next(k for k in state if k.endswith("norm.weight") and "text" not in k)
+    save_file({k: v for k, v in state.items() if k != norm}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"no weights for .*norm.weight"):
+        zoo.load(f"transformers:{tmp_path}", num_classes=0)
+    save_file({**state, "further.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"has over 1: further.weight"):
+        zoo.load(f"transformers:{tmp_path}", num_classes=0)
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip"])
+def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
+    """Weights stay those of the checkpoint: an adapter of one size is loaded at another one."""
+    saved(kind, tmp_path)
+    name = f"transformers:{tmp_path}"
+    model = zoo.load(name, "lora", num_classes=3, image_size=48).eval()
+    assert model.image_size == (48, 48) and model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
+    model.save_adapter(tmp_path / "adapter")
+    again = zoo.load(name, adapter=tmp_path / "adapter", image_size=32).eval()
+    assert again.image_size == (32, 32) and again(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(ConfigError, match="multiple of the patches' size"):
+        zoo.load(name, num_classes=0, image_size=50)
+    with pytest.raises(DataError, match="height and width multiples of 8"):
+        model(torch.randn(1, 3, 50, 50))
+
+
+def test_a_merged_model_is_saved_as_the_librarys(tmp_path: Path) -> None:
+    """Names of classes stand in the configuration, where `LABEL_0` stood."""
+    model = make("vit", "lora", num_classes=2)
+    model.classes = ["cat", "dog"]
+    settle(model)
+    x = batch(model)
+    model.merge().save_pretrained(tmp_path)
+    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert plain.config.id2label == {0: "cat", 1: "dog"} and plain.config.label2id == {"cat": 0, "dog": 1}
+    torch.testing.assert_close(plain(x).logits, model(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(MergeError, match="no place for a classifier"):
+        make("dinov3_vit", num_classes=2).merge()
+
+
+def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
+    saved("dinov2", tmp_path)
+    config = {
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "size": {"shortest_edge": 40},
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 2,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    data = zoo.load(f"transformers:{tmp_path}", num_classes=0).family.data_config()
+    assert data["input_size"] == (3, 32, 32) and data["mean"] == (0.1, 0.2, 0.3) and data["std"] == (0.4, 0.5, 0.6)
+    assert (data["crop_pct"], data["crop_mode"], data["interpolation"]) == (0.8, "center", "bilinear")
+
+
+def test_the_pooling_of_siglip_has_no_dead_projections() -> None:
+    """`head.attention` is a nn.MultiheadAttention: its `out_proj` is never called, so nothing may stand there."""
+    model = make("siglip", zoo.adapter("lora", targets="pool.*", rank=2))
+    assert [p.path for p in model.points if p.path.startswith("head")] == [
+        "head.layernorm",
+        "head.mlp.fc1",
+        "head.mlp.fc2",
+    ]
+    assert model.probe(batch(model)) == []
+    settle(model)
+    x = batch(model)
+    torch.testing.assert_close(model.family.run(model.merge(), x), model.features(x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_mlp_without_a_module_is_not_replaced() -> None:
+    point = make("videomae").points["blocks.0.mlp"]
+    with pytest.raises(zoo.ZooError, match="no module of its own"):
+        point.replace(nn.Identity())
+
+
+def test_a_clip_is_made_of_frames() -> None:
+    from PIL import Image
+
+    model = make("videomae")
+    frames = [Image.new("RGB", (20, 16), (10 * i, 0, 0)) for i in range(9)]
+    clip = model.preprocess()(frames)
+    assert clip.shape == (4, 3, 16, 16) and clip[0, 0, 0, 0] < clip[1, 0, 0, 0] < clip[3, 0, 0, 0]
+    noise = Image.effect_noise((64, 48), 90).convert("RGB")
+    same = model.preprocess(train=True)([noise] * 5)
+    assert torch.equal(same[0], same[3])  # one view for all frames
+    assert family("videomae").noun == "clips"
