@@ -66,6 +66,7 @@ _LAZY = {
     "sparsify": "zoo.model.pruning",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
+    "wrap": "zoo.wrapping",
 }
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
     from zoo.table import compatibility
     from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks
+    from zoo.wrapping import wrap
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
 
+WRAPPED = "wrapped:"  # in front of the names of networks that a user brings (`zoo.wrap`)
 OUTPUTS = {
     "pooled": "pooled features (B, d), on which a classifier stands",
     "tokens": "the last block's tokens behind the final norm, (B, N, d), prefix tokens in front (`model.family.num_prefix`)",
@@ -53,6 +54,7 @@ class Backbone:
     """Base of all families. An instance belongs to one built network, `module`."""
 
     family: ClassVar[str] = ""
+    fallback: ClassVar[bool] = False  # asked for a name only where no other family takes it
     modality: ClassVar[str] = "image"
     noun: ClassVar[str] = "images"  # what the items of its data are called in messages and reports
     aliases: ClassVar[dict[str, str]] = {}
@@ -123,6 +125,11 @@ class Backbone:
     def points(self) -> list[Point]:
         """All points, in forward order."""
         raise TypeError(f"{type(self).__name__} does not implement points.")
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Projections that are no points, by their path, and why: known when `points` was called."""
+        return {}
 
     def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Pooled features (B, d) of a batch."""
@@ -239,6 +246,11 @@ class Backbone:
     def hub_task(self, num_classes: int) -> str | None:
         """The Hub's name of what a model with so many classes (0: no head) is for."""
         return "image-classification" if num_classes else "image-feature-extraction"
+
+    @property
+    def brought(self) -> str:
+        """What a reader of a card hands to `zoo.load` besides the adapter: a network that only its user can build."""
+        return ""
 
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """Python for cards: imports, and what to do with `model`, whose head has so many classes (0: none)."""

@@ -57,6 +57,10 @@ class MismatchError(ZooError, ValueError):
     """An adapter belongs to another backbone, width, depth or set of weights."""
 
 
+class UndescribedError(MismatchError):
+    """A network of a family's library that the family does not describe: the generic family takes it."""
+
+
 class WeightsError(ZooError, ValueError):
     """A weights file is damaged, holds NaN or Inf, or is in a format that is not read (pickle)."""
 

@@ -7,18 +7,20 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from zoo import registry
 from zoo.adapters.base import Adapter
-from zoo.arguments import DEVICE, DTYPE, FLAG, NAMES, NOTHING, PATH, TEXT, Kind, one_of, shown, typed, whole
+from zoo.arguments import DEVICE, DTYPE, FLAG, NAMES, NOTHING, PATH, TEXT, Kind, instance, one_of, shown, typed, whole
+from zoo.backbone import WRAPPED
 from zoo.engine.memory import MEMORY_SETTINGS
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
 from zoo.library import only_tensors
 from zoo.model import Model
 from zoo.model.stored import is_changed, load_changed
+from zoo.wrapping import wrap
 
 
 def _adapters(value: Any) -> Any:
@@ -32,7 +34,9 @@ _ADAPTERS = Kind("a method's name, a config object (zoo.adapter), a saved adapte
 
 
 @typed(
-    backbone=Kind("a backbone's name", lambda value: str(PATH.take(value))) | NOTHING,
+    backbone=Kind("a backbone's name", lambda value: str(PATH.take(value)))
+    | instance("a network (nn.Module)", torch.nn.Module)
+    | NOTHING,
     adapter=_ADAPTERS | NOTHING,
     num_classes=whole(0, 10_000_000) | NOTHING,
     classes=NAMES | NOTHING,
@@ -44,7 +48,7 @@ _ADAPTERS = Kind("a method's name, a config object (zoo.adapter), a saved adapte
     trust_backbone=FLAG | TEXT,
 )
 def load(
-    backbone: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
     adapter: str | Adapter | Path | Sequence[str | Adapter | Path] | None = None,
     *,
     num_classes: int | None = None,
@@ -60,9 +64,9 @@ def load(
     """A backbone with adapters and a head.
 
     Args:
-        backbone: a short name (`zoo.list_backbones()`), `timm:<model>`, or a folder of `zoo.save_backbone`;
-            may be left out if `adapter` is a saved one, which
-            knows its backbone.
+        backbone: a short name (`zoo.list_backbones()`), `timm:<model>`, a folder of `zoo.save_backbone`, or a network that
+            you have built (`zoo.wrap`, whose `example=`, `name=`, `features=`, `head=`, `probe=` can be given, too); may be
+            left out if `adapter` is a saved one, which knows its backbone.
         adapter: a method's name ("lora"), a config object (`zoo.adapter("lora", rank=4)`), the name of an embedded adapter,
             a folder, a Hub repository `user/name[@revision]`, or a list of these.
         num_classes: width of a new head; None keeps the checkpoint's own (or the saved adapter's); 0 means features.
@@ -103,8 +107,14 @@ def load(
             )
         first = next(iter(packs.values()))
         backbone = first.backbone_name
+        if backbone.startswith(WRAPPED):
+            raise ConfigError(
+                f"The adapter in '{first.folder}' belongs to a network that its user built: "
+                f"{first.backbone_kwargs.get('recipe')!s:.300}. Build the same one and hand it over: zoo.load(network, "
+                "adapter=...). Nothing is imported by what a file says."
+            )
         backbone_kwargs = of_file(backbone, first.backbone_kwargs, first.folder, trust_backbone, backbone_kwargs)
-    elif packs and not is_changed(backbone):
+    elif packs and isinstance(backbone, str) and not is_changed(backbone):
         cls, own = registry.find_backbone(backbone)
         first = next(iter(packs.values()))
         if cls.point_options and registry.library_name(first.backbone_name) == own:
@@ -114,21 +124,17 @@ def load(
             check_options(cls.saved_options, points, first.folder, backbone)
             backbone_kwargs = {**points, **backbone_kwargs}
     needed = {k: v for s in sources if isinstance(s, Adapter) for k, v in s.point_options.items()}
-    if needed and not is_changed(backbone):
+    if needed and isinstance(backbone, str) and not is_changed(backbone):
         options = registry.find_backbone(backbone)[0].point_options
         backbone_kwargs = {**{k: v for k, v in needed.items() if k in options}, **backbone_kwargs}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        model = load_backbone(
-            backbone,
-            num_classes=num_classes,
-            pretrained=pretrained,
-            device=device,
-            dtype=cast("torch.dtype | None", dtype),
-            memory=memory,
-            **backbone_kwargs,
-        )
+        common: dict[str, Any] = {"num_classes": num_classes, "device": device, "dtype": dtype, "memory": memory}
+        if isinstance(backbone, str):
+            model = load_backbone(backbone, pretrained=pretrained, **common, **backbone_kwargs)
+        else:
+            model = wrap(backbone, **common, **_for_wrap(backbone_kwargs))
         if seed is not None:
             torch.manual_seed(seed)  # the same adapter and head on random weights and on pretrained ones
             if num_classes:
@@ -143,6 +149,15 @@ def load(
         if classes is not None:
             model.classes = [str(name) for name in classes]
     return model
+
+
+def _for_wrap(options: dict[str, Any]) -> dict[str, Any]:
+    known = ("example", "name", "features", "head", "probe")
+    if wrong := [k for k in options if k not in known]:
+        raise ConfigError(
+            f"'{wrong[0]}' is an option of a library's builder, and this network is built. {nearest(wrong[0], known)}"
+        )
+    return options
 
 
 def of_file(
@@ -165,7 +180,7 @@ def of_file(
 
     def build(options: dict[str, Any]) -> torch.nn.Module:
         with torch.device("meta"), only_tensors():
-            return cls.build(own, pretrained=False, **{**options, **more})
+            return registry.built(cls, own, pretrained=False, **{**options, **more})[1]
 
     check_size(name, build, {k: v for k, v in theirs.items() if k not in cls.point_options}, where)
     return {**theirs, **given}
@@ -199,7 +214,7 @@ def load_backbone(
     if meta:
         try:
             with torch.device("meta"), only_tensors():
-                module = cls.build(own, pretrained=False, **kwargs)
+                cls, module = registry.built(cls, own, pretrained=False, **kwargs)
         except Exception as error:
             _of_options(name, kwargs, error)
             raise
@@ -208,7 +223,7 @@ def load_backbone(
         precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
         try:
             with only_tensors():
-                module = cls.build(own, pretrained=pretrained, **precision, **kwargs)
+                cls, module = registry.built(cls, own, pretrained=pretrained, **precision, **kwargs)
         except ZooError:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zoo.errors import ConfigError, ShadowError, UnknownNameError, nearest
+from zoo.errors import ConfigError, ShadowError, UndescribedError, UnknownNameError, nearest
 from zoo.heads import HEADS
 
 if TYPE_CHECKING:
@@ -291,7 +291,8 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
             "(zoo.save_backbone). Name the folder: zoo.load('<folder>', adapter=...)."
         )
     reasons = []
-    for key in families():
+    # what no family describes goes to one that can be found without knowing the network, if there is such a network at all
+    for key in sorted(families(), key=lambda key: family(key).fallback):
         answer = family(key).accepts(name)
         if answer is True:
             return family(key), name
@@ -302,3 +303,19 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
         f"There is no backbone '{name}'. {hint} A model of a supported family also works by "
         "its library's name, for example 'timm:vit_small_patch16_224'."
     )
+
+
+def built(cls: type[Backbone], name: str, **options: Any) -> tuple[type[Backbone], Any]:
+    """A family's network by its library's name, and the family that describes it.
+
+    A library builds networks of several shapes by names of one kind. What the family that takes the name does not describe
+    goes to one that finds its points without knowing it.
+    """
+    try:
+        return cls, cls.build(name, **options)
+    except UndescribedError:
+        other = next((c for c in map(family, families()) if c.fallback and c.accepts(name) is True), None)
+        if other is None:
+            raise
+        options = {k: v for k, v in options.items() if k != "dtype" or other.loads_in_dtype}
+        return other, other.build(name, **options)

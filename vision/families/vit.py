@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vision.families.parts.timm_family import TimmBackbone
-from zoo.errors import MismatchError
+from zoo.errors import UndescribedError
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
@@ -72,7 +72,7 @@ class ViT(TimmBackbone):
         module = super().build(name, pretrained=pretrained, **kwargs)
         odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, Block)), None)  # type: ignore[union-attr]
         if odd is not None:
-            raise MismatchError(
+            raise UndescribedError(
                 f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__})."
             )
         return module

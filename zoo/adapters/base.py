@@ -221,6 +221,16 @@ class Adapter(Structured):
         if not condition:
             raise ConfigError(f"{self.method or type(self).__name__}: {message}")
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's, by the tree alone: names of points may be words of an adapter (`features.0`)."""
+        node: nn.Module = self
+        for part in target.split(".") if target else []:
+            found = node._modules.get(part)
+            if found is None:
+                raise AttributeError(f"{type(self).__name__} has no module '{target}'.")
+            node = found
+        return node
+
     def module_at(self, point: Point | str) -> Any:
         """What this adapter registered under a point's name."""
         return self.get_submodule(point if isinstance(point, str) else point.name)

@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of projections; also rsLoRA and DoRA.
 
 Idea: `W` (o, i) stays frozen, its change is a product of two thin matrices.
-Points: any `linear` points; a slice of a fused q/k/v is a point of its own.
+Points: any `linear` points; a slice of a fused q/k/v is a point of its own, a convolution is the matrix that it is (`convolved`).
 
     y = W x + b + s * B A dropout(x)        A (r, i), B (o, r), s = alpha / r   (rsLoRA: s = alpha / sqrt(r))
 
@@ -31,10 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.convolved import ConvLowRank
 from zoo.engine.memory import dropped
 from zoo.engine.second_order import exact, first_order, surrogate, whole
+from zoo.errors import AttachError
 from zoo.points import LinearPoint, Points
 from zoo.points.merger import Merger
+from zoo.points.rows import is_conv
 from zoo.registry import register_adapter
 
 Part = tuple["LowRank", int, int]
@@ -227,10 +230,22 @@ class LoRA(Adapter):
         """Add a low-rank delta at every selected linear point."""
         points.require("linear", "lora")
         for point, rank, scale in self.shapes(points):
-            if self.dora:
+            if is_conv(point.module) and not self.dora:
+                self.check_groups(point)
+                made = ConvLowRank(point.module, point.dim_out, rank, scale, self.dropout, self.learn_scale)
+                point.add(made)
+            elif self.dora:
                 point.reparametrize(DoRAWeight(point.weight, rank, scale))
             else:
                 point.add(LowRank(point.dim_in, point.dim_out, rank, scale, self.dropout, self.learn_scale))
+
+    def check_groups(self, point: LinearPoint) -> None:
+        """Raise AttachError for a grouped convolution: its weight is not one matrix of what goes in and comes out."""
+        if point.module.groups > 1:  # type: ignore[operator]
+            raise AttachError(
+                f"point '{point.name}' is a convolution of {point.module.groups} groups, whose weight is no matrix from all "
+                "channels to all channels: a low-rank change is not defined there. Leave it out of the targets."
+            )
 
     def shapes(self, points: Points) -> list[tuple[LinearPoint, int, float]]:
         """The target points, with rank and scale of each."""

@@ -147,9 +147,12 @@ class _Card:
         # without it, the classifier that the checkpoint has would stand on the features
         bare = ", num_classes=0" if self.model.family.task == "classify" and not self.model.num_classes else ""
         name = self.model.backbone_name
-        if not registry.known_backbone(name) and re.search(r"[:/\\]", name):  # of somebody's, see `zoo.disk.trust`
+        brought = f"{self.model.family.brought}, " if self.model.family.brought else ""
+        if (
+            not brought and not registry.known_backbone(name) and re.search(r"[:/\\]", name)
+        ):  # of somebody's, see `zoo.disk.trust`
             bare += f", trust_backbone={json.dumps(name)}"
-        code = ["import zoo", *imports, "", f'model = zoo.load(adapter="{self.source}"{bare})', *lines]
+        code = ["import zoo", *imports, "", f'model = zoo.load({brought}adapter="{self.source}"{bare})', *lines]
         return "\n".join(["```python", *code, "```"])
 
     def results(self) -> str:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
+from zoo.backbone import WRAPPED
 from zoo.disk.budget import budget
 from zoo.disk.codecs import encode
 from zoo.disk.layout import (
@@ -316,7 +317,8 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
     if saved.fingerprint is not None and model.fingerprint is not None:
         if saved.fingerprint == model.fingerprint:
             return
-        if saved.backbone_name == model.backbone_name:
+        wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
+        if wrapped or saved.backbone_name == model.backbone_name:
             raise MismatchError(
                 f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
                 f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
@@ -324,9 +326,10 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
             )
     elif registry.library_name(saved.backbone_name) == registry.library_name(model.backbone_name):
         return  # compared by name alone: what a file names is not looked up
+    brought = "network, " if saved.backbone_name.startswith(WRAPPED) else ""
     raise MismatchError(
         f"The adapter in '{saved.folder}' belongs to the backbone '{saved.backbone_name}', this model's is "
-        f"'{model.backbone_name}'. Use zoo.load(adapter={str(saved.folder)!r}), which builds the right one."
+        f"'{model.backbone_name}'. Use zoo.load({brought}adapter={str(saved.folder)!r}), which builds the right one."
     )
 
 

@@ -151,8 +151,10 @@ class Session:
     def _put(self, path: list[str], value: nn.Parameter | nn.Module) -> None:
         node: nn.Module = self.adapter
         for part in path[:-1]:
-            if part not in node._modules:
-                node.add_module(part, Place())
+            if (
+                part not in node._modules
+            ):  # not `add_module`: a path of the network may have a word of ours, `features.0`
+                node._modules[part] = Place()
             node = node._modules[part]  # type: ignore[assignment]
         last = path[-1]
         held = node._modules.get(last)
@@ -239,8 +241,10 @@ class Session:
             op = self._make(point, verb, "forward", module, module, rows=rows, per_row=False)
             self.op(point.module, op, LinearSite)
 
-    def _norm(self, point: Point, verb: str, module: nn.Module) -> None:
-        self.op(point.module, self._make(point, verb, "output", OnOutput(module), module))
+    def _norm(self, point: Any, verb: str, module: nn.Module) -> None:
+        whole = ((module, 0, point.dim_out),)
+        fn = RescaleGroup(whole, channels_first=True) if point.channels_first else OnOutput(module)
+        self.op(point.module, self._make(point, verb, "output", fn, module))
 
     def _condition(self, point: Point, verb: str, module: nn.Module) -> None:
         if verb == "before":

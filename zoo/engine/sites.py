@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
 from zoo.engine.state import Place, State
+from zoo.points.rows import is_transposed
 
 
 @dataclass(eq=False)
@@ -341,7 +342,8 @@ class LinearSite(Site):
         run: Callable[..., Tensor] = nn.functional.linear
         for op in reversed(self.forwards):
             run = functools.partial(self._reparametrized, op, run)
-        return run(x, self.module.weight, self.module.bias)
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return run(x, weight.T if is_transposed(self.module) else weight, self.module.bias)
 
     def _reparametrized(self, op: Op, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         self._seen(op)

@@ -51,7 +51,7 @@ class Model(Contextual):
         self.backbone_kwargs = dict(kwargs or {})
         self.fingerprint = fingerprint(self.backbone)
         self.backbone.requires_grad_(False)
-        self.points = Points(family.points(), family.name)
+        self.points = Points(family.points(), family.name, family.refused)
         self.adapters = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.classes: list[str] | None = None

@@ -48,6 +48,8 @@ class Point:
     dim_in: int = 0
     dim_out: int = 0
     layout: Layout | None = field(default=None, repr=False)  # of the tokens inside of a block; None: not described
+    # Why nothing can be folded into the weight here, though hooks reach it; "": it can
+    unmergeable: str = field(default="", repr=False)
     module: nn.Module = field(repr=False)
     session: Recorder | None = field(default=None, repr=False)
 
@@ -77,6 +79,7 @@ class LinearPoint(Point):
     stop: int = 0
     fused: str = ""  # name under which parameters of the whole fused projection are saved; "" if this is the whole
     num_heads: int = 0
+    transposed: bool = False  # the module keeps the weight as (dim_in, dim_out)
 
     @property
     def whole(self) -> bool:
@@ -86,7 +89,8 @@ class LinearPoint(Point):
     @property
     def weight(self) -> Tensor:
         """The frozen weight (dim_out, dim_in), a view; a convolution's is flattened."""
-        return self.module.weight.detach()[self.start : self.stop].flatten(1)  # type: ignore[operator,union-attr,index]
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator,union-attr,assignment]
+        return (weight.T if self.transposed else weight)[self.start : self.stop].flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -95,8 +99,12 @@ class LinearPoint(Point):
         return None if bias is None else bias.detach()[self.start : self.stop]  # type: ignore[operator,union-attr,index]
 
     def add(self, module: nn.Module) -> None:
-        """`y <- y + module(x)`. Points of one fused projection are handed to `module.add_group` together, if it has one."""
-        self._tokens_only("a delta f(x)")
+        """`y <- y + module(x)`. Points of one fused projection are handed to `module.add_group` together, if it has one.
+
+        At a convolution only for a module that says `convolves`: it takes and gives (B, channels, ...).
+        """
+        if not getattr(module, "convolves", False):
+            self._tokens_only("a delta f(x)")
         self._record("add", module)
 
     def after(self, module: nn.Module) -> None:
@@ -122,10 +130,16 @@ class LinearPoint(Point):
         the whole W and b; it returns what it makes of `run(x, W', b')`, which is `F.linear` unless another adapter follows.
         """
         self._tokens_only("another weight matrix")
+        if self.unmergeable:
+            raise AttachError(
+                f"point '{self.name}' is a {type(self.module).__name__}: {self.unmergeable}, so another weight cannot take its "
+                "place. Leave it out of the targets, or use a method that adds to the output, such as lora."
+            )
         self._record("reparametrize", module)
 
     def _tokens_only(self, what: str) -> None:
-        if not isinstance(self.module, nn.Linear) and not getattr(self.module, "linear_like", False):
+        tokens = isinstance(self.module, nn.Linear) or self.transposed
+        if not tokens and not getattr(self.module, "linear_like", False):
             raise AttachError(
                 f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so {what} "
                 "is not available there. Leave it out of the targets."
@@ -287,6 +301,8 @@ class NormPoint(Point):
 
     kind: ClassVar[str] = "norm"
     verbs: ClassVar[tuple[str, ...]] = ("train", "rescale")
+
+    channels_first: bool = False  # its output is (B, dim_out, ...) rather than (..., dim_out)
 
     def train(self, *names: str) -> None:
         """Train the backbone's own `weight` and/or `bias` here: a trainable copy takes the place of the frozen one."""

@@ -73,6 +73,10 @@ class Merger:
 
     @contextmanager
     def _edit(self, point: Point, name: str) -> Iterator[Tensor]:
+        if point.unmergeable:
+            raise MergeError(
+                f"point '{point.name}' cannot take a change of its {name}: {point.unmergeable}. Keep the adapter live."
+            )
         parameter = self.module(point)._parameters.get(name)
         if parameter is None:
             raise MergeError(
@@ -80,8 +84,9 @@ class Merger:
                 "Keep the adapter live."
             )
         rows = slice(point.start, point.stop) if isinstance(point, LinearPoint) else slice(None)
+        turned = name == "weight" and isinstance(point, LinearPoint) and point.transposed
         with torch.no_grad():
-            part = parameter.data[rows]
+            part = (parameter.data.T if turned else parameter.data)[rows]
             wide = part.to(torch.promote_types(part.dtype, torch.float32))
             yield wide
             part.copy_(wide)
@@ -113,7 +118,8 @@ class Merger:
 
     def weight(self, point: LinearPoint) -> Tensor:
         """The copy's present weight at a point (dim_out, dim_in), with what was merged before."""
-        return self.module(point).weight.data[point.start : point.stop].flatten(1)  # type: ignore[operator,union-attr,index]
+        weight: Tensor = self.module(point).weight.data  # type: ignore[operator,union-attr,assignment]
+        return (weight.T if point.transposed else weight)[point.start : point.stop].flatten(1)
 
     def add_bias(self, point: Point, delta: Tensor) -> None:
         """`b <- b + delta`; (dim_out,)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -15,15 +17,21 @@ from zoo.points.selectors import expand, matcher
 if TYPE_CHECKING:
     from zoo.points.recorder import Carried, Made, Recorder, Value
 
+_LOG = logging.getLogger("zoo")
 M = TypeVar("M", bound=nn.Module)
-PROJECTIONS = ("q", "k", "v", "o", "in", "out", "gate", "up", "down")  # what "all-linear" stands for
+PROJECTIONS = ("q", "k", "v", "o", "in", "out", "gate", "up", "down", "qkv", "linear")  # what "all-linear" stands for
+# What stands in for roles that a network has none of: the first that it has
+USUAL = (("in",), ("up", "down"), ("linear",), ("conv",))
 
 
 class Points(Sequence[Point]):
     """All points of a model, in forward order. Prints as a table; `select` is the one way to choose."""
 
-    def __init__(self, points: Iterable[Point], backbone: str = "") -> None:
+    def __init__(
+        self, points: Iterable[Point], backbone: str = "", refused: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._points = list(points)
+        self.refused = dict(refused)  # projections that are no points: name -> why
         self._by_name = {p.name: p for p in self._points}
         self.backbone = backbone
         self.session: Recorder | None = None
@@ -61,9 +69,16 @@ class Points(Sequence[Point]):
         return tuple(dict.fromkeys(p.role for p in self._points if kind is None or p.kind == kind))
 
     def usual(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        """Roles of linear points that a method takes by default, or `in`, by which a mixer without attention reads its tokens."""
+        """Roles of linear points that a method takes by default, or what a network without any of them has in their place.
+
+        A network that nobody described (`Backbone.fallback`) may have `qkv` as one projection. Without attention it is `in`, by
+        which a mixer reads its tokens, then the projections of MLPs, any other projection, convolutions.
+        """
         have = self.roles("linear")
-        return ("in",) if "in" in have and not set(roles) & set(have) else roles
+        if "q" not in roles:  # what scales keys and values has no meaning at another place
+            return ("in",) if "in" in have and not set(roles) & set(have) else roles
+        found = tuple(r for r in (*roles, "qkv") if r in have)
+        return found or next((fit for c in USUAL if (fit := tuple(r for r in c if r in have))), roles)
 
     def linears(self, targets: str | Sequence[str], usual: tuple[str, ...] = ()) -> list[Any]:
         """The linear points that a method's `targets` name, in forward order.
@@ -77,7 +92,16 @@ class Points(Sequence[Point]):
         """
         if targets in ("all-linear", ("all-linear",)):
             have = self.roles("linear")
-            return self.select(kind="linear", role=[role for role in PROJECTIONS if role in have])
+            chosen = [role for role in PROJECTIONS if role in have]
+            if not chosen:
+                raise SelectionError(
+                    f"{self.backbone} has no projection that 'all-linear' could stand for; its linear points are "
+                    f"{', '.join(have) or 'none'}. Name one of these roles as targets."
+                )
+            if self.refused:
+                first, why = next(iter(self.refused.items()))
+                _LOG.warning("'all-linear' leaves out %d projections, first '%s': %s.", len(self.refused), first, why)
+            return self.select(kind="linear", role=chosen)
         return self.select(self.usual(usual) if targets == usual else targets, kind="linear")
 
     def select(
@@ -121,6 +145,8 @@ class Points(Sequence[Point]):
                 for single in expand(pattern):
                     match = matcher(single)
                     roles = "." not in single and any(p.role == single for p in pool)
+                    if not roles and self.refused and "*" not in single.rpartition(".")[2]:
+                        self._reachable(single, match)
                     hits = [p for p in pool if (p.role == single if roles else match(p.name))]
                     if not hits:
                         among = f" {kind}" if isinstance(kind, str) else ""
@@ -132,6 +158,15 @@ class Points(Sequence[Point]):
                         )
                     chosen.update(id(p) for p in hits)
         return [p for p in pool if id(p) in chosen]
+
+    def _reachable(self, pattern: str, match: Callable[[str], Any]) -> None:
+        """Raise SelectionError if a pattern names a projection that is no point."""
+        for name, why in self.refused.items():
+            if match(name):
+                raise SelectionError(
+                    f"'{name}' cannot be chosen (by '{pattern}'): {why}. An adapter there would do nothing, or a merge would "
+                    "change something else. Leave it out of the targets."
+                )
 
     def readers(self, sublayer: Point) -> list[Any]:
         """The linear points that read a sublayer's input: q, k and v of an attention (of a cross-attention q alone), up and gate

@@ -45,9 +45,21 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
     """(dim_in, dim_out) of a Linear, or of a convolution as the matrix that it is; None for anything else."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.weight[0].numel(), module.out_channels
+    if is_conv(module):
+        return module.weight[0].numel(), module.out_channels  # type: ignore[index,return-value,union-attr,operator]
+    if is_transposed(module):
+        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[return-value,union-attr,index]
     return None
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution with an ordinary weight (dim_out, channels, ...)."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a projection keeps its weight as (dim_in, dim_out): transformers' `Conv1D`, as in GPT-2."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def make_linear(
@@ -70,6 +82,7 @@ def make_linear(
         stop=stop,
         fused=fused if part is not None else "",
         num_heads=num_heads,
+        transposed=is_transposed(module),
     )
 
 

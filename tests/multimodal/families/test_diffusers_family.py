@@ -20,6 +20,7 @@ from diffusion_models import library_answer, make
 import zoo
 from zoo.adapters.base import Adapter
 from zoo.registry import family as family_class
+from zoo.registry import find_backbone
 from zoo.table import STEPS
 
 FAMILIES = ("dit", "cogvideox", "pixart", "sd3", "flux")
@@ -313,8 +314,13 @@ def test_the_first_releases_name_another_class(tmp_path: Path) -> None:
         (tmp_path / norm / "config.json").write_text(text)
         assert family_class(known).accepts(f"diffusers:{tmp_path / norm}") is True
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(zoo.ZooError, match=r"is a UNet2DModel, which no family here describes"):
+    assert find_backbone(f"diffusers:{tmp_path}")[0].family == "generic"
+    with pytest.raises(zoo.ZooError, match=r"could not be loaded"):
         zoo.load(f"diffusers:{tmp_path}")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
+    with pytest.raises(zoo.ZooError, match=r"no class 'NoSuchModel'"):
+        zoo.load(f"diffusers:{tmp_path / 'unknown'}")
     with pytest.raises(zoo.ZooError, match=r"could not be read"):
         zoo.load(f"diffusers:{tmp_path / 'nothing'}")
 

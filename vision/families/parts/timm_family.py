@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import ConfigError, MismatchError, nearest
+from zoo.errors import ConfigError, MismatchError, UndescribedError, nearest
 from zoo.points import Point
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TimmBackbone(Backbone):
         """`timm.create_model`; `num_classes=None` keeps the checkpoint's own classifier.
 
         Raises:
-            MismatchError: timm built a class that this family does not describe.
+            UndescribedError: timm built a class that this family does not describe.
             ConfigError: the pretrained weights cannot be had.
         """
         options = {k: v for k, v in kwargs.items() if v is not None}
@@ -105,7 +105,7 @@ class TimmBackbone(Backbone):
                 "and the name (timm.list_pretrained()), or pass pretrained=False for random weights."
             ) from error
         if not isinstance(module, cls.timm_class):
-            raise MismatchError(
+            raise UndescribedError(
                 f"timm builds '{name}' as {type(module).__name__}; the family '{cls.family}' describes {cls.timm_class.__name__}."
             )
         return module

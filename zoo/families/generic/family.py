@@ -1,0 +1,309 @@
+"""The generic family: networks that no family describes, and any `nn.Module` of the user's.
+
+Its points are what can be found (`discover.py`): projections and norms by their type, roles by usual names, blocks and
+sublayers where a pass has shown them. Methods that need these work as on any other family; those that need attention or tokens
+points are refused, since what these mean depends on a forward that nobody described.
+
+A small forward pass shows that every hook fires. What it does not reach is no point, and choosing it by name says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.backbone import WRAPPED, Backbone
+from zoo.errors import AttachError, ConfigError
+from zoo.families.generic import sources
+from zoo.families.generic.conventions import Features, Plain, Timm, convention_of
+from zoo.families.generic.discover import Found, discover
+from zoo.families.generic.watch import Pass, first_tensor, run, watching
+from zoo.points import Point
+from zoo.registry import register_backbone
+
+# Elementwise functions whose backward needs their input: their output can be computed again
+ACTIVATIONS = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.CELU, nn.SELU, nn.LogSigmoid)
+
+
+@register_backbone
+class Generic(Backbone):
+    """`timm:`, `transformers:` and `diffusers:` names that no other family takes, and `zoo.wrap(module)`."""
+
+    family = "generic"
+    fallback = True
+    tiny = ("zoo:any-micro", {})
+    saved_options = sources.OPTIONS
+    pools: bool = True  # type: ignore[misc]
+    modality: str = "image"  # type: ignore[misc]
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        *,
+        example: Any = None,
+        features: Features = None,
+        head: str | None = None,
+        probe: bool = True,
+    ) -> None:
+        super().__init__(module, name)
+        self.convention: Plain = convention_of(module, features, head)
+        self.probes = probe
+        given = as_call(example)
+        self.said = given is not None  # the example is the user's, not made up
+        self.inputs, self.kwargs = given or self.convention.example(module) or ((), {})
+        self.known_example = bool(self.inputs or self.kwargs)
+        self._found: Found | None = None
+        self._pass: Pass | None = None  # of the network as it stands now
+        self._width: int | None = None
+        self.proven = False
+        if name.startswith("diffusers:"):
+            self.modality, self.pools = "diffusion-image", False
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """True for what a library can build by this name; a string says why it cannot."""
+        return sources.accepts(name)
+
+    @classmethod
+    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        """The library's own network."""
+        return sources.build(name, pretrained=pretrained, options=kwargs)
+
+    # -- the pass ---------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> Pass | None:
+        """A pass on the example, of the network as it stands; None if there is no example, or none is wanted.
+
+        Raises:
+            ConfigError: the user's own example does not run.
+        """
+        if self._pass is not None or not self.probes or not self.known_example:
+            return self._pass
+        try:
+            inputs, kwargs = self._placed(self.inputs), self._placed(self.kwargs)
+            self._pass = run(self.module, self._call, inputs, kwargs)
+        except Exception as error:
+            if not self.said:  # ours may be wrong; the first real batch shows what runs
+                self.known_example = False
+                return None
+            raise ConfigError(self._why(error)) from error
+        return self._pass
+
+    def _call(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        return self.convention.call(self.module, *inputs, **kwargs)
+
+    def _why(self, error: Exception) -> str:
+        given = ", ".join(_told(v) for v in (*self.inputs, *self.kwargs.values())) or "nothing"
+        return (
+            f"The example does not run through this {type(self.module).__name__}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0][:300] if str(error) else ''}. It was given {given}. Give everything that its forward "
+            "needs: example=(x, y) for several inputs, example={'pixel_values': x, ...} for inputs by name; probe=False leaves "
+            "the pass out."
+        )
+
+    def _placed(self, value: Any) -> Any:
+        """The example where the network is, and in its precision."""
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        if isinstance(value, Mapping):
+            return {k: self._placed(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(self._placed(v) for v in value)
+        if not isinstance(value, Tensor) or like is None:
+            return value
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+    # -- what the model asks --------------------------------------------------------------------------------------------
+
+    def take_head(self) -> nn.Module | None:
+        """The library's classifier, or the one that the user named."""
+        self._check_place()
+        seen = None if isinstance(self.convention, Timm) else self._look()
+        head = self.convention.take_head(self.module, seen)
+        if head is not None:
+            self._width = head.in_features
+        if seen is not None and head is None:
+            self._measure(seen)
+        return head
+
+    def _check_place(self) -> None:
+        device = next((p.device for p in self.module.parameters()), None)
+        if device is None:
+            raise ConfigError(
+                f"This {type(self.module).__name__} has no parameters, so there is nothing to adapt. Wrap the network itself."
+            )
+        tensors = [v for v in (*self.inputs, *self.kwargs.values()) if isinstance(v, Tensor)]
+        elsewhere = next((t.device for t in tensors if t.device != device), None)
+        if self.said and elsewhere is not None and device.type != "meta":
+            raise ConfigError(
+                f"The example is on {elsewhere}, the network on {device}. Move one of them: example.to('{device}'), or "
+                f"module.to('{elsewhere}')."
+            )
+
+    def _measure(self, seen: Pass) -> None:
+        output = first_tensor(seen.output)
+        if output is None:
+            return
+        self._width = int(output.shape[-1]) if output.ndim else None
+        self.pools = self.pools and output.ndim == 2 and output.is_floating_point()
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what comes out."""
+        if self._width is None:
+            seen = self._look()
+            if seen is not None:
+                self._measure(seen)
+        if self._width is None:
+            width = next((getattr(self.module, n, None) for n in ("head_hidden_size", "num_features")), None)
+            config = getattr(self.module, "config", None)
+            width = width or getattr(config, "hidden_size", None) or getattr(config, "out_channels", None)
+            self._width = int(width) if isinstance(width, int) else 0
+            self.pools = self.pools and bool(self._width)
+        return self._width
+
+    def put_head(self, module: nn.Module, head: nn.Module) -> None:
+        """Where the network's own classifier stood."""
+        self.convention.put_head(module, head)
+
+    def head_path(self) -> str | None:
+        """Where the network's own classifier stood."""
+        return self.convention.path
+
+    def points(self) -> list[Point]:
+        """Everything that can be found.
+
+        Raises:
+            AttachError: nothing at all.
+        """
+        seen = self._look()
+        self._found = discover(self.module, seen)
+        self.proven = seen is not None or not self.probes
+        if seen is not None:
+            seen.forget()
+        if not self._found.points:
+            why = "; ".join(f"'{p}': {w}" for p, w in list(self._found.refused.items())[:3])
+            raise AttachError(
+                f"This {type(self.module).__name__} has no projection, convolution or norm that a method could change"
+                f"{f' ({why})' if why else ''}. Wrap a network that has nn.Linear, nn.Conv or norm modules."
+            )
+        return self._found.points
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that the pass has shown."""
+        found = [] if self._found is None else self._found.points
+        return [self.module.get_submodule(p.path) for p in found if p.kind == "block"]
+
+    def elementwise_modules(self) -> list[nn.Module]:
+        """Activations of torch's own classes that ran, and do not write into their input."""
+        ran = [] if self._pass is None else self._pass.modules
+        modules = [self.module.get_submodule(path) for path in ran]
+        return [m for m in modules if type(m) in ACTIVATIONS and not getattr(m, "inplace", False)]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Projections that are no points: module path -> why."""
+        return {} if self._found is None else self._found.refused
+
+    def features(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Pooled features (B, d), or what comes out of the network where nothing is pooled.
+
+        Raises:
+            AttachError: the first batch shows that an adapter stands where nothing ever runs.
+        """
+        if self.kwargs and inputs and not self.inputs:  # an example by names: further batches in the same order
+            kwargs = {**dict(zip(self.kwargs, inputs)), **kwargs}
+            inputs = ()
+        if self.proven or torch.compiler.is_compiling():
+            return self._call(*inputs, **kwargs)
+        with watching(self.module) as seen:
+            output = self._call(*inputs, **kwargs)
+        self._prove(seen)
+        return output
+
+    def _prove(self, seen: Pass) -> None:
+        """The first batch takes the place of the pass at attach."""
+        from zoo.engine.sites import site_at
+
+        dead = [p.path for p in self._found.points if p.path not in seen.modules] if self._found else []
+        held = [path for path in dead if (site := site_at(self.module.get_submodule(path))) is not None and site.ops]
+        if held:
+            raise AttachError(
+                f"'{held[0]}' ({len(held)} such) was never called in this pass, so the adapter there does nothing, and a merge "
+                "would change what it did not. Leave it out of the targets; zoo.wrap(module, example=batch) finds such places "
+                "when it attaches."
+            )
+        self.proven = True
+
+    def run(self, module: nn.Module, *inputs: Any) -> Tensor:
+        """What a plain (merged) module answers."""
+        if self.kwargs and not self.inputs:
+            return self.convention.call(module, **dict(zip(self.kwargs, inputs)))
+        if self.convention.path is not None and isinstance(self.convention, Timm):
+            return module(*inputs)  # type: ignore[no-any-return]
+        return self.convention.call(module, *inputs)
+
+    # -- data -------------------------------------------------------------------------------------------------------------
+
+    def data_config(self) -> dict[str, Any]:
+        """As the library states it; {} for a network of the user's."""
+        return self.convention.data_config(self.module)
+
+    def tiny_batch(self) -> tuple[Tensor, ...]:
+        """The example, twice.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        values = [v for v in (self.inputs or self.kwargs.values()) if isinstance(v, Tensor)]
+        if not values:
+            raise ConfigError(
+                f"'{self.name}' has no example of its inputs. Give one: zoo.wrap(module, example=batch), or a real batch."
+            )
+        return tuple(torch.cat([v, v])[:2].cpu() for v in values)
+
+    def hub_task(self, num_classes: int) -> str | None:
+        """Not known for a network of the user's."""
+        return None if self.name.startswith(WRAPPED) else super().hub_task(num_classes)
+
+    @property
+    def brought(self) -> str:
+        """The network itself, if it is the user's."""
+        return "network" if self.name.startswith(WRAPPED) else ""
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`; of a network of the user's on a batch of its own."""
+        if not self.brought:
+            return super().usage(num_classes)
+        return [], [f"{'logits' if num_classes else 'features'} = model(batch)  # as the network is called"]
+
+    def licence(self) -> str | None:
+        """As timm's pretrained configuration states it; else not known."""
+        return self._source().get("license")
+
+    def hub_id(self) -> str | None:
+        """Hub repository of the checkpoint; None for random weights, folders and networks of the user's."""
+        return self._source().get("hf_hub_id")
+
+    def _source(self) -> dict[str, Any]:
+        return sources.described(self.module, self.name) if self.pretrained else {}
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """An example as positional and named inputs; None: there is none."""
+    if example is None:
+        return None
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def _told(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

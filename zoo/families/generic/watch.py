@@ -1,0 +1,138 @@
+"""One forward pass that is looked at: which modules ran, in which order, on which shapes, and what they handed to each other.
+
+Hooks fire where a module is called. A library may read a module's weight instead (`F.linear(x, self.proj.weight)`, as
+`nn.MultiheadAttention` does with its output projection): a hook there never runs, and a weight that is merged there changes what
+the live adapter did not. Only a pass shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 50_000_000  # parameters beyond which a pass is made without numbers first
+
+
+@dataclass
+class Seen:
+    """What one module did in the pass. Tensors are told apart by identity, within the pass."""
+
+    order: int
+    calls: int = 0
+    entered: Tensor | None = None  # first tensor of the first call
+    left: Tensor | None = None  # first tensor that the first call gave
+    arguments: int = 0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what went in and came out; () where that is no tensor."""
+        return _shape(self.entered), _shape(self.left)
+
+
+@dataclass
+class Pass:
+    """What a pass showed: modules by their path, and what came out of the network."""
+
+    modules: dict[str, Seen] = field(default_factory=dict)
+    output: Any = None
+
+    def forget(self) -> None:
+        """Keep shapes, order, and who handed what to whom; let the numbers go."""
+        self.output = None
+        kept: dict[int, Tensor] = {}
+
+        def shape(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.device.type == "meta":
+                return tensor
+            return kept.setdefault(id(tensor), torch.empty(tensor.shape, device="meta"))
+
+        for seen in self.modules.values():
+            seen.entered, seen.left = shape(seen.entered), shape(seen.left)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of an output or of arguments: itself, of a tuple, list, mapping, or a library's output class."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    if isinstance(value, (tuple, list)):
+        return next((t for t in map(first_tensor, value) if t is not None), None)
+    return None
+
+
+@contextmanager
+def watching(root: nn.Module) -> Iterator[Pass]:
+    """A context in which every call of a module inside of `root` is noted."""
+    seen = Pass()
+    paths = {module: path for path, module in root.named_modules()}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        known = seen.modules.get(paths[module])
+        if known is None:
+            known = seen.modules[paths[module]] = Seen(len(seen.modules))
+            known.entered, known.left = first_tensor(args or kwargs), first_tensor(output)
+            known.arguments = len(args) + len(kwargs)
+        known.calls += 1
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in paths]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+    """One small forward pass in evaluation mode; buffers, modes and random numbers are afterwards what they were.
+
+    A large network runs without numbers (fake tensors) where it can, which costs no product.
+
+    Raises:
+        Whatever the network raises.
+    """
+    modes = {m: m.training for m in root.modules()}
+    device = next((p.device for p in root.parameters()), torch.device("cpu"))
+    count = sum(p.numel() for p in root.parameters())
+    root.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if count > LARGE and device.type != "meta":
+                with suppress(Exception):  # what looks at numbers cannot run so; then it runs with them
+                    return _fake(root, call, inputs, kwargs)
+            buffers = [(b, b.clone()) for b in root.buffers() if b.device.type != "meta"]
+            try:
+                with watching(root) as seen:
+                    seen.output = call(*inputs, **kwargs)
+            finally:
+                for buffer, value in buffers:
+                    if buffer.shape == value.shape and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            return seen
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _fake(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(value: Any) -> Any:
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        with watching(root) as seen:
+            seen.output = call(*(fake(v) for v in inputs), **{k: fake(v) for k, v in kwargs.items()})
+    return seen
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...]:
+    return () if value is None else tuple(value.shape)

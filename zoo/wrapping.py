@@ -1,0 +1,93 @@
+"""`zoo.wrap`: a network that the user has built, with adapters and a head.
+
+    model = zoo.wrap(network, example=batch)                # what can be found without knowing it
+    model.add_adapter("lora")
+    model.save_adapter("out/")
+    model = zoo.load(network, adapter="out/", example=batch)  # the network comes from the user again
+
+What is saved names the class of the network and its settings as text, for people. Nothing is built or imported by that text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo import registry
+from zoo.backbone import WRAPPED
+from zoo.errors import ConfigError
+from zoo.model import Model
+
+__all__ = ["wrap"]
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    example: Any = None,
+    name: str | None = None,
+    features: Any = None,
+    head: str | None = None,
+    probe: bool = True,
+    num_classes: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory: str = "default",
+) -> Model:
+    """A model around any network. It takes the network itself, which is frozen and whose classifier becomes the model's head.
+
+    Args:
+        module: the network.
+        example: a small batch that it takes: a tensor, a tuple of inputs, or a mapping of inputs by name. One forward pass on it
+            shows that every place that can be chosen is really called; without one, the first real batch shows it.
+        name: of the network, for messages and saved adapters; by default that of its class.
+        features: what stands in front of a classifier: a function `(module, *inputs) -> (B, d)`, or the name of a field of the
+            network's output. By default the library's convention, else the output itself.
+        head: path of the nn.Linear that is the classifier, `"fc"`. By default a Linear of a usual name that makes the output.
+        probe: make the pass.
+        num_classes: width of a new head; None keeps the network's own; 0 means features.
+        device, dtype, memory: as in `zoo.load`.
+
+    Raises:
+        ConfigError: no network, an example that does not run or is on another device, a head that is none.
+        AttachError: there is nothing in it that a method could change.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"zoo.wrap takes a network (nn.Module), not {type(module).__name__}. Name backbones to zoo.load: zoo.load('vit-b16')."
+        )
+    if isinstance(module, Model):
+        raise ConfigError(
+            "This is a model of zoo already; add adapters to it (model.add_adapter), or wrap its `merge()`."
+        )
+    if isinstance(module, type):
+        raise ConfigError(f"zoo.wrap takes a built network: {module.__name__}(...).")
+    if hasattr(module, "_orig_mod"):
+        raise ConfigError(
+            "This network is compiled. Wrap the network itself, and compile the model: torch.compile(zoo.wrap(...))."
+        )
+    label = name or type(module).__name__
+    if not _NAME.fullmatch(label):
+        raise ConfigError(f"name={label!r}; expected letters, digits, '.', '-' and '_'.")
+    if device is not None or dtype is not None:
+        module.to(device=device, dtype=dtype)
+    made: Any = registry.family("generic")
+    family = made(module, f"{WRAPPED}{label}", example=example, features=features, head=head, probe=probe)
+    family.pretrained = next((p.device.type != "meta" for p in module.parameters()), False)
+    return Model(family, num_classes=num_classes, memory=memory, kwargs={"recipe": recipe(module)})
+
+
+def recipe(module: nn.Module) -> str:
+    """What a network is, for a person who reads a saved adapter: its class, and its settings where it knows them."""
+    kind = type(module)
+    config = getattr(module, "config", None)
+    settings = next((f for n in ("to_diff_dict", "items") if (f := getattr(config, n, None)) is not None), None)
+    told = ""
+    if settings is not None:
+        told = ", ".join(f"{k}={v!r:.60}" for k, v in sorted(dict(settings()).items()) if not str(k).startswith("_"))
+    return f"{kind.__module__}.{kind.__qualname__}({told})"[:2000]
