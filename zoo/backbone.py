@@ -62,7 +62,7 @@ class Backbone:
     # Modules inside a block whose output is an elementwise function of their input (norms are known by their points)
     elementwise: ClassVar[Sequence[str]] = ()
     # Linear points whose output is recomputed at memory="low"
-    cheap_products: ClassVar[Sequence[str]] = ("up",)
+    cheap_products: ClassVar[Sequence[str]] = ("up", "gate")
     weights_folder: ClassVar[Path | None] = None  # embedded weights and adapters
     # Whether `features` are pooled (B, d), which a classifier can stand on; false where the network's own output comes out
     # (an image of noise, scores of words), and `num_classes` is refused

@@ -1,6 +1,8 @@
-"""Every timm `VisionTransformer`: ViT, DeiT, DeiT-3, DINOv2 (with registers), MAE, the image towers of CLIP and SigLIP.
+"""Every timm `VisionTransformer`: ViT, DeiT, DeiT-3, DINOv2 (with registers), MAE, AIMv2, the image towers of CLIP and SigLIP,
+ViTs on a convolutional stem (hybrid, ViTamin).
 
-Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tokens (B, N, d) as [prefix | patches].
+Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tokens (B, N, d) as [prefix | patches]; other kinds
+of blocks stand in `vision.families.parts.vit_blocks`. A convolutional stem has no points but its last projection.
 """
 
 from __future__ import annotations
@@ -9,23 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vision.families.parts import vit_blocks
 from vision.families.parts.timm_family import TimmBackbone
+from vision.heads.distilled import DistilledHead
 from zoo.errors import UndescribedError
 from zoo.points import Layout, NormPoint, Point
-from zoo.points.rows import Row, find, make_linear
+from zoo.points.rows import find, make_linear
 from zoo.registry import register_backbone
 
 
 @register_backbone
 class ViT(TimmBackbone):
-    """timm's VisionTransformer with sequential pre-norm blocks."""
+    """timm's VisionTransformer."""
 
     family = "vit"
     timm_class = VisionTransformer
-    timm_modules = ("vision_transformer", "deit")
+    timm_modules = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
     members = {
         "vit-micro": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 100}
     }
@@ -46,36 +50,44 @@ class ViT(TimmBackbone):
         "dinov2-b14-reg": "timm:vit_base_patch14_reg4_dinov2.lvd142m",
         "mae-b16": "timm:vit_base_patch16_224.mae",
     }
-    block_table = (
-        Row("tokens", "tokens", "tokens", ""),
-        Row("norm", "norm", "norm1", "norm1"),
-        Row("linear", "q", "attn.q", "attn.qkv", part=(0, 3)),
-        Row("linear", "k", "attn.k", "attn.qkv", part=(1, 3)),
-        Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
-        Row("attention", "attn", "attn.product", "attn"),
-        Row("linear", "o", "attn.o", "attn.proj"),
-        Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
-        Row("norm", "norm", "norm2", "norm2"),
-        Row("linear", "up", "mlp.up", "mlp.fc1"),
-        Row("linear", "down", "mlp.down", "mlp.fc2"),
-        Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
-        Row("block", "block", "", ""),
-    )
-    elementwise = ("mlp.act",)
+    block_table = vit_blocks.PRE_NORM
+    elementwise = ("mlp.act", "mlp_act", "ffns.0.mlp.act", "ffns.1.mlp.act")
     gives = ("pooled", "tokens", "maps")
     plain_blocks = True
     tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """A timm model of pre-norm blocks, or the embedded `vit-micro`."""
+        """A timm model of blocks that are described (`vit_blocks`), or the embedded `vit-micro`."""
         module = super().build(name, pretrained=pretrained, **kwargs)
-        odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, Block)), None)  # type: ignore[union-attr]
+        known = tuple(vit_blocks.KINDS)
+        odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, known)), None)  # type: ignore[union-attr]
         if odd is not None:
             raise UndescribedError(
-                f"'{name}' is built of {odd}; the family 'vit' describes pre-norm blocks ({Block.__name__})."
+                f"'{name}' is built of {odd}; the family 'vit' describes {', '.join(k.__name__ for k in known)}."
             )
         return module
+
+    def take_head(self) -> nn.Module | None:
+        """Take timm's classifier off, or both of a distilled network."""
+        own = self.module.get_classifier()  # type: ignore[operator]
+        if not (isinstance(own, tuple) and all(isinstance(each, nn.Linear) for each in own)):
+            return super().take_head()
+        head, dist = own
+        both = DistilledHead(head.in_features, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
+        both.head, both.head_dist = head, dist
+        self.module.reset_classifier(0)  # type: ignore[operator]
+        return both
+
+    def put_head(self, module: nn.Module, head: nn.Module) -> None:
+        """Make `head` the classifier of a merged module: a linear one on the pooled features, or that of two tokens."""
+        if not isinstance(head, DistilledHead):
+            return super().put_head(module, head)
+        module.reset_classifier(head.out_features)  # type: ignore[operator]
+        for own, trained in zip(module.get_classifier(), (head.head, head.head_dist)):  # type: ignore[operator]
+            own.load_state_dict(trained.state_dict())
+            own.to(device=trained.weight.device, dtype=trained.weight.dtype)
+        return None
 
     @property
     def num_prefix(self) -> int:
@@ -100,11 +112,10 @@ class ViT(TimmBackbone):
 
     @classmethod
     def half(cls, block: Any, role: str, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]
-        """`x + DP(LS(Attn(LN1 x)))`, or `x + DP(LS(MLP(LN2 x)))`."""
-        if role == "attn":
-            attended = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            return x + block.drop_path1(block.ls1(attended))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        """`x + DP(LS(Attn(LN1 x)))`, or `x + DP(LS(MLP(LN2 x)))`; other kinds of blocks as `vit_blocks` says."""
+        return vit_blocks.half(
+            block, role, x, **({"attn_mask": attn_mask, "is_causal": is_causal} if role == "attn" else {})
+        )
 
     @classmethod
     def surgery(cls) -> Any:
@@ -125,16 +136,13 @@ class ViT(TimmBackbone):
         found += self._norms(("patch_embed.norm", "norm_pre"), dim)
         token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
         for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
-            attention = block.attn
-            found += self.points_of_block(
+            found += vit_blocks.points_of(
+                self,
                 block,
                 f"blocks.{i}",
                 f"blocks.{i}",
-                dim,
-                attention.num_heads,
                 block=i,
                 layout=Layout(self.num_prefix, tuple(getattr(module.patch_embed, "grid_size", None) or ())),  # type: ignore[arg-type]
-                attention={"head_dim": attention.head_dim},
                 tokens={
                     "num_prefix": self.num_prefix,
                     "first": i == 0,

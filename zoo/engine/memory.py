@@ -10,7 +10,8 @@ Settings (`model.memory`):
 
 - "off": everything is kept that torch keeps, and no hook on saved tensors is installed.
 - "default": outputs of norms, activations and the adapters' own elementwise steps are recomputed.
-- "low": also the up-projection of each MLP, a third of the block's matrix products, whose output is the largest tensor.
+- "low": also the up-projection of each MLP and its gate, a third of the block's matrix products, whose output is the largest
+  tensor.
 - "min": blocks are checkpointed: only their inputs are kept.
 
 Under `torch.compile` nothing of this is active: the compiler's partitioner makes the same trade by itself. Nor is it inside of
@@ -65,6 +66,10 @@ class Recipe:
                 yield from item.tensors()
             elif isinstance(item, Tensor):
                 yield item
+
+
+def _view(whole: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    return whole.as_strided(size, stride, whole.storage_offset() + offset)
 
 
 class _Packed:
@@ -122,14 +127,20 @@ class Saver:
         entries[key] = _Entry(output, Recipe(fn, held, self._autocast), weakref.ref(output, forget))
 
     def _find(self, tensor: Tensor) -> Recipe | None:
-        """The recipe of a tensor that is itself, whole, the output of one."""
-        entry = self._entries.get(tensor.untyped_storage().data_ptr())
+        """The recipe of a tensor that is the output of one, or a view of it: half of a fused projection, say.
+
+        A recipe that held the view itself would keep the storage of the whole.
+        """
+        entry = self._entries.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None
         if entry is None or entry.version != tensor._version:
             return None
         source = entry.ref()
-        if source is None or source.shape != tensor.shape or source.stride() != tensor.stride():
+        if source is None or source.dtype != tensor.dtype:
             return None
-        return entry.recipe
+        offset = int(tensor.storage_offset()) - entry.offset
+        if offset == 0 and source.shape == tensor.shape and source.stride() == tensor.stride():
+            return entry.recipe
+        return Recipe(_view, (entry.recipe, tensor.size(), tensor.stride(), offset), self._autocast)
 
     def _pack(self, tensor: Tensor) -> Any:
         entry = self._entries.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None

@@ -8,6 +8,7 @@ from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
+from vision.families.parts.vit_blocks import flows
 from zoo.errors import AttachError
 from zoo.points import Point
 
@@ -24,8 +25,8 @@ def record(family: Backbone, session: Recorder, point: Point, verb: str, module:
     """
     path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
     block = family.module.get_submodule(path)
-    attention = block.attn
-    if type(attention) is Attention:
+    attention = getattr(block, "attn", block) if point.kind == "tokens" else point.module
+    if type(attention) is Attention or (point.kind == "tokens" and flows(block, options)):
         from vision.families.parts.vit_attention import record as put
     elif type(attention) is WindowAttention:
         from vision.families.parts.swin_attention import record as put

@@ -43,10 +43,11 @@ def _columns(linear: Any, index: Sequence[int]) -> None:
 
 def _attention(name: str, block: Any) -> tuple[Any, int]:
     """The attention of a block, and the width of a head."""
-    attention = block.attn
-    if type(attention).__name__ not in ("Attention", "WindowAttention") or type(attention.qkv) is not nn.Linear:
+    attention = getattr(block, "attn", block)
+    qkv = getattr(attention, "qkv", None)
+    if type(attention).__name__ not in ("Attention", "WindowAttention") or type(qkv) is not nn.Linear:
         raise ConfigError(
-            f"the attention of '{name}' is a {type(attention).__name__} ({type(attention.qkv).__name__}); its heads cannot be "
+            f"the attention of '{name}' is a {type(attention).__name__} ({type(qkv).__name__}); its heads cannot be "
             "taken out. Prune before quantising, and use timm's Attention or WindowAttention."
         )
     if (
@@ -92,7 +93,7 @@ def cut_neurons(name: str, block: Any, gone: Sequence[int]) -> dict[str, Cut]:
 
 
 def _mlp(name: str, block: Any) -> Any:
-    mlp = block.mlp
+    mlp: Any = getattr(block, "mlp", block)
     plain = type(mlp).__name__ == "Mlp" and type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
     if not plain or not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         raise ConfigError(

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
-from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zoo.engine.attention import heads
@@ -184,6 +185,11 @@ def record(family: Backbone, session: Recorder, point: Point, verb: str, module:
             "WindowAttention. Use a backbone with one of these, or leave the point out of the targets."
         )
     block = family.module.get_submodule(point.path.rpartition(".")[0])
+    if not isinstance(block, (Block, SwinTransformerBlock)):
+        raise AttachError(
+            f"'{point.name}' is in a {type(block).__name__}; queries are described for timm's pre-norm blocks. Use a backbone of "
+            "these, or leave the point out of the targets."
+        )
 
     def op(site_module: nn.Module, kind: Any, where: str, fn: Any) -> None:
         made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), last=True)

@@ -157,6 +157,14 @@ class TimmBackbone(Backbone):
         return pooled.contiguous()  # a class token is a view, for which backward would keep the tokens of the last norm
 
     @property
+    def pools(self) -> bool:  # type: ignore[override]
+        """False with `global_pool=""`: all tokens (or a map) come out, and no classifier stands on these."""
+        own = getattr(self.module, "global_pool", None)
+        if not isinstance(own, str):
+            own = getattr(getattr(getattr(self.module, "head", None), "global_pool", None), "pool_type", None)
+        return own != ""
+
+    @property
     def feature_dim(self) -> int:
         """Width of the pooled features."""
         return int(self.module.head_hidden_size)  # type: ignore[arg-type]
@@ -166,7 +174,7 @@ class TimmBackbone(Backbone):
         head = self.module.get_classifier()  # type: ignore[operator]
         self.module.reset_classifier(0)  # type: ignore[operator]
         # A distilled model has two classifiers, one for each token; no single head on the mean of the tokens equals both.
-        return head if isinstance(head, nn.Linear) else None
+        return head if isinstance(head, nn.Linear) and self.pools else None
 
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vision.families.parts.vit_blocks import attentions
 from zoo.engine.attention import FusedAttention, FusedKeys, Given, Prompts, recorder
 from zoo.engine.kept import Insert, Overwrite, kept
 from zoo.engine.sites import BlockSite, Site
@@ -32,13 +33,13 @@ def record(
     replace: bool = False,
 ) -> None:
     """Record the ops of `extend` and `prompt`; see `vision.families.parts.attention.record`."""
-    attention: Any = block.attn
     backbone: Any = family.module
+    within = attentions(block)
     op = recorder(session, point, verb, module)
     # Where the class token alone is read, prompts leaving the last block are read by nobody.
     pooled = pooled and (backbone.global_pool != "token" or backbone.attn_pool is not None)
     if verb in ("extend", "gate"):
-        op(attention, FusedAttention, "forward", Given(module))
+        op(point.module, FusedAttention, "forward", Given(module))
     elif replace:
         op(block, BlockSite, "input", Overwrite(module, *kept(session, point, backbone.blocks)), per_row=False)
     elif keep or (pooled and block is backbone.blocks[-1]):
@@ -48,6 +49,8 @@ def record(
         if not pooled:
             op(backbone.norm, Site, "input", insert.strip, per_row=False)
     else:
-        through: tuple[Any, ...] = (block.norm1, attention.qkv, attention.k_norm)
-        project = FusedKeys(block.norm1, attention.qkv, attention.k_norm, attention.num_heads)  # type: ignore[arg-type]
-        op(attention, FusedAttention, "forward", Prompts(session.owner, module, through, project))
+        # the same prompts are keys and values of every attention that the block's tokens pass
+        for norm, attention in within:
+            through: tuple[Any, ...] = (norm, attention.qkv, attention.k_norm)
+            project = FusedKeys(norm, attention.qkv, attention.k_norm, attention.num_heads)
+            op(attention, FusedAttention, "forward", Prompts(session.owner, module, through, project))
