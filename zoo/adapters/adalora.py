@@ -124,6 +124,7 @@ class AdaLoRA(Adapter):
     beta2: float = 0.85
     orthogonality: float = 0.1
 
+    plans_steps = True
     default_lr = 1e-3
     default_weight_decay = 0.0
     paper = "Zhang et al. 2023"

@@ -42,6 +42,7 @@ class Adapter(Structured):
     # A network beside the backbone that only reads it: alone, it learns nothing through the backbone, whose inputs then get
     # no gradient
     side_network: ClassVar[bool] = False
+    plans_steps: ClassVar[bool] = False  # its own schedule spans the steps of a run, which cannot become others then
     stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
     default_lr: ClassVar[float] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01  # of matrices; vectors have none

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from zoo.data.dataset import ImageDataset
+from zoo.data.digest import content
 from zoo.disk import write_file
-from zoo.errors import ConfigError, MismatchError, WeightsError
-from zoo.train.checkpoint import pack_extra, read_state, unpack_extra, write_state
+from zoo.errors import ConfigError, WeightsError
+from zoo.train.checkpoint import read_state, write_state
+from zoo.train.states import State, take
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -35,68 +33,6 @@ __all__ = ["Ledger", "State", "data_identity", "structure", "take"]
 
 STATE, START, DONE = "state.json", "start.safetensors", "done.safetensors"
 FORMAT = 1
-
-
-class State:
-    """Tensors of all adapters and heads of a model, on the CPU, and what adapters say of themselves."""
-
-    def __init__(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        self.tensors, self.about = tensors, about
-
-    def put(self, model: Model) -> None:
-        """Put it back into a model of the same structure.
-
-        Raises:
-            MismatchError: the model has other adapters or heads, or of other shapes.
-        """
-        if list(self.about["adapters"]) != list(model.adapters):
-            raise MismatchError(
-                f"The run's state is of a model with the adapters {', '.join(self.about['adapters']) or 'none'}; this one has "
-                f"{', '.join(model.adapters) or 'none'}. Give zoo.run the same model as before, or pass resume=False."
-            )
-        for name, about in self.about["adapters"].items():
-            adapter: Any = model.adapters[name]
-            if about["plan"] != adapter.plan:
-                adapter.plan = about["plan"]
-                model.reattach(name)
-            if "extra" in about:
-                adapter.load_extra_state(model, unpack_extra(about["extra"], self.tensors))
-        own = _tensors(model)
-        for name, value in self.tensors.items():
-            if name.startswith("extra:"):
-                continue
-            mine = own.get(name)
-            if mine is None or mine.shape != value.shape:
-                found = "is missing" if mine is None else f"has shape {tuple(mine.shape)}"
-                raise MismatchError(
-                    f"The run's state holds '{name}' of shape {tuple(value.shape)}; in this model it {found}. Give zoo.run the "
-                    "same model as before, or pass resume=False."
-                )
-            with torch.no_grad():
-                mine.copy_(value)
-        model.classes, model.record = self.about["classes"], json.loads(json.dumps(self.about["record"]))
-
-
-def take(model: Model) -> State:
-    """The present state of a model: copies."""
-    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in _tensors(model).items()}
-    adapters: dict[str, Any] = {}
-    for name in model.adapters:
-        adapter: Any = model.adapters[name]
-        adapters[name] = {"plan": adapter.plan}
-        if (extra := adapter.extra_state()) is not None:
-            adapters[name]["extra"] = pack_extra(extra, name, tensors)
-    return State(tensors, {"adapters": adapters, "classes": model.classes, "record": dict(model.record)})
-
-
-def _tensors(model: Model) -> dict[str, Tensor]:
-    owners = [(name, model.adapters[name]) for name in model.adapters]
-    owners += [(f"head:{name}", head) for name, head in model.heads.items()]
-    return {
-        f"{owner}/{name}": tensor
-        for owner, module in owners
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    }
 
 
 def structure(model: Model) -> dict[str, Any]:
@@ -111,15 +47,12 @@ def structure(model: Model) -> dict[str, Any]:
 
 
 def data_identity(data: Any) -> Any:
-    """What makes data these and no others, as JSON: sizes, labels and classes, in the structure in which they were given."""
+    """What makes data these and no others, as JSON (`zoo.data.digest`), in the structure in which they were given."""
     if isinstance(data, Mapping):
         return {str(name): data_identity(part) for name, part in data.items()}
     if isinstance(data, (list, tuple)):
         return [data_identity(part) for part in data]
-    if isinstance(data, ImageDataset):
-        labels = data.labels
-        return [len(data), None if labels is None else zlib.crc32(labels.tobytes()), data.classes]
-    return None if data is None else repr(type(data))
+    return content(data) if isinstance(data, ImageDataset) else None if data is None else repr(type(data))
 
 
 class Ledger:

@@ -9,9 +9,10 @@ place in it (see `zoo.data.seeds`). Nothing is ever pickled.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from torch.nn import Module, Parameter
 
 from zoo.disk import write_file
 from zoo.errors import ConfigError, MismatchError, WeightsError
+from zoo.train.identity import differences
+from zoo.train.settings import CHANGEABLE
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -45,7 +48,7 @@ __all__ = [
 ]
 
 LAST = "last.safetensors"
-FORMAT = 1
+FORMAT = 2
 EXTRA = "extra:"
 OPTIMIZER = "optimizer:"
 CALLBACK = "callback:"
@@ -73,6 +76,18 @@ class Run:
     sums: list[float] = field(default_factory=list)
     scale: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    finished: bool = False
+    batches: int = 0
+    """Batches of a whole epoch."""
+    leg_step: int = 0
+    """Where batches of the present size began (`zoo.train.resuming`)."""
+    leg_epoch: int = 0
+    begun: list[int] = field(default_factory=lambda: [0, 0])
+    """Epoch and step where the present schedule began."""
+    birth: int = 0
+    """From which step on the schedule counts; where it was shifted, not where it began."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Which settings were changed on the way, and where."""
 
 
 class Snapshot(dict[str, Tensor]):
@@ -122,11 +137,11 @@ def restore_plans(model: Model, adapters: Mapping[str, Any]) -> None:
             model.reattach(name)
 
 
-def restore(model: Model, saved: Snapshot, callbacks: Sequence[Any] = ()) -> None:
+def restore(model: Model, saved: Snapshot, callbacks: Sequence[Any] = (), *, complete: bool = False) -> None:
     """Put a snapshot back.
 
     Shapes that an adapter has changed since (`zoo.adapters.structure`) are made anew. `load_extra_state(model, state)` is called
-    before tensors return to their places.
+    before tensors return to their places. `complete`: every tensor of the model must be in it.
 
     Raises:
         MismatchError: the model has other parameters, or of other shapes.
@@ -158,8 +173,15 @@ def restore(model: Model, saved: Snapshot, callbacks: Sequence[Any] = ()) -> Non
                 f"The checkpoint holds '{name}' of shape {tuple(value.shape)}; in this model it {found}. Resume with the model "
                 "that the run began with, or pass resume=False."
             )
-        with torch.no_grad():
-            tensor.copy_(value)
+    if complete and (missing := [name for name in tensors if name not in saved]):
+        raise MismatchError(
+            f"The checkpoint lacks {len(missing)} tensors that this model has, first '{missing[0]}': they would be left as "
+            "they were drawn. Resume with the model that the run began with, or pass resume=False."
+        )
+    with torch.no_grad():
+        for name, value in saved.items():
+            if not name.startswith(EXTRA):
+                tensors[name].copy_(value)
 
 
 def parameters_of(model: Model) -> dict[str, Parameter]:
@@ -206,6 +228,8 @@ class Saved:
     model: Snapshot
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    different: dict[str, str] = field(default_factory=dict)
+    """What differs from the run that asks for it, and may."""
 
 
 class Store:
@@ -242,8 +266,13 @@ class Store:
         write_state(self.folder / LAST, {**taken, **{OPTIMIZER + n: t for n, t in tensors.items()}}, state)
         self._sweep(best)
 
-    def read(self, identity: Mapping[str, Any]) -> Saved | None:
+    def read(
+        self, identity: Mapping[str, Any], may_differ: Callable[[Saved, dict[str, str]], Iterable[str]]
+    ) -> Saved | None:
         """The checkpoint, if there is one.
+
+        Args:
+            may_differ: of the checkpoint and of what differs (`zoo.train.identity.differences`), the names that may.
 
         Raises:
             ConfigError: it is of another run.
@@ -253,18 +282,21 @@ class Store:
         if found is None:
             return None
         tensors, state = found
-        former, now = state["identity"], json.loads(json.dumps(identity))
-        differences = [
-            f"{name} was {former['settings'].get(name)!r}, is {value!r}"
-            for name, value in now["settings"].items()
-            if former["settings"].get(name) != value
-        ]
-        differences += [f"the {part} changed" for part in now if part != "settings" and former[part] != now[part]]
-        if differences:
+        saved = self._parts(tensors, state)
+        different = differences(state["identity"], json.loads(json.dumps(identity)))
+        allowed = set(may_differ(saved, different))
+        if wrong := [words for name, words in different.items() if name not in allowed]:
+            names = [f"'{name}'" for name in different if name in CHANGEABLE]
+            ask = f"ask for the change (resume=[{', '.join(names)}]), " if len(names) == len(different) else ""
             raise ConfigError(
-                f"The checkpoint in '{self.folder}' is of another run: {'; '.join(differences)}. Resume with the same settings, "
+                f"The checkpoint in '{self.folder}' is of another run: {'; '.join(wrong)}. Resume with the same settings, {ask}"
                 "choose another checkpoint folder, or pass resume=False to begin anew."
             )
+        saved.different = {name: words for name, words in different.items() if name in allowed}
+        return saved
+
+    @staticmethod
+    def _parts(tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Saved:
         optimizer = {n[len(OPTIMIZER) :]: t for n, t in tensors.items() if n.startswith(OPTIMIZER)}
         model = {n: t for n, t in tensors.items() if not n.startswith(OPTIMIZER)}
         return Saved(Snapshot(model, state["adapters"]), optimizer, state)
@@ -303,9 +335,29 @@ def _best(step: int | None) -> str:
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """One safetensors file with `state` as JSON in its metadata."""
+    """One safetensors file with `state` as JSON in its metadata, and a checksum of every byte."""
     plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_file(path, dump(plain, {"format": "pt", "zoo.format": str(FORMAT), "zoo.state": json.dumps(state)}))
+    about = {"format": "pt", "zoo.format": str(FORMAT), "zoo.state": json.dumps(state), "zoo.checksum": _BLANK.decode()}
+    data = dump(plain, about)
+    write_file(path, data.replace(_CHECKSUM % _BLANK, _CHECKSUM % _checksum(data), 1))
+
+
+_BLANK = b"0" * 64
+_CHECKSUM = b'"zoo.checksum":"%s"'
+
+
+def _checksum(data: bytes) -> bytes:
+    """Of a file in which the place of the checksum is blank."""
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _check_whole(data: bytes) -> None:
+    """Raise ValueError unless the bytes are those that were written."""
+    found = re.search(rb'"zoo\.checksum":"([0-9a-f]{64})"', data)
+    if found is None:
+        raise ValueError("it has no checksum: not a checkpoint of this version")
+    if _checksum(data[: found.start(1)] + _BLANK + data[found.end(1) :]) != found[1]:
+        raise ValueError("its bytes are not those that were written")
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -317,6 +369,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
+        _check_whole(path.read_bytes())
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from torch import Tensor
 from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, TEXT, Kind, instance, one_of, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.open import SPLITS
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.tasks import Classify, Task, resolve
 from zoo.tasks.metrics import named_metrics
 from zoo.train.aids import make_aids
@@ -139,7 +140,9 @@ def evaluate(
     kept = {"testing": "test", "eval": "test", "valid": "val", "validation": "val", "dev": "val"}.get(found, found)
     if kept and not (record is None and kept in ("train", "training")):
         numbers = {
-            k: v for k, v in result.items() if isinstance(v, float) and k not in ("seconds", "images_per_second")
+            k: v
+            for k, v in result.items()
+            if isinstance(v, float) and math.isfinite(v) and k not in ("seconds", "images_per_second")
         }
         model.record.setdefault("metrics", {})[kept] = numbers
         model.record.setdefault("data", {})[kept] = result["images"]
@@ -231,8 +234,8 @@ def run(
                 with autocast(device, precision), supplied(model, task, inputs, targets, training=False):
                     value, outputs = task.loss(model, inputs, targets)
                 counter.add(outputs, targets, value, batch.count)
-                for metric in further.values():
-                    metric.update(outputs, targets)
+                for name, metric in further.items():
+                    _update(name, metric, outputs, targets)
     finally:
         model.train(training)
     processes.add(counter.totals)
@@ -243,7 +246,7 @@ def run(
             f"{dataset.name}: none of the {task.items(model)} could be read; first: {skipped[0][1] if skipped else 'none there'}"
         )
     for name, metric in further.items():
-        found = metric.compute()
+        found = _compute(name, metric)
         result.update({k: _value(v) for k, v in found.items()} if isinstance(found, dict) else {name: _value(found)})
     seconds = time.perf_counter() - began
     result |= {"seconds": seconds, "images_per_second": result["images"] / seconds}
@@ -288,6 +291,37 @@ class _Counter:
     def per_class(self, names: Sequence[str]) -> dict[str, float | None]:
         hits, images = self.hits.tolist()
         return {name: h / n if n else None for name, h, n in zip(names, hits, images, strict=True)}
+
+
+class NotYet(ConfigError):
+    """A metric cannot be computed of what it saw."""
+
+
+def _update(name: str, metric: Any, outputs: Any, targets: Any) -> None:
+    try:
+        metric.update(outputs, targets)
+    except ZooError:
+        raise
+    except Exception as error:  # somebody else's code, on outputs that it may not be made for
+        raise ConfigError(
+            f"the metric '{name}' does not take what the model gives, {_shape(outputs)}, with targets {_shape(targets)} "
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]})."
+        ) from error
+
+
+def _compute(name: str, metric: Any) -> Any:
+    try:
+        return metric.compute()
+    except ZooError:
+        raise
+    except Exception as error:
+        raise NotYet(
+            f"the metric '{name}' cannot be computed ({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]})."
+        ) from error
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _value(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.arguments import DEVICE, FLAG, FUNCTION, NOTHING, PATH, typed, whole
+from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, PATH, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, call, resolve
-from zoo.train.evaluation import MODEL, TASK, WORKERS, autocast, input_dtype, split_of, supplied, to_device
+from zoo.tasks.metrics import named_metrics
+from zoo.train.evaluation import METRICS, MODEL, TASK, WORKERS, autocast, input_dtype, split_of, supplied, to_device
+from zoo.train.failing import Before
 from zoo.train.hooks import HOOKS
 from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
@@ -42,7 +45,8 @@ __all__ = ["fit"]
     keep=KINDS["keep"] | NOTHING,
     checkpoint=PATH | NOTHING,
     checkpoint_every=whole(1) | NOTHING,
-    resume=FLAG,
+    metrics=METRICS | NOTHING,
+    resume=FLAG | NAMES,
     out=PATH | NOTHING,
     workers=WORKERS,
     device=DEVICE | NOTHING,
@@ -74,6 +78,7 @@ def fit(
     augment: str | None = None,
     seed: int = 0,
     patience: int | None = None,
+    metrics: Mapping[str, Any] | Sequence[str] | None = None,
     monitor: str | None = None,
     keep: str | None = None,
     val_fraction: float = 0.1,
@@ -82,7 +87,7 @@ def fit(
     streams: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
-    resume: bool = True,
+    resume: bool | Sequence[str] = True,
     out: str | Path | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,
@@ -117,7 +122,9 @@ def fit(
         mixup, cutmix: alpha of their beta distributions; 0 is off.
         augment: of the default preprocessing in training: "crop-flip", "crop" or "none".
         patience: stop after so many epochs without a better `monitor`.
-        monitor: "accuracy", "loss" or another number of `zoo.evaluate`; by default the task's.
+        metrics: what is measured on `val` besides, as `zoo.evaluate` takes it: names, or names with objects of torchmetrics.
+        monitor: "accuracy", "loss" or another number of `zoo.evaluate`, one of `metrics` too; by default the task's. Less is
+            better of losses, errors and metrics that say so, and of "-name".
         keep: "best" or "last" weights; by default best if there is `val` or `patience`.
         val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
         drop_last: leave out a last batch that is not full.
@@ -126,7 +133,10 @@ def fit(
             (`optimizer.stream("replay")`): what `zoo.open_dataset` takes, or a `zoo.train.Stream` of it. A stream that ends
             begins again, in another order, or is refused beforehand (`Stream(..., ends="refuse")`).
         checkpoint: folder for checkpoints, written after every epoch and every `checkpoint_every` steps. If it holds one
-            of the same run and `resume` is true, training goes on from there, to exactly the numbers of an unbroken run.
+            of the same run and `resume` is true, training goes on from there, to exactly the numbers of an unbroken run; beyond
+            the end of a finished one if more epochs (or steps) are asked for. Another run is refused, naming what differs.
+        resume: False begins anew; names of settings that may differ from the checkpoint's, such as ["lr", "batch_size"], are a
+            change on the way (`zoo.train.resuming`).
         out: folder for report.json and curves.png.
         workers: processes that load images; by default none beside a CPU model, up to 8 beside a GPU.
         device: by default where the model is if that is a GPU, else what accelerate chooses.
@@ -188,26 +198,34 @@ def fit(
             _same_classes(train_set, val_set)
     further = {name: Stream.of(data).open(name, model, what, augment) for name, data in (streams or {}).items()}
     processes = Processes(device, model)
-    with kept_generators(), Progress(progress and processes.main) as bar:
-        trainer = Trainer(
-            model,
-            train_set,
-            val_set,
-            settings,
-            processes,
-            task=what,
-            workers=workers,
-            folder=Path(checkpoint) if checkpoint is not None else None,
-            every=checkpoint_every,
-            callbacks=callbacks,
-            bar=bar,
-            streams=further,
-        )
-        trainer.prepare(resume)
-        trainer.fit()
-        if train_set.classes is not None and isinstance(what, Classify):
-            model.classes = list(train_set.classes)
-        report = trainer.report()
+    folder = Path(checkpoint) if checkpoint is not None else None
+    before = Before(model, folder)
+    try:
+        with kept_generators(), Progress(progress and processes.main) as bar:
+            trainer = Trainer(
+                model,
+                train_set,
+                val_set,
+                settings,
+                processes,
+                task=what,
+                workers=workers,
+                folder=folder,
+                every=checkpoint_every,
+                callbacks=callbacks,
+                bar=bar,
+                streams=further,
+                metrics=named_metrics(metrics, model.num_classes),
+                before=before,
+            )
+            trainer.prepare(resume)
+            trainer.fit()
+            if train_set.classes is not None and isinstance(what, Classify):
+                model.classes = list(train_set.classes)
+            report = trainer.report()
+    except BaseException as error:
+        before.settle(error)
+        raise
     _record(model, report, trainer)
     if out is not None and processes.main:
         report.save(out)
@@ -234,7 +252,7 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     record["data"]["train"] = len(trainer.train)
     if trainer.val is not None:
         record["data"]["val"] = len(trainer.val)
-    numbers = {k[4:]: v for k, v in report.metrics.items() if k.startswith("val_")}
+    numbers = {k[4:]: v for k, v in report.metrics.items() if k.startswith("val_") and math.isfinite(v)}
     record["metrics"] = {"val": numbers} if numbers else {}
     record["hyperparameters"] = {
         k: v for k, v in report.settings.items() if v is not None and v != {} and isinstance(v, (int, float, str, dict))

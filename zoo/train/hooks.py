@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from zoo.model import Model
     from zoo.tasks import Task
 
-__all__ = ["HOOKS", "Hooks", "training_hooks"]
+__all__ = ["HOOKS", "Hooks", "Unheard", "training_hooks"]
 
 HOOKS = (
     "fit_start",
@@ -160,6 +160,13 @@ class Hooks:
     def ready(self) -> bool:
         """Whether every active adapter has reached what it trains towards (`Adapter.ready`)."""
         return all(adapter.ready() for adapter in self.adapters)
+
+
+class Unheard(Hooks):
+    """Hooks that nobody is told of: for a pass that is no part of the training."""
+
+    def _call(self, hook: str, *arguments: Any) -> list[Any]:
+        return []
 
 
 def _uncalibrated(receiver: Any) -> bool:

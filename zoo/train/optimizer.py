@@ -300,15 +300,27 @@ class OptimizerService:
                     else:
                         plain[f"{name}|{key}"] = _json(value)
         frozen = [n for n, p in self.parameters.items() if not p.requires_grad]
-        return {"step": self.step_count, "groups": groups, "plain": plain, "frozen": frozen}, tensors
+        state = {
+            "step": self.step_count,
+            "groups": groups,
+            "plain": plain,
+            "frozen": frozen,
+            "tensors": sorted(tensors),
+        }
+        return state, tensors
 
     def load(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], known: Mapping[str, Parameter]) -> None:
         """Go on from `save`. `known` are the model's parameters by name.
 
         Raises:
-            MismatchError: a parameter of the checkpoint is not in the model.
+            MismatchError: a parameter of the checkpoint is not in the model, or what was saved of the optimizer is not all there.
         """
         known = {**known, **self.parameters}
+        if lacking := sorted(set(saved["tensors"]) ^ set(tensors)):
+            raise MismatchError(
+                f"The checkpoint's optimizer has {len(tensors)} tensors where {len(saved['tensors'])} were saved; the first that "
+                f"differs is '{lacking[0]}'. The file was changed: pass resume=False to begin anew."
+            )
         names = [n for g in saved["groups"] for n in g["names"]]
         if missing := [n for n in names if n not in known]:
             raise MismatchError(

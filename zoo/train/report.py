@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Report:
         }
 
     def to_json(self) -> str:
-        return json.dumps({k: v for k, v in asdict(self).items() if k != "out"}, indent=2)
+        """JSON as the standard has it: NaN and infinities, which it does not know, are null."""
+        return json.dumps(_finite({k: v for k, v in asdict(self).items() if k != "out"}), indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `curves.png`; returns the folder."""
@@ -118,3 +120,11 @@ class Report:
             f"{self.seconds:.0f} s; "
             f"epoch {self.best.get('epoch', 0)} ({self.best.get('chosen', 'last')}): {numbers}"
         )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from zoo.train.evaluation import PRECISIONS
 from zoo.train.optimizers import OPTIMIZERS, MakeOptimizer
 from zoo.train.schedule import check_schedule
 
-__all__ = ["KINDS", "Settings"]
+__all__ = ["CHANGEABLE", "KINDS", "Settings"]
 
 _OPTIMIZER = Kind(
     f"one of {', '.join(OPTIMIZERS)}, or a function from param groups to a torch optimizer",
@@ -49,6 +49,24 @@ KINDS: dict[str, Kind] = {
     "val_fraction": number(above=0, below=1),
     "drop_last": FLAG,
 }
+
+# what a run that goes on may be given anew, if it is asked for (`zoo.train.resuming`)
+CHANGEABLE = (
+    *(
+        "epochs",
+        "steps",
+        "batch_size",
+        "accumulate",
+        "lr",
+        "schedule",
+        "warmup",
+        "clip",
+        "patience",
+        "precision",
+        "memory",
+    ),
+    *("label_smoothing", "mixup", "cutmix", "augment", "drop_last"),
+)
 
 
 @dataclass

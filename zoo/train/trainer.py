@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.seeds import seed_everything
@@ -20,13 +17,18 @@ from zoo.tasks import Task
 from zoo.train import evaluation
 from zoo.train.aids import make_aids
 from zoo.train.batches import Batch, BatchPlan, make_loader
+from zoo.train.calibration import Calibration
 from zoo.train.checkpoint import Run, Saved, Snapshot, Store, parameters_of, restore, restore_plans, snapshot
-from zoo.train.evaluation import to_device
+from zoo.train.choice import NO_METRICS, score_of
+from zoo.train.failing import Before
 from zoo.train.hooks import HOOKS, Hooks
+from zoo.train.identity import identity
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
+from zoo.train.rehearsal import rehearsal
 from zoo.train.report import Report
+from zoo.train.resuming import asked, batches_of_epoch, length, may_differ, new_leg
 from zoo.train.schedule import add_parameters, default_lr, warmup_steps
 from zoo.train.settings import Settings
 from zoo.train.step import Stepper
@@ -56,10 +58,13 @@ class Trainer:
         callbacks: Sequence[Any],
         bar: Progress,
         streams: Mapping[str, Stream] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        before: Before | None = None,
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
-        self.items = task.items(model)
+        self.before = before
+        self.items, self.metrics = task.items(model), dict(metrics or {})
         # a task's own modules: the first, whatever callbacks a run goes on with
         self.aids = make_aids(task, model, processes.device, settings.seed)
         callbacks = callbacks if self.aids is None else [self.aids, *callbacks]
@@ -84,29 +89,34 @@ class Trainer:
             raise ConfigError(
                 f"drop_last=True leaves nothing: {len(train)} {self.items} are less than one batch of {settings.batch_size}."
             )
-        self.total = settings.steps or settings.epochs * self.plan.batches
-        self.epochs = math.ceil(self.total / self.plan.batches)
+        self.run = Run(batches=self.plan.batches)
+        self.total, self.epochs = length(self)
         for stream in self.streams.values():
             stream.begin(processes.device, settings, self.total)
         self.loader = make_loader(train, self.plan, workers=workers, device=processes.device, seed=settings.seed)
-        self.run = Run()
         self.chosen: Snapshot | None = None
+        self.identity: dict[str, Any] = {}
 
     # -- before the first step --------------------------------------------------------------------------------------
 
-    def prepare(self, resume: bool) -> None:
+    def prepare(self, resume: bool | Sequence[str]) -> None:
         """Calibrate, make the optimizer, and go back to where the checkpoint is, if there is one."""
         model, processes, settings = self.model, self.processes, self.settings
+        again, may = asked(resume)
         model.to(processes.device)
         processes.share_module(model)
-        saved = self.store.read(self._identity()) if resume else None
+        saved = None
+        if self.store.folder is not None:
+            self.identity = identity(model, settings, self.task, self.train, self.val, self.streams)
+            if again:
+                saved = self.store.read(self.identity, lambda found, other: may_differ(found, other, may, self))
         processes.same(str(saved and saved.state["run"]["step"]), "checkpoints")
         if saved is not None:
             restore_plans(model, saved.state["adapters"])
         model.train()
         if self.hooks.needs_calibration and saved is None:
             seed_everything(settings.seed, "calibrate")
-            self.hooks.calibrate(_Calibration(self), self.task)
+            self.hooks.calibrate(Calibration(self), self.task)
             processes.share_module(model)
         parameters = model.parameters_to_train()
         if self.aids is not None:
@@ -118,8 +128,9 @@ class Trainer:
                 "num_classes=..."
             )
         processes.same(repr([(n, tuple(p.shape)) for n, p in parameters.items()]), "trained parameters")
+        self.base_lr = default_lr(model) if settings.lr is None else _base(settings.lr)
         service = OptimizerService(
-            lr=default_lr(model) if settings.lr is None else _base(settings.lr),
+            lr=self.base_lr,
             total_steps=self.total,
             optimizer=settings.optimizer,
             schedule=settings.schedule,
@@ -135,27 +146,47 @@ class Trainer:
         self.hooks.fit_start(service, self.total)
         if saved is not None:
             self._go_back(saved)
+        else:
+            self._rehearse()
         processes.barrier()
         if saved is None:
             self.store.clear()
 
-    def _identity(self) -> dict[str, Any]:
-        data = {"train": self.train, "val": self.val, **{f"stream {n}": s.dataset for n, s in self.streams.items()}}
-        return {
-            "settings": self.settings.to_json(),
-            "data": {name: _data_identity(d) for name, d in data.items() if d is not None},
-            "backbone": [self.model.backbone_name, self.model.fingerprint],
-        }
-
     def _go_back(self, saved: Saved) -> None:
-        restore(self.model, saved.model, self.callbacks)
+        rates = {name: self.service.settings(name)["lr_scale"] for name in self.service.parameters}
+        restore(self.model, saved.model, self.callbacks, complete=True)
         own = {} if self.aids is None else self.aids.parameters()
         self.service.load(saved.state["service"], saved.optimizer, {**parameters_of(self.model), **own})
         self.run = Run(**saved.state["run"])
+        if saved.different:
+            new_leg(self, saved, rates)
+        else:
+            self.total, self.epochs = length(self)
+        self.run.batches = self.plan.batches
         self.stepper.sums.copy_(torch.tensor(self.run.sums, dtype=self.stepper.sums.dtype))
-        self.stepper.scale.load(self.run.scale)
+        if self.run.scale:
+            self.stepper.scale.load(self.run.scale)
         if self.run.best is not None and self.settings.keep == "best":
             self.chosen = self.store.read_best(self.run.best["step"])
+
+    def _rehearse(self) -> None:
+        """Evaluate a few items before the first step: a metric that breaks, or a monitor that there is not, is told now."""
+        if self.val is None:
+            return
+        few = self.val.select(range(min(4, len(self.val), self.settings.batch_size)))
+        known = rehearsal(self.model, few, self.processes, self.task, self.settings.precision, self.metrics)
+        if known is not None and self._chooses:
+            self._check_monitor(known)
+
+    @property
+    def _chooses(self) -> bool:
+        return self.settings.keep == "best" or self.settings.patience is not None
+
+    def _check_monitor(self, known: Iterable[str]) -> None:
+        monitor = self.settings.monitor.removeprefix("-")
+        if monitor not in known:
+            names = ", ".join(name for name in known if name not in NO_METRICS)
+            raise ConfigError(f"monitor is '{monitor}', which the evaluation does not give; it gives {names}.")
 
     # -- the epochs -------------------------------------------------------------------------------------------------
 
@@ -183,7 +214,7 @@ class Trainer:
     def _epoch(self) -> None:
         """The batches of the present epoch that are still to do."""
         run, plan, bar = self.run, self.plan, self.bar
-        batches = min(plan.batches, self.total - run.epoch * plan.batches)
+        batches = batches_of_epoch(self)
         plan.epoch, plan.start, plan.stop = run.epoch, run.batch, batches
         loader = iter(self.loader)
         task = bar.task(f"epoch {run.epoch + 1}/{self.epochs}", batches, run.batch)
@@ -200,6 +231,8 @@ class Trainer:
             run.step += 1
             run.batch += 1
             run.images += planned
+            if self.before is not None:
+                self.before.passed(run.step, self.total)
             elapsed = time.perf_counter() - began
             run.training_seconds += elapsed
             run.epoch_seconds += elapsed
@@ -228,7 +261,7 @@ class Trainer:
             record["accuracy"] = hits / labelled
         if self.val is not None:
             result = self._evaluate()
-            record |= {f"val_{k}": result[k] for k in result if k not in ("images", "seconds", "images_per_second")}
+            record |= {f"val_{k}": result[k] for k in result if k not in NO_METRICS}
         record["seconds"] = run.epoch_seconds
         record["images_per_second"] = images / run.epoch_seconds if run.epoch_seconds else 0.0
         run.history.append(record)
@@ -252,6 +285,7 @@ class Trainer:
             task=self.task,
             precision=self.settings.precision,
             workers=self.workers,
+            metrics=self.metrics,
             bar=self.bar,
             seed=self.settings.seed,
         )
@@ -259,20 +293,16 @@ class Trainer:
     def _choose(self, record: dict[str, Any]) -> None:
         """Remember the weights if they are the best so far; stop if that was too long ago."""
         run, settings = self.run, self.settings
-        if settings.keep != "best" and settings.patience is None:
+        if not self._chooses:
             return
-        key = f"val_{settings.monitor}"
-        if key not in record:
-            known = ", ".join(k[4:] for k in record if k.startswith("val_"))
-            raise ConfigError(f"monitor is '{settings.monitor}', which the evaluation does not give; it gives {known}.")
-        value = -record[key] if "loss" in settings.monitor or "error" in settings.monitor else record[key]
-        score = [value, -record["val_loss"]]  # of two epochs with equal accuracy, the one with the lower loss
+        self._check_monitor([k[4:] for k in record if k.startswith("val_")])
+        score = score_of(record, settings.monitor, self.metrics)
         former = run.best
         if former is None or score > former["score"]:
             run.best = {**record, "score": score}
             if settings.keep == "best":
                 self.chosen = snapshot(self.model, self.callbacks)
-        run.waited = 0 if former is None or value > former["score"][0] else run.waited + 1
+        run.waited = 0 if former is None or score[0] > former["score"][0] else run.waited + 1
         run.stopped = settings.patience is not None and run.waited >= settings.patience
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -281,8 +311,9 @@ class Trainer:
         """Write a checkpoint; process 0 does."""
         run = self.run
         run.sums, run.scale = self.stepper.sums.tolist(), self.stepper.scale.save()
+        run.finished = run.stopped or run.epoch >= self.epochs
         best = None if run.best is None else run.best["step"]
-        self.store.write(self.model, self.service, asdict(run), self._identity(), self.chosen, best)
+        self.store.write(self.model, self.service, asdict(run), self.identity, self.chosen, best)
 
     def first_batch(self) -> list[Batch]:
         """The first part of the first batch of the first epoch, if anything of it can be read."""
@@ -324,6 +355,7 @@ class Trainer:
                 **settings.to_json(),
                 "lr": settings.to_json()["lr"] or self.service.lr,
                 "total_steps": self.total,
+                **({"changes": run.changes} if run.changes else {}),
             },
             data=data,
         )
@@ -335,39 +367,8 @@ class Trainer:
                 self.bar.line(f"skipped: {reason}")
 
 
-class _Calibration:
-    """Training batches for `calibrate`: (inputs, targets) on the device, the same on every process, from the start each time."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        trainer = self.trainer
-        settings, device = trainer.settings, trainer.processes.device
-        size = max(1, settings.batch_size // settings.accumulate)
-        plan = BatchPlan(
-            len(trainer.train), size, seed=settings.seed, blocks=trainer.plan.blocks, window=trainer.plan.window
-        )
-        for batch in make_loader(trainer.train, plan, workers=0, device=device, seed=settings.seed):
-            if batch.count:
-                trainer.task.check_batch(trainer.model, trainer.train, batch.targets)
-                yield (
-                    to_device(batch.inputs, device, evaluation.input_dtype(trainer.model, settings.precision)),
-                    to_device(batch.targets, device),
-                )
-
-    def __len__(self) -> int:
-        size = max(1, self.trainer.settings.batch_size // self.trainer.settings.accumulate)
-        return math.ceil(len(self.trainer.train) / size)
-
-
 def _base(lr: Any) -> float:
     return float(lr) if isinstance(lr, (int, float)) else float(lr.get("default", next(iter(lr.values()))))
-
-
-def _data_identity(dataset: ImageDataset) -> list[Any]:
-    labels = dataset.labels
-    return [len(dataset), None if labels is None else zlib.crc32(labels.tobytes()), dataset.classes]
 
 
 def _line(record: dict[str, Any], epochs: int, best: bool, items: str) -> str:

@@ -1,0 +1,133 @@
+"""What makes a run this one and no other, as JSON, and how two of them differ, in words."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from zoo.data.dataset import ImageDataset
+from zoo.data.digest import content
+from zoo.tasks import Task
+from zoo.train.settings import Settings
+from zoo.train.streams import Stream
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+__all__ = ["about_function", "differences", "identity"]
+
+
+def identity(
+    model: Model,
+    settings: Settings,
+    task: Task,
+    train: ImageDataset,
+    val: ImageDataset | None,
+    streams: Mapping[str, Stream],
+) -> dict[str, Any]:
+    """Settings, data, backbone, adapters with their settings, head, memory, task and loss."""
+    adapters: Any = model.adapters
+    data: dict[str, Any] = {"train": content(train)}
+    if val is not None:
+        data["val"] = content(val)
+    for name, stream in streams.items():
+        data[f"stream {name}"] = {**content(stream.dataset), "batch_size": stream.batch_size, "ends": stream.ends}
+    return {
+        "settings": settings.to_json(),
+        "data": data,
+        "backbone": [model.backbone_name, model.fingerprint],
+        "options of the backbone": {k: repr(v) for k, v in model.backbone_kwargs.items()},
+        "adapters": {name: {"method": adapters[name].method, **adapters[name].config()} for name in model.active},
+        "head": [type(model.head).__name__, model.num_classes],
+        "memory": model.memory,
+        "task": {"name": task.name or type(task).__name__, **_settings(task)},
+    }
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """What a task object was given: plain values, and functions by what they do."""
+    found = {}
+    for name, value in vars(task).items():
+        if name == "own" or name.startswith("_"):
+            continue
+        if callable(value):
+            found[name] = about_function(value)
+        elif value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
+            found[name] = repr(value)
+    return found
+
+
+def about_function(function: Callable[..., Any]) -> str:
+    """The name of a function with a digest of its code and of what it closes over."""
+    if isinstance(function, functools.partial):
+        return f"{about_function(function.func)}{function.args!r}{function.keywords!r}"
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    if code is None:
+        held = {k: v for k, v in getattr(function, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
+        return f"{name}{held or ''}"
+    cells = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+    kept = [v for v in (*cells, *(function.__defaults__ or ())) if isinstance(v, (bool, int, float, str))]  # type: ignore[attr-defined]
+    return f"{name} {hashlib.blake2b(f'{_code(code)}{kept!r}'.encode(), digest_size=6).hexdigest()}"
+
+
+def _code(code: CodeType) -> str:
+    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()}{constants}{code.co_names}"
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Of two identities: what differs, by the name of the setting (or of the part), in words."""
+    found: dict[str, str] = {}
+    for part, value in now.items():
+        then = former.get(part)
+        if part == "settings" and isinstance(then, Mapping):
+            for name, new in value.items():
+                if then.get(name) != new:
+                    found[name] = _changed(name, then.get(name), new)
+        elif then == value:
+            continue
+        elif part == "data":
+            found[part] = f"the data changed ({_data(then, value)})"
+        elif part == "adapters" and isinstance(then, Mapping):
+            if list(then) == list(value):  # other adapters are named by what puts the checkpoint's plans back
+                found[part] = "; ".join(
+                    _settings_of(name, then[name], own) for name, own in value.items() if then[name] != own
+                )
+        elif isinstance(then, Mapping) and isinstance(value, Mapping):
+            found[part] = _settings_of(f"the {part}", then, value)
+        else:
+            found[part] = _changed(part if part == "memory" else f"the {part}", then, value)
+    return found
+
+
+def _changed(name: str, then: Any, now: Any) -> str:
+    return f"{name} was {then!r}, is {now!r}"
+
+
+def _settings_of(owner: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [k for k in dict.fromkeys([*then, *now]) if then.get(k) != now.get(k)]
+    return f"{owner}: " + ", ".join(_changed(k, _bare(then.get(k)), _bare(now.get(k))) for k in keys)
+
+
+def _bare(value: Any) -> Any:
+    """A value that was written down as its repr, without a second pair of quotes."""
+    return re.sub(r"^'(.*)'$", r"\1", value) if isinstance(value, str) else value
+
+
+def _data(then: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(then, Mapping) or set(then) != set(now):
+        was = ", ".join(then) if isinstance(then, Mapping) else "others"
+        return f"{', '.join(now)} instead of {was}"
+    parts = []
+    for name, new in now.items():
+        keys = [k for k in new if then[name].get(k) != new[k]]
+        if "items" in keys:
+            parts.append(f"{name}: {then[name].get('items')} items, now {new['items']}")
+        elif keys:
+            parts.append(f"{name}: {', '.join(keys)}")
+    return "; ".join(parts)
