@@ -353,7 +353,11 @@ class Backbone:
         special: dict[str, dict[str, Any]],
     ) -> Point | None:
         if row.kind == "linear":
-            return make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
+            linear = make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
+            owner = block.get_submodule(row.path.rpartition(".")[0])
+            if linear is not None and row.bias and owner._parameters.get(row.bias) is not None:
+                linear.beside = (owner, row.bias)
+            return linear
         if row.kind == "sublayer":
             (entry, first), (leave, last) = side_of(row.entry, "output"), side_of(row.exit, "input")
             return SublayerPoint(

@@ -49,7 +49,7 @@ class BitFit(Adapter):
         """The chosen points that have a bias."""
         kinds = [k for k in ("linear", "norm") if k in points.kinds]
         chosen = points.select(self.targets, kind=kinds)
-        return [p for p in chosen if p.module._parameters.get("bias") is not None]
+        return [p for p in chosen if p.holder("bias") is not None]
 
     def merge(self, merger: Merger) -> None:
         """Trained biases are in the merged copy already, except slices of a fused one, which are kept as differences."""

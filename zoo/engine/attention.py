@@ -222,8 +222,8 @@ class AttentionSite(Site):
 
     @property
     def sources(self) -> tuple[Op, ...]:
-        """Active ops that give keys and values; others (`flow`) say that prompts pass as tokens."""
-        return tuple(op for op in self.forwards if op.verb not in ("flow", "gate"))
+        """Active ops that give keys and values; others say that prompts pass as tokens (`flow`), or look (`read`)."""
+        return tuple(op for op in self.forwards if op.verb not in ("flow", "gate", "read"))
 
     # -- extra keys and values --------------------------------------------------------------------------------------
 

@@ -190,7 +190,8 @@ class Session:
         self.touched.append(point)
         if verb == "train":
             for name in options["names"]:
-                self._trained.setdefault((id(point.module), name), []).append(point)
+                at = point.holder(name) or (point.module, name)
+                self._trained.setdefault((id(at[0]), at[1]), []).append(point)
             return
         assert module is not None
         self.own(point, module)
@@ -357,18 +358,21 @@ class Session:
         if isinstance(point, TokensPoint):  # a token belongs to the backbone, not to the block that it enters
             path, _, name = name.rpartition(".")
             module = self.family.module.get_submodule(path)
-        frozen = module._parameters.get(name)
+        held, beside = name, getattr(point, "beside", None)
+        if beside is not None and beside[1] == name:  # a bias that is this point's alone
+            module, name, points = beside[0], "bias", []
+        frozen = module._parameters.get(held)
         if frozen is None:
             raise AttachError(f"point '{point.name}' has no parameter '{name}' to train.")
         whole, key = True, point.name
-        if isinstance(point, LinearPoint) and not point.whole:
+        if points and isinstance(point, LinearPoint) and not point.whole:
             rows = sum(p.stop - p.start for p in points)  # type: ignore[attr-defined]
             whole, key = rows == len(frozen), point.fused
         if whole:
             trained = nn.Parameter(frozen.detach().clone())
             self._put([*key.split("."), name], trained)
             self.adapter.stand_ins.add(f"{key}.{name}")
-            self.swaps.append(Swap(self.owner, module, name, frozen, trained))
+            self.swaps.append(Swap(self.owner, module, held, frozen, trained))
             return
         if name != "bias":
             raise AttachError(f"'{name}' of '{point.name}' is fused: train it for all slices of '{key}', or for none.")
@@ -376,11 +380,8 @@ class Session:
             assert isinstance(p, LinearPoint) and p.bias is not None
             shift = BiasDelta(p.bias)
             self.own(p, shift)
-            self._groups_op(p, shift)
-
-    def _groups_op(self, point: LinearPoint, shift: BiasDelta) -> None:
-        fn = AddGroup(((shift, point.start, point.stop),))
-        self.op(point.module, self._make(point, "train", "output", fn, shift), LinearSite)
+            fn = AddGroup(((shift, p.start, p.stop),))
+            self.op(p.module, self._make(p, "train", "output", fn, shift), LinearSite)
 
 
 class Place(nn.Module):

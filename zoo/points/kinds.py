@@ -61,6 +61,10 @@ class Point:
             )
         self.session.record(self, verb, module, **options)
 
+    def holder(self, name: str) -> tuple[nn.Module, str] | None:
+        """The module that holds this point's `weight` or `bias`, and the parameter's name there; None if there is none."""
+        return (self.module, name) if self.module._parameters.get(name) is not None else None
+
     def keep(self, name: str, parameter: nn.Parameter) -> None:
         """Register a parameter of the adapter under this point's name, without any op."""
         if self.session is None:
@@ -80,6 +84,12 @@ class LinearPoint(Point):
     fused: str = ""  # name under which parameters of the whole fused projection are saved; "" if this is the whole
     num_heads: int = 0
     transposed: bool = False  # the module keeps the weight as (dim_in, dim_out)
+    # the module and the name of a bias of this point alone, where it stands beside the projection's own parameters
+    beside: tuple[nn.Module, str] | None = field(default=None, repr=False)
+
+    def holder(self, name: str) -> tuple[nn.Module, str] | None:
+        """As `Point.holder`; a bias may stand beside the projection."""
+        return self.beside if name == "bias" and self.beside is not None else super().holder(name)
 
     @property
     def whole(self) -> bool:

@@ -71,19 +71,26 @@ class Merger:
         """The copy's module at a point."""
         return self.target.get_submodule(point.path)
 
+    def _held(self, point: Point, name: str) -> tuple[nn.Parameter | None, slice]:
+        """The copy's parameter of this name, and the rows of it that are the point's."""
+        if isinstance(point, LinearPoint) and name == "bias" and point.beside is not None:
+            owner = self.target.get_submodule(point.path.rpartition(".")[0])
+            return owner._parameters.get(point.beside[1]), slice(None)
+        rows = slice(point.start, point.stop) if isinstance(point, LinearPoint) else slice(None)
+        return self.module(point)._parameters.get(name), rows
+
     @contextmanager
     def _edit(self, point: Point, name: str) -> Iterator[Tensor]:
         if point.unmergeable:
             raise MergeError(
                 f"point '{point.name}' cannot take a change of its {name}: {point.unmergeable}. Keep the adapter live."
             )
-        parameter = self.module(point)._parameters.get(name)
+        parameter, rows = self._held(point, name)
         if parameter is None:
             raise MergeError(
                 f"point '{point.name}' has no {name} to merge into, and adding one would change the library's module. "
                 "Keep the adapter live."
             )
-        rows = slice(point.start, point.stop) if isinstance(point, LinearPoint) else slice(None)
         turned = name == "weight" and isinstance(point, LinearPoint) and point.transposed
         with torch.no_grad():
             part = (parameter.data.T if turned else parameter.data)[rows]
@@ -132,7 +139,7 @@ class Merger:
         """Where there is no bias: fold the shift of an output into what the family has instead; false if it has nothing."""
         before = self._folded.get(point.name)
         nothing = shift is None and before is None
-        if nothing or self._fold is None or self.module(point)._parameters.get("bias") is not None:
+        if nothing or self._fold is None or self._held(point, "bias")[0] is not None:
             return False
         with torch.no_grad():
             kept = before if before is None or scale is None else before * scale
@@ -151,7 +158,7 @@ class Merger:
             weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 1))
         if self._elsewhere(point, shift, scale):
             return
-        if shift is not None or self.module(point)._parameters.get("bias") is not None:
+        if shift is not None or self._held(point, "bias")[0] is not None:
             with self._edit(point, "bias") as bias:
                 bias *= scale.detach().to(bias)
                 if shift is not None:

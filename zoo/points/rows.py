@@ -18,7 +18,8 @@ class Row:
     `part=(i, n)` makes a linear point the i-th of n equal slices of a fused projection. `entry` and `exit` are a sublayer's
     modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
     library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
-    the module whose input is the residual stream in front of the branch, where that is not the entry.
+    the module whose input is the residual stream in front of the branch, where that is not the entry. `bias` is the attribute of
+    the projection's parent that holds the bias of this slice alone, where a library keeps it there.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Row:
     entry: str = ""
     exit: str = ""
     stream: str = ""
+    bias: str = ""
 
 
 def find(module: nn.Module, path: str) -> nn.Module | None:

@@ -50,11 +50,13 @@ class Candidate:
     @property
     def slot(self) -> tuple[nn.Module, str]:
         """The module and the name of the parameter that holds it, perhaps as a slice."""
-        return self.point.module, self.part
+        return self.point.holder(self.part) or (self.point.module, self.part)
 
     def slice(self, whole: Tensor) -> Tensor:
         """Its rows of a tensor shaped like the parameter, flat: (size,)."""
         point = self.point
+        if self.slot[0] is not point.module:  # a bias beside the projection is this point's alone
+            return whole.flatten()
         return (whole[point.start : point.stop] if isinstance(point, LinearPoint) else whole).flatten()
 
 
@@ -75,7 +77,7 @@ def candidates(points: Points, form: str, rank: int, alpha: float, beta: float) 
         else:
             continue
         n = point.dim_out
-        found += [Candidate(point, p, n, n, n / beta) for p in parts if point.module._parameters.get(p) is not None]
+        found += [Candidate(point, p, n, n, n / beta) for p in parts if point.holder(p) is not None]
     return found
 
 
@@ -133,7 +135,7 @@ def sensitivity(
         raise DataError("There was no batch to calibrate with; give at least one batch of (inputs, targets).")
     if not all(bool(torch.isfinite(s).all()) for s in scores.values()):
         raise DataError("Gradients of the calibration batches are NaN or Inf. Calibrate in float32.")
-    return [c.slice(scores[id(c.slot[0]), c.part]) for c in found], count, samples
+    return [c.slice(scores[id(c.slot[0]), c.slot[1]]) for c in found], count, samples
 
 
 def _check(model: Host, task: Task, targets: Any) -> None:

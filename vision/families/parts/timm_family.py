@@ -30,7 +30,13 @@ MEMBER_DATA = {  # of the members that come with the package: all of them were t
 _RATE = dict.fromkeys(
     ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), float
 )
-_YES_NO = ("qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm")
+_YES_NO = (
+    *("qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm"),
+    # of EVA and BEiT
+    *("qkv_fused", "swiglu_mlp", "scale_mlp", "scale_attn_inner", "attn_only_layer_scale"),
+    *("use_abs_pos_emb", "use_rot_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "rope_rotate_half"),
+    *("use_post_norm", "use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"),
+)
 # What a saved adapter may say of its backbone: sizes and forms of timm's classes, nothing that `timm.create_model` itself takes
 OPTIONS: dict[str, Any] = {
     "img_size": range(1, 8193),
@@ -48,8 +54,23 @@ OPTIONS: dict[str, Any] = {
     "reg_tokens": range(1025),
     "global_pool": ("", "avg", "avgmax", "max", "token", "map"),
     "pos_embed": ("", "none", "learn"),
+    "attn_type": ("eva", "rope"),
+    "num_kv_heads": range(1, 257),
+    "swiglu_align_to": range(1025),
+    "num_reg_tokens": range(1025),
+    "rope_type": ("cat", "mixed", "dinov3", "mrope"),
+    "rope_grid_indexing": ("ij", "xy"),
+    "ref_feat_shape": range(1, 1025),
+    "pretrained_window_sizes": range(513),
+    **dict.fromkeys(("rope_grid_offset", "rope_temperature", "attn_pool_mlp_ratio"), float),
+    "attn_pool_num_heads": range(1, 257),
     **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "always_partition", "patch_norm"), bool),
 }
+
+
+def _below(cls: type[TimmBackbone]) -> list[type[TimmBackbone]]:
+    """All classes that are derived from one."""
+    return [each for sub in cls.__subclasses__() for each in (sub, *_below(sub))]
 
 
 class TimmBackbone(Backbone):
@@ -69,7 +90,7 @@ class TimmBackbone(Backbone):
         if not timm.is_model(model):
             return nearest(name, [f"timm:{m}" for m in timm.list_models()])
         module = timm.model_entrypoint(model).__module__.rsplit(".", 1)[-1]
-        known = {m for c in TimmBackbone.__subclasses__() for m in c.timm_modules}
+        known = {m for c in _below(TimmBackbone) for m in c.timm_modules}
         if module not in known:
             return f"timm builds it in its file {module}.py, which no family here describes."
         return module in cls.timm_modules

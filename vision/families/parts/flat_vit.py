@@ -1,0 +1,138 @@
+"""What EVA and BEiT share in timm: a sequence of tokens [class, registers | patches] that runs through equal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vision.families.parts.timm_family import TimmBackbone
+from zoo.families import timm_attention as flat
+from zoo.families.timm_biases import close_biases, open_biases
+from zoo.families.timm_tables import POOL, POST_NORM, PRE_NORM
+from zoo.points import Layout, NormPoint, Point
+from zoo.points.rows import find, make_linear, norm_dim
+
+if TYPE_CHECKING:
+    from zoo.points.recorder import Recorder
+
+
+class FlatViT(TimmBackbone):
+    """Base of both families."""
+
+    block_table = PRE_NORM
+    elementwise = ("mlp.act",)
+    gives = ("pooled", "tokens", "maps")
+    plain_blocks = True
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        open_biases(module)
+
+    def restore(self, module: nn.Module) -> nn.Module:
+        """The library's own classes again."""
+        close_biases(module)
+        return module
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens in front of the patches."""
+        return int(self.module.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
+        """Tokens behind the last block and its norm, if any, [prefix | prompts that stay | patches]; the map is the patches'."""
+        self.check_wanted(want)
+        module: Any = self.module
+        tokens = module.forward_features(*inputs, **kwargs)
+        found: dict[str, Any] = {}
+        if "pooled" in want:
+            found["pooled"] = module.forward_head(tokens, pre_logits=True).contiguous()
+        if "tokens" in want:
+            found["tokens"] = tokens
+        if "maps" in want:
+            height, width = module.patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
+            patches = tokens[:, tokens.shape[1] - height * width :]
+            found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
+        return found
+
+    @classmethod
+    def half(cls, block: Any, role: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A block in halves (`zoo.families.timm_attention`)."""
+        return flat.half(block, role, x, *args, **kwargs)
+
+    def fold_shift(self, module: nn.Module, point: Point, shift: Tensor) -> bool:
+        """Where there is no bias: that of patches goes into their positions; one of all keys changes no softmax."""
+        positions: Any = getattr(module, "pos_embed", None)
+        if point.role == "patch" and positions is not None:
+            grid: Any = module.patch_embed
+            positions.data[:, positions.shape[1] - grid.num_patches :] += shift.to(positions)
+            return True
+        attention = point.path.rpartition(".")[0]
+        if point.role != "k" or getattr(module, "rope", None) is not None:
+            return False
+        return find(module, f"{attention}.k_norm") is None
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """Points of the patch embedding, of every block, of the final norms, and of what pools the tokens."""
+        module: Any = self.module
+        found: list[Point] = []
+        projection = find(module, "patch_embed.proj")
+        if projection is not None:
+            common = {"name": "patch_embed", "role": "patch", "path": "patch_embed.proj", "module": projection}
+            point = make_linear(projection, None, "", 0, common)
+            found += [] if point is None else [point]
+        found += self._norms("patch_embed.norm", "norm_pre")
+        token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
+        for i, block in enumerate(module.blocks):
+            attention = block.attn
+            found += self.points_of_block(
+                block,
+                f"blocks.{i}",
+                f"blocks.{i}",
+                int(module.embed_dim),
+                attention.num_heads,
+                table=POST_NORM if type(block).__name__ in flat.POST_NORM else self.block_table,
+                block=i,
+                layout=Layout(self.num_prefix, tuple(module.patch_embed.grid_size)),
+                attention={"head_dim": attention.proj.in_features // attention.num_heads},
+                tokens={
+                    "num_prefix": self.num_prefix,
+                    "first": i == 0,
+                    "accumulates": True,
+                    "parameter": token if i == 0 else "",
+                },
+            )
+        found += self._norms("norm")
+        return found + pool_points(self, "attn_pool") + self._norms("fc_norm")
+
+    def _norms(self, *paths: str) -> list[Point]:
+        found: list[Point] = []
+        for path in paths:
+            norm = find(self.module, path)
+            if norm is not None and norm_dim(norm):
+                width = norm_dim(norm)
+                found.append(NormPoint(name=path, role="norm", path=path, module=norm, dim_in=width, dim_out=width))
+        return found
+
+    def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
+        """Prefixes, prompts and queries."""
+        if verb == "query":
+            from vision.families.parts.flat_queries import record
+
+            record(self, session, point, module)
+            return
+        backbone: Any = self.module
+        averaged = backbone.global_pool != "token" or getattr(backbone, "attn_pool", None) is not None
+        flat.record(session, point, verb, module, backbone.blocks, backbone.norm, averaged, **options)
+
+
+def pool_points(family: TimmBackbone, path: str, **place: Any) -> list[Point]:
+    """Points of timm's attention pooling at a path, if it is there; they are named as it is."""
+    pool: Any = find(family.module, path)
+    if pool is None or not hasattr(pool, "kv"):
+        return []
+    width = pool.kv.in_features
+    return family.points_of_block(pool, "attn_pool", path, width, pool.num_heads, table=POOL, **place)
