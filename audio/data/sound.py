@@ -10,7 +10,7 @@ import io
 import math
 from dataclasses import dataclass
 from functools import cache
-from numbers import Integral
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,17 +44,28 @@ class Sound:
 def as_sound(value: Any, rate: int = SAMPLE_RATE, where: str = "the sound") -> Sound:
     """A checked `Sound` out of one, of an array or tensor (n,), of a pair (array, rate), or of {"array":, "sampling_rate":}.
 
-    An array is taken to be at `rate`; whole numbers (int16 and the like) are scaled to -1..1.
+    An array alone is taken to be at `rate`; a dict must say its own, and so does a decoder of torchcodec, as the library
+    `datasets` gives it. Whole numbers (int16 and the like) are scaled to -1..1.
 
     Raises:
         DataError: it is empty, shorter than 25 ms, not finite, not mono, or no sound at all.
     """
     if isinstance(value, Sound):
         return _checked(value)
-    if isinstance(value, dict) and "array" in value:
-        value, rate = value["array"], value.get("sampling_rate", rate)
-    elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Integral):
+    if hasattr(value, "get_all_samples"):
+        samples = value.get_all_samples()
+        value, rate = samples.data.mean(0), samples.sample_rate
+    elif isinstance(value, dict):
+        if "array" not in value or "sampling_rate" not in value:
+            raise DataError(
+                f"{where}: a sound with the entries {', '.join(map(str, value)) or 'none'}; expected 'array' and "
+                "'sampling_rate' (in Hz), or encoded 'bytes'."
+            )
+        value, rate = value["array"], value["sampling_rate"]
+    elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (Real, str)):
         value, rate = value
+    if isinstance(rate, bool) or not isinstance(rate, Real) or rate != rate or int(rate) != rate:
+        raise DataError(f"{where}: the sample rate is {rate!r}; expected a whole number of Hz, such as 16000.")
     try:
         wave = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

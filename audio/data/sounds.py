@@ -11,40 +11,34 @@ of 0 and 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from audio.data.sound import Sound, as_sound, decode
-from zoo.data.dataset import ImageDataset, OnError, Rows, Skipped, Transform
-from zoo.data.open import Readers, open_with
-from zoo.data.parquet import LABEL_COLUMNS, ParquetRows
+from zoo.data.dataset import ImageDataset, OnError, Rows, Transform
+from zoo.data.medium import LABEL_COLUMNS, Medium
+from zoo.data.open import open_with
+from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import few_shot
-from zoo.data.sources import FolderRows, HubRows, TorchRows
 from zoo.errors import DataError, nearest
 
-__all__ = ["AudioFolderRows", "AudioParquetRows", "open_audio"]
-
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
-AUDIO_COLUMNS = ("audio", "sound", "speech", "wav", "waveform", "recording", "clip", "file")
-AUDIO_LABELS = (*LABEL_COLUMNS, "digit", "word", "command", "keyword", "emotion", "genre")
+__all__ = ["SOUNDS", "open_audio"]
 
 
 def open_audio(
-    source: str | Path | Sequence[str | Path] | Dataset[Any],
+    source: Any,
     *,
     transform: Transform | None = None,
     split: str | None = None,
     audio_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    labels: str = "auto",
     only: Mapping[str, Any] | None = None,
     shots: int | None = None,
     seed: int = 0,
@@ -53,16 +47,18 @@ def open_audio(
     """Sounds with labels.
 
     Args:
-        source: a folder (`<class>/<file>.wav`), Parquet files (a file, a folder, a pattern, a list) with a column of encoded
-            sounds, the name of a Hub data set ("owner/name", or "hf:name"), or any torch `Dataset` of (what
-            `audio.data.sound.as_sound` takes, label).
+        source: a folder (`<class>/<file>.wav`), a table of files and labels or its folder, Parquet files (a file, a folder, a
+            pattern, a list) with a column of encoded sounds, shards of webdataset, the name of a Hub data set ("owner/name", or
+            "hf:name"), a `datasets.Dataset`, or any torch `Dataset`, list or stream of (what `audio.data.sound.as_sound` takes,
+            label) or of rows {"audio": ..., "label": ...}.
         transform: `Sound` -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
         split: a subfolder, or the beginning of the Parquet files' names, or a split of a Hub data set; needed where there are
             several.
-        audio_column, label_column: columns of Parquet files; guessed if there is one candidate. Labels that are lists make a
+        audio_column, label_column: columns of tables and rows; guessed if there is one candidate. Labels that are lists make a
             multi-label set.
         classes: all class names, in the order of the labels. By default `classes.json` beside the files, the names in the files'
             metadata, the names of the folders, or the labels themselves.
+        labels: what the labels are, as `zoo.open_dataset` has it: "classes", "tags", "numbers"; by default by their type.
         only: take only rows with these values in other columns of Parquet files: {"fold": [1, 2, 3]}.
         shots: take only so many sounds of every class, drawn with `seed`.
         on_error: "skip" goes on without sounds that cannot be read (they are counted); "raise" stops and names the first.
@@ -72,13 +68,14 @@ def open_audio(
         MissingPackageError: files, without the package `soundfile`; a Hub data set, without `datasets`.
     """
     dataset = open_with(
-        Readers(AudioFolderRows, AudioParquetRows, _torch_rows, AudioHubRows),
+        SOUNDS,
         source,
         transform=transform,
         split=split,
         column=audio_column,
         label_column=label_column,
         classes=classes,
+        labels=labels,
         on_error=on_error,
     )
     if only:
@@ -88,58 +85,31 @@ def open_audio(
     return dataset if shots is None else few_shot(dataset, shots, seed)
 
 
-class AudioFolderRows(FolderRows):
-    """A folder with one subfolder for each class, and audio files anywhere below it."""
-
-    decode = staticmethod(decode)
-    extensions, noun = EXTENSIONS, "sounds"
-    expected = "<class>/<file>.wav, or Parquet files with an audio column"
-    nothing = "no sound in its {} class folders"
+def _accept(value: Any, where: str) -> Any:
+    """A waveform as a checked sound; a tensor of more dimensions is taken to be ready for the model (features)."""
+    return value if isinstance(value, Tensor) and value.ndim > 1 else as_sound(value, where=where)
 
 
-class AudioParquetRows(ParquetRows):
-    """The rows of Parquet files with a column of encoded sounds. `targets` (n, classes) if the labels are lists."""
-
-    decode = staticmethod(decode)
-    columns = AUDIO_COLUMNS
-    label_columns = AUDIO_LABELS
-    thing, setting, noun = "sound", "audio_column", "sounds"
-    targets: np.ndarray | None = None
-
-    def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None) -> tuple[Any, list[str]]:
-        kind = schema.field(self.label_column).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            return super()._read_labels(schema, class_names)
-        columns = [self._labels_of(number) for number in range(len(self.files))]
-        lists = [[] if found is None else found for column in columns for found in column.to_pylist()]
-        values = sorted({label for found in lists for label in found})
-        words = any(isinstance(v, str) for v in values)
-        names = list(class_names) if class_names is not None else None
-        if names is None:
-            names = [str(v) for v in values] if words else [str(i) for i in range(max(values, default=-1) + 1)]
-        place = {name: i for i, name in enumerate(names)} if words else {i: i for i in range(len(names))}
-        self.targets = np.zeros((len(lists), len(names)), dtype=np.float32)
-        for row, found in enumerate(lists):
-            for label in found:
-                if label not in place:
-                    raise DataError(f"{self.where(row)}: label {label!r} is not among the {len(names)} classes.")
-                self.targets[row, place[label]] = 1.0
-        return None, names
-
-    def _target(self, index: int) -> Any:
-        return super()._target(index) if self.targets is None else torch.from_numpy(self.targets[index])
-
-
-class AudioHubRows(HubRows):
-    """A data set of the Hub with a column of sounds, one split of it."""
-
-    decode = staticmethod(decode)
-    feature, setting, noun = "Audio", "audio_column", "sounds"
+SOUNDS = Medium(
+    thing="sound",
+    noun="sounds",
+    setting="audio_column",
+    decode=decode,
+    accept=_accept,
+    raw=lambda value: isinstance(value, Sound),
+    extensions=(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"),
+    columns=("audio", "sound", "speech", "wav", "waveform", "recording", "clip", "file"),
+    paths=("file_name", "filename", "file", "path", "filepath", "audio_path", "audio", "sound", "id"),
+    feature="Audio",
+    ready=("input_values", "input_features"),
+    label_columns=(*LABEL_COLUMNS, "digit", "word", "command", "keyword", "emotion", "genre"),
+    expected="<class>/<file>.wav, a table of files and labels (labels.csv), or Parquet files with an audio column",
+)
 
 
 def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
     """(n,) bool: the rows of Parquet files that have these values."""
-    if not isinstance(rows, AudioParquetRows):
+    if not isinstance(rows, ParquetRows):
         raise DataError(f"{rows.name}: only= chooses by columns of Parquet files, and this source has none.")
     keep = np.ones(len(rows), dtype=bool)
     for name, wanted in only.items():
@@ -155,31 +125,3 @@ def _rows_with(rows: Rows, only: Mapping[str, Any]) -> np.ndarray:
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DataError(f"{rows.name}: {name}={wanted!r} does not fit its type {column.type} ({error}).") from error
     return keep
-
-
-class _SoundRows:
-    """A torch data set of waveforms, which are checked as they are read. No `TorchRows`: those may be ready for the model."""
-
-    noun = "sounds"
-    blocks: np.ndarray | None = None
-    window = 1
-
-    def __init__(self, inner: TorchRows) -> None:
-        self.inner, self.name, self.labels, self.where = inner, inner.name, inner.labels, inner.where
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def read(self, index: int) -> tuple[Sound, Any]:
-        wave, label = self.inner.read(index)
-        return as_sound(wave, where=self.where(index)), label
-
-
-def _torch_rows(dataset: Dataset[Any]) -> Rows:
-    """Rows of waveforms, or of what is ready for the model (features (T, mel), as the first item shows)."""
-    rows = TorchRows(dataset)
-    first = dataset[0]
-    ready = isinstance(first, Skipped) or (
-        isinstance(first, (tuple, list)) and isinstance(first[0], Tensor) and first[0].ndim > 1
-    )
-    return rows if ready else _SoundRows(rows)

@@ -9,29 +9,29 @@ negatives of each other.
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import Dataset
 
 from zoo.data.dataset import ImageDataset, OnError, Transform
+from zoo.data.folders import read_file, shown
+from zoo.data.hub import HubRows, is_hub, one_split
 from zoo.data.images import decode
-from zoo.data.open import _folder_name, _locate, _short_name
+from zoo.data.medium import CAPTIONS, IMAGES
+from zoo.data.open import folder_name, is_paths, locate, short_name
 from zoo.data.parquet import ParquetRows
-from zoo.data.sources import TorchRows, read_file
+from zoo.data.shards import ShardRows
+from zoo.data.sources import TorchRows, unwrapped
+from zoo.data.tables import TABLES, choose_column, rows_of, tables_in
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = ["Pair", "caption_classes", "open_pairs"]
 
-CAPTIONS = ("captions", "caption", "text", "texts", "sentence", "sentences", "title", "description")
-PATHS = ("image", "file_name", "filename", "path", "filepath", "image_path", "file", "img")
-TABLES = (".csv", ".tsv", ".jsonl")
+PAIRS = replace(IMAGES, label_columns=(*CAPTIONS, "txt"))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pair:
 
 
 def open_pairs(
-    source: str | Path | Sequence[Any] | Dataset[Any],
+    source: Any,
     *,
     transform: Transform | None = None,
     split: str | None = None,
@@ -56,7 +56,8 @@ def open_pairs(
     Args:
         source: Parquet files (a file, a folder, a pattern, a list) with a column of encoded images and one of texts or of lists
             of texts; a table (.csv, .tsv or .jsonl with the names of the columns) of image paths, relative to it, and captions,
-            or the folder that it is in; or any list or torch `Dataset` of (image, caption or captions).
+            or the folder that it is in; shards of webdataset with .txt or .json; a data set of the Hub ("hf:owner/name") or a
+            `datasets.Dataset`; or any list, stream or torch `Dataset` of (image, caption or captions) or of rows by name.
         transform: `Pair` -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
         split: beginning of the Parquet files' names, name of the table, or subfolder; needed where there are several.
         image_column, caption_column: guessed if there is one candidate.
@@ -67,20 +68,30 @@ def open_pairs(
     """
     if isinstance(source, ImageDataset):
         return source if transform is None else source.with_transform(transform)
+    if hasattr(source, "dataset") and hasattr(source, "collate_fn"):
+        source = unwrapped(source)
+    if isinstance(source, Mapping):
+        source, split = one_split(source, split, type(source).__name__), None
+    options: dict[str, Any] = {"medium": PAIRS, "column": image_column, "label_column": caption_column}
     rows: Any
-    first = source[0] if isinstance(source, (list, tuple)) and source else source
-    if isinstance(source, Dataset) or not isinstance(first, (str, Path, list)):
-        rows = TorchPairs(source)
+    if not is_paths(source):
+        hub = is_hub(source) and (getattr(source, "format", None) or {}).get("type") != "custom"
+        rows = (HubPairs if hub else TorchPairs)(source, **options)
     elif table := _table(source, split):
         rows = ListedPairs(table, image_column, caption_column)
     else:
-        found = _locate(source, split)
-        if not isinstance(found, list):
+        found = locate(source, split, PAIRS)
+        if found.kind == "hub":
+            rows = HubPairs(found.place, split, **options)
+        elif found.kind == "shards":
+            rows = ShardPairs(found.files, name=short_name(found.files), **options)
+        elif found.kind == "parquet":
+            rows = ParquetPairs(found.files, name=short_name(found.files), **options)
+        else:
             raise DataError(
-                f"'{source}' holds no captions: expected Parquet files with a column of captions, or a table "
+                f"'{source}' holds no captions: expected Parquet files with a column of captions, shards, or a table "
                 f"({', '.join(TABLES)}) of image paths and captions."
             )
-        rows = ParquetPairs(found, image_column=image_column, label_column=caption_column, name=_short_name(found))
     return ImageDataset(rows, None, transform=transform, on_error=on_error)
 
 
@@ -98,22 +109,56 @@ def caption_classes(dataset: ImageDataset, templates: Sequence[str]) -> ImageDat
     return ImageDataset(rows, None, indices=dataset.indices, on_error=dataset.on_error)
 
 
-class ParquetPairs(ParquetRows):
+class _Captioned:
+    """Rows whose labels are captions; `read` gives (`Pair`, index)."""
+
+    captions: list[tuple[str, ...]]
+    labels: np.ndarray | None = None
+    where: Any
+
+    def know(self, values: Sequence[Any]) -> None:
+        """Take up the captions of all rows; a row is a group of its own."""
+        self.captions = [_captions(value, self.where(row)) for row, value in enumerate(values)]
+        self.labels = np.zeros(len(self.captions), dtype=np.int64)
+
+    def target(self, index: int) -> tuple[str, ...]:
+        """The captions of a row."""
+        return self.captions[index]
+
+    def read(self, index: int) -> tuple[Pair, int]:
+        """(`Pair`, index)."""
+        image, texts = super().read(index)  # type: ignore[misc]
+        return Pair(image, _captions(texts, self.where(index))), index
+
+
+class ParquetPairs(_Captioned, ParquetRows):
     """Rows of Parquet files with encoded images and captions."""
 
     def _find_label(self, schema: pa.Schema, wanted: str | None) -> str:
         texts = [f.name for f in schema if _is_text(f.type)]
-        return _column(self.files[0], wanted, CAPTIONS, texts, schema.names, "caption_column")
+        return choose_column(self.files[0], wanted, CAPTIONS, texts, schema.names, "caption_column")
 
-    def _read_labels(self, schema: pa.Schema, class_names: Any) -> tuple[np.ndarray, list[str]]:
-        values = [value for number in range(len(self.files)) for value in self._labels_of(number).to_pylist()]
-        self.captions = [_captions(value, self.where(row)) for row, value in enumerate(values)]
-        return np.zeros(len(values), dtype=np.int64), []
+    def _read_labels(self, schema: pa.Schema, class_names: Any, labels: str, given: bool) -> None:
+        self.know(list(self._values(self.label_columns[0], nulls=True)))
 
-    def read(self, index: int) -> tuple[Any, int]:
-        """(`Pair`, index)."""
-        image, _ = super().read(index)
-        return Pair(image, self.captions[index]), index
+
+class HubPairs(_Captioned, HubRows):
+    """A data set of the library `datasets` with images and captions."""
+
+    def _label(self, wanted: str | None, features: Mapping[str, Any], kind: Any) -> str:
+        return choose_column(self.name, wanted, CAPTIONS, list(features), list(features), "caption_column")
+
+    def _know(self, values: list[Any], names: Any, labels: str, given: bool) -> None:
+        self.know(values)
+
+
+class ShardPairs(_Captioned, ShardRows):
+    """Tar files of images and captions: .txt, or .json with an entry "caption"."""
+
+    label_parts = ("txt", "caption", "json")
+
+    def _know(self, texts: list[Any], names: Any, labels: str) -> None:
+        self.know(texts)
 
 
 class ListedPairs:
@@ -123,13 +168,13 @@ class ListedPairs:
     window = 1
 
     def __init__(self, table: Path, image_column: str | None = None, caption_column: str | None = None) -> None:
-        self.name = f"{_folder_name(table.parent)}/{table.stem}"
+        self.name = f"{folder_name(table.parent)}/{table.stem}"
         found: dict[Path, list[str]] = {}
         missing: list[str] = []
-        for line, row in _rows(table):
+        for line, row in rows_of(table):
             where = f"{table}, line {line}"
-            image = row.get(_column(where, image_column, PATHS, list(row), list(row), "image_column"))
-            text = row.get(_column(where, caption_column, CAPTIONS, list(row), list(row), "caption_column"))
+            image = row.get(choose_column(where, image_column, PAIRS.paths, list(row), list(row), "image_column"))
+            text = row.get(choose_column(where, caption_column, CAPTIONS, list(row), list(row), "caption_column"))
             if not isinstance(image, str) or not image.strip():
                 raise DataError(f"{where}: no path of an image.")
             path = table.parent / image
@@ -152,7 +197,7 @@ class ListedPairs:
 
     def where(self, index: int) -> str:
         """The image's path."""
-        return str(self.paths[index])
+        return shown(self.paths[index])
 
     def read(self, index: int) -> tuple[Pair, int]:
         """(`Pair`, index)."""
@@ -160,17 +205,14 @@ class ListedPairs:
         return Pair(image, self.captions[index]), index
 
 
-class TorchPairs(TorchRows):
-    """A torch `Dataset` of (image, caption or captions)."""
+class TorchPairs(_Captioned, TorchRows):
+    """A torch `Dataset`, list or stream of (image, caption or captions), or of rows by name."""
 
-    def __init__(self, dataset: Any) -> None:
-        super().__init__(dataset)
-        self.labels = np.zeros(len(self), dtype=np.int64)
+    def _know(self, values: Any, given: bool) -> None:
+        self.labels = np.zeros(len(self), dtype=np.int64)  # captions come with their images
 
-    def read(self, index: int) -> tuple[Pair, int]:
-        """(`Pair`, index)."""
-        image, text = super().read(index)
-        return Pair(image, _captions(text, self.where(index))), index
+    def _coerced(self, label: Any, where: str) -> Any:
+        return label.decode("utf-8", "replace") if isinstance(label, bytes) else label
 
 
 class ClassPairs:
@@ -204,7 +246,7 @@ def _table(source: Any, split: str | None) -> Path | None:
         return None
     if split is not None and (path / split).is_dir():
         return _table(path / split, None)
-    tables = {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in TABLES and not p.name.startswith(".")}
+    tables = tables_in(path)
     if not tables:
         return None
     if split is not None:
@@ -215,38 +257,6 @@ def _table(source: Any, split: str | None) -> Path | None:
     if not named and len(tables) > 1:
         raise DataError(f"{path}: holds several tables ({', '.join(tables)}); choose one with split=...")
     return named[0] if named else next(iter(tables.values()))
-
-
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row by names of columns) of a table."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix.lower() == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        row = json.loads(text)
-                        if not isinstance(row, dict):
-                            raise DataError(f"{table}, line {line}: expected a JSON object.")
-                        yield line, row
-            else:
-                reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-                for row in reader:
-                    yield reader.line_num, {str(k).strip(): v for k, v in row.items()}
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{table}: cannot be read ({error}).") from error
-
-
-def _column(
-    where: Any, wanted: str | None, known: Sequence[str], fitting: list[str], there: list[str], setting: str
-) -> str:
-    if wanted is not None:
-        if wanted not in there:
-            raise DataError(f"{where}: no column '{wanted}' ({setting}). {nearest(wanted, there)}")
-        return wanted
-    for name in known:
-        if name in fitting:
-            return name
-    raise DataError(f"{where}: name one of its columns with {setting}=...; columns: {', '.join(there)}.")
 
 
 def _captions(value: Any, where: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ or what `multimodal.data.pairs.open_pairs` takes (captions), or any list or torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,14 @@ from torch.utils.data import Dataset
 
 from multimodal.data.pairs import Pair, open_pairs
 from zoo.data.dataset import ImageDataset, OnError
+from zoo.data.hub import one_split
+from zoo.data.open import is_paths
+from zoo.data.tables import choose_column
 from zoo.errors import DataError, nearest
 
 __all__ = ["Question", "open_questions"]
 
+QUESTIONS = ("question", "questions", "sent")
 IMAGES = ("image", "img", "picture", "photo")
 ANSWERS = ("answers", "answer", "label", "captions", "caption")
 
@@ -63,9 +67,9 @@ def open_questions(source: Any, *, split: str | None = None, on_error: OnError =
     if isinstance(source, ImageDataset):
         return source
     rows: Any
-    if isinstance(source, Dataset) or (
-        isinstance(source, (list, tuple)) and source and isinstance(source[0], Question)
-    ):
+    if isinstance(source, Mapping):
+        source, split = one_split(source, split, type(source).__name__), None
+    if not is_paths(source) and _asks(source):
         rows = GivenQuestions(source)
     elif files := _files(source, split):
         rows = ParquetQuestions(*files)
@@ -91,7 +95,7 @@ class ParquetQuestions(_Rows):
         table = _table(questions)
         self.file = questions
         self.name = f"{questions.resolve().parent.name}/{questions.stem.removesuffix('_questions')}"
-        self.texts = _column(table, questions, ("question", "questions", "sent")).to_pylist()
+        self.texts = _column(table, questions, QUESTIONS).to_pylist()
         given = _column(table, questions, ANSWERS).to_pylist()
         self.answers = [_answers(value, self.where(i)) for i, value in enumerate(given)]
         if images is None:
@@ -127,7 +131,7 @@ class ParquetQuestions(_Rows):
 
 
 class GivenQuestions(_Rows):
-    """A list or torch `Dataset` of `Question`s."""
+    """A list or torch `Dataset` of `Question`s, or of rows {"image": ..., "question": ..., "answer" or "answers": ...}."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -145,6 +149,8 @@ class GivenQuestions(_Rows):
     def read(self, index: int) -> tuple[Question, int]:
         """(`Question`, index)."""
         item = self.source[index]
+        if isinstance(item, Mapping):
+            item = self._of_row(item, index)
         if not isinstance(item, Question):
             raise DataError(
                 f"{self.where(index)}: {type(item).__name__}; expected a multimodal.data.questions.Question."
@@ -153,6 +159,18 @@ class GivenQuestions(_Rows):
             raise DataError(f"{self.where(index)}: the question is empty.")
         _answers(list(item.answers), self.where(index))
         return item if item.key is not None else replace(item, key=("item", index)), index
+
+    def _of_row(self, row: Mapping[str, Any], index: int) -> Question:
+        """A question out of a row by name."""
+        where, there = self.where(index), list(row)
+        answer = row[choose_column(where, None, ANSWERS, there, there, "answer")]
+        text = row[choose_column(where, None, QUESTIONS, there, there, "question")]
+        image = next((row[name] for name in IMAGES if name in row), None)
+        if isinstance(image, Mapping) and "bytes" in image:
+            image = image["bytes"]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the question is {text!r:.60}; expected a text.")
+        return Question(image, text, _answers(answer, where), row.get("image_id"))
 
 
 class Captions(_Rows):
@@ -174,6 +192,16 @@ class Captions(_Rows):
         pair, _ = self.rows.read(index)
         assert isinstance(pair, Pair)
         return Question(pair.image, None, pair.captions, index), index
+
+
+def _asks(source: Any) -> bool:
+    """Whether a data set is one of questions, as its first item shows; others are read as images with captions."""
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")) or not len(source):
+        return isinstance(source, Dataset)
+    first = source[0]
+    named = isinstance(first, Mapping) and any(name in first for name in QUESTIONS)
+    pair = isinstance(first, (tuple, list)) and len(first) == 2
+    return named or not (pair or isinstance(first, Mapping))
 
 
 def _files(source: Any, split: str | None) -> tuple[Path, Path | None] | None:

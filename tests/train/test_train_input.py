@@ -238,5 +238,5 @@ def test_a_training_set_of_which_nothing_can_be_read(tmp_path: Path) -> None:
 def test_other_things_than_asked_for(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         zoo.fit(tiny_model(), easy_data(8), epochs=1, progress=False, **options)
-    with pytest.raises(DataError, match=r"this one holds a tuple\. Put items into a torch Dataset"):
-        zoo.fit(tiny_model(), [(torch.zeros(3, 8, 8), 0)], epochs=1, progress=False)
+    with pytest.raises(DataError, match=r"item 0: int; expected a pair \(image, label\)"):
+        zoo.fit(tiny_model(), [1], epochs=1, progress=False)

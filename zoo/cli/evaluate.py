@@ -17,6 +17,7 @@ from zoo.cli.options import (
     Precision,
     Quiet,
     SkipBroken,
+    Truncate,
     TrustBackbone,
     WhatFor,
     Workers,
@@ -48,6 +49,7 @@ def evaluate(
     device: Device = None,
     workers: Workers = None,
     skip_broken: SkipBroken = False,
+    truncate: Truncate = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also each class.", rich_help_panel=OUTPUT)] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Write the numbers into the folder's card.", rich_help_panel=OUTPUT)
@@ -70,8 +72,9 @@ def evaluate(
 
     model = load_target(target, pretrained, seed, trust_backbone)
     what = resolve(model, task)
+    set_truncate(what, truncate)
     on_error: Any = "skip" if skip_broken else "raise"
-    dataset = (_dataset if what.on_head else partial(opened, what))(model, data, split, on_error)
+    dataset = (partial(_dataset, what.labels) if what.on_head else partial(opened, what))(model, data, split, on_error)
     result = zoo.evaluate(
         model,
         dataset,
@@ -132,6 +135,14 @@ def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backb
         return zoo.load(target, pretrained=pretrained, seed=seed).eval()
 
 
+def set_truncate(what: Task, truncate: bool) -> None:
+    """Have a task cut texts; raises ConfigError for one that reads none."""
+    if truncate and not hasattr(what, "truncate"):
+        raise ConfigError(f"--truncate cuts captions, and '{what.name}' reads none.")
+    if truncate:
+        what.truncate = True  # type: ignore[attr-defined]
+
+
 def opened(
     what: Task,
     model: Model,
@@ -147,11 +158,11 @@ def opened(
     return dataset
 
 
-def _dataset(model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
+def _dataset(labels: str, model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
     """The data set; if it lacks some of the model's classes, with the model's labels."""
     open_dataset = model.family.open_dataset
-    dataset = open_dataset(data, split=split, on_error=on_error)
+    dataset = open_dataset(data, split=split, on_error=on_error, labels=labels)
     names = model.classes
     if names and dataset.classes and dataset.classes != names and set(dataset.classes) <= set(names):
-        return open_dataset(data, split=split, on_error=on_error, classes=names)
+        return open_dataset(data, split=split, on_error=on_error, classes=names, labels=labels)
     return dataset

@@ -20,6 +20,10 @@ Workers = Annotated[int | None, typer.Option(help="Processes that load the data.
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without items that cannot be read.", rich_help_panel=DATA)
 ]
+Truncate = Annotated[
+    bool,
+    typer.Option("--truncate", help="Cut texts that are longer than the model's context.", rich_help_panel=DATA),
+]
 TrustBackbone = Annotated[
     bool,
     typer.Option(

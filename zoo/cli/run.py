@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from zoo.cli.common import console, count, print_json, settings, size, table
-from zoo.cli.evaluate import opened
+from zoo.cli.evaluate import opened, set_truncate
 from zoo.cli.options import (
     OUTPUT,
     Device,
@@ -17,6 +17,7 @@ from zoo.cli.options import (
     Precision,
     Quiet,
     SkipBroken,
+    Truncate,
     WhatFor,
     Workers,
     data_option,
@@ -44,6 +45,7 @@ def fit(
     test_split: Annotated[str | None, data_option("Split of --test; without --test, of --data.")] = None,
     shots: Annotated[int | None, data_option("Train on so many items of every class.")] = None,
     skip_broken: SkipBroken = False,
+    truncate: Truncate = False,
     workers: Workers = None,
     setting: Annotated[
         list[str] | None,
@@ -103,6 +105,7 @@ def fit(
     _check_free(out)
     cls, _ = registry.find_backbone(backbone)
     what = registry.task(task or ("classify" if cls.pools else cls.task))
+    set_truncate(what, truncate)
     backbone_options: dict[str, Any] = {}
     if image_size is not None:
         backbone_options["img_size" if cls.modality == "image" else "image_size"] = image_size
@@ -122,7 +125,7 @@ def fit(
     others = ((val, val_split), (test, test_split))
     classes: list[str] | None = None
     if what.on_head:
-        options: dict[str, Any] = {"seed": seed, "on_error": on_error}
+        options: dict[str, Any] = {"seed": seed, "on_error": on_error, "labels": what.labels}
         train_set = cls.open_dataset(data, split=split, shots=shots, **options)
         if not (classes := train_set.classes):
             raise DataError(

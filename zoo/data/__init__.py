@@ -1,4 +1,4 @@
-"""Data sets of images with labels: folders, Parquet files, Hub data sets, any torch `Dataset`.
+"""Data sets of images with labels: folders, tables, Parquet files, shards, Hub data sets, any torch `Dataset`, lists, streams.
 
     train = open_dataset("flowers/", split="train", shots=16)
     train, val = split_train_val(train, 0.1, seed=0)
@@ -9,12 +9,13 @@ Everything is an `ImageDataset`: rows of a source, a selection of them, class na
 from zoo.data.dataset import ImageDataset, Skipped, collate
 from zoo.data.joined import by_class, join, with_classes
 from zoo.data.open import open_dataset
-from zoo.data.sampling import few_shot, split_train_val
+from zoo.data.sampling import class_weights, few_shot, split_train_val
 
 __all__ = [
     "ImageDataset",
     "Skipped",
     "by_class",
+    "class_weights",
     "collate",
     "few_shot",
     "join",

@@ -25,7 +25,7 @@ Transform = Callable[[Any], Any]
 
 
 class Rows(Protocol):
-    """Where images and labels come from."""
+    """Where images and labels come from. Rows with tags or numbers instead of labels have them as `targets`, float32."""
 
     name: str
     """A short name of the source, without the folders above it."""
@@ -98,6 +98,12 @@ class ImageDataset(Dataset[Any]):
         return None if self.rows.labels is None else self.rows.labels[self.indices]
 
     @property
+    def targets(self) -> np.ndarray | None:
+        """(n, K) tags or (n,) or (n, k) numbers of this selection, float32; None where items have one label each."""
+        targets = getattr(self.rows, "targets", None)
+        return None if targets is None else targets[self.indices]
+
+    @property
     def blocks(self) -> np.ndarray | None:
         """(n,) block of each item, see `Rows.blocks`."""
         return None if self.rows.blocks is None else self.rows.blocks[self.indices]
@@ -114,7 +120,14 @@ class ImageDataset(Dataset[Any]):
                 return Skipped(self.rows.where(row), str(error))
             raise
         if self.transform is not None and not isinstance(image, Skipped):
-            image = self.transform(image)
+            try:
+                image = self.transform(image)
+            except DataError as error:  # a transform does not know what it is given
+                where = self.where(index)
+                reason = str(error) if where in str(error) else f"{where}: {error}"
+                if self.on_error == "skip":
+                    return Skipped(where, reason)
+                raise DataError(reason) from error
         return image, label
 
     def where(self, index: int) -> str:
@@ -131,7 +144,7 @@ class ImageDataset(Dataset[Any]):
 
     def _like(self, **changes: Any) -> ImageDataset:
         settings = {"transform": self.transform, "indices": self.indices, "on_error": self.on_error, **changes}
-        return ImageDataset(self.rows, self.classes, **settings)
+        return ImageDataset(self.rows, settings.pop("classes", self.classes), **settings)
 
     def __repr__(self) -> str:
         count = "unknown" if self.classes is None else len(self.classes)

@@ -5,34 +5,42 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader
 
-from zoo.data.dataset import ImageDataset, OnError, Rows, Transform
+from zoo.data.dataset import ImageDataset, OnError, Transform
+from zoo.data.folders import SPLITS, FolderRows, files_below, folders_in, holds, shown, visible
+from zoo.data.hub import HubRows, is_hub, one_split
+from zoo.data.labels import check_kind
+from zoo.data.medium import IMAGES, Medium
 from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import few_shot
-from zoo.data.sources import FolderRows, HubRows, TorchRows, check_labels
+from zoo.data.shards import ShardRows
+from zoo.data.sources import TorchRows, unwrapped
+from zoo.data.tables import NAMED, TABLES, ListedRows, columns_of, tables_in
 from zoo.errors import DataError, nearest
 
-__all__ = ["open_dataset"]
+__all__ = ["Found", "folder_name", "is_paths", "locate", "open_dataset", "open_with", "short_name"]
 
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 _SHARD = re.compile(r"-\d+-of-\d+$|[-_.]\d+$")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+FILES = (".parquet", ".tar")
 
 
 def open_dataset(
-    source: str | Path | Sequence[str | Path] | Dataset[Any],
+    source: Any,
     *,
     transform: Transform | None = None,
     split: str | None = None,
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    labels: str = "auto",
     shots: int | None = None,
     seed: int = 0,
     on_error: OnError = "raise",
@@ -40,117 +48,155 @@ def open_dataset(
     """Images with labels.
 
     Args:
-        source: an image folder (`<class>/<image>`), Parquet files (a file, a folder, a pattern such as
-            "cifar10/train-*.parquet", a list) with a column of encoded images, the name of a Hub data set ("owner/name",
-            or "hf:name"), or any torch `Dataset` of (image, label).
+        source: an image folder (`<class>/<image>`); a table of files and labels (`labels.csv`, `metadata.csv`, .tsv,
+            .jsonl) or the folder that it is in; Parquet files (a file, a folder, a pattern such as
+            "cifar10/train-*.parquet", a list) with a column of encoded images; shards of webdataset
+            ("train-{000..009}.tar"); the name of a Hub data set ("owner/name", or "hf:name"); a `datasets.Dataset` or dict
+            of splits; any torch `Dataset` or list of pairs (image, label) or of rows {"image": ..., "label": ...}; a
+            stream of these (`IterableDataset`, generator), which is read into memory.
         transform: PIL image -> what the model takes; None leaves it to `zoo.fit` and `zoo.evaluate`.
-        split: a subfolder, or the beginning of the Parquet files' names, or a split of a Hub data set. Needed where there are
-            several, so that a test split is never trained on by accident.
-        image_column, label_column: columns of Parquet files or a Hub data set; guessed if there is one candidate.
+        split: a subfolder, or the beginning of the files' names, or a split of a Hub data set. Needed where there are several, so
+            that a test split is never trained on by accident.
+        image_column, label_column: columns of tables and rows; guessed if there is one candidate. Several label columns (a
+            list of names) make tags or numbers.
         classes: all class names, in the order of the labels. By default `classes.json` beside the files, the names in
             the files' metadata, the names of the folders, or the labels themselves.
+        labels: what the labels are: "classes", "tags" (several classes for each item), "numbers" (to regress); by default
+            by their type (`zoo.data.labels`).
         shots: take only so many images of every class, drawn with `seed`.
         on_error: "skip" goes on without images that cannot be read (they are counted); "raise" stops and names the first.
 
     Raises:
-        DataError: no such source, an empty one, several splits, missing columns, labels outside the classes, too few for `shots`.
+        DataError: no such source, an empty one, several splits, missing columns, labels that are none, too few for `shots`.
         MissingPackageError: a Hub data set without the package `datasets`.
     """
     dataset = open_with(
-        Readers(),
+        IMAGES,
         source,
         transform=transform,
         split=split,
         column=image_column,
         label_column=label_column,
         classes=classes,
+        labels=labels,
         on_error=on_error,
     )
     return dataset if shots is None else few_shot(dataset, shots, seed)
 
 
-@dataclass(frozen=True)
-class Readers:
-    """Who reads the rows of each kind of source. Here images; data sets of something else name their own."""
-
-    folder: type[FolderRows] = FolderRows
-    parquet: type[ParquetRows] = ParquetRows
-    torch: Callable[[Dataset[Any]], Rows] = TorchRows
-    hub: Callable[..., HubRows] = HubRows
-
-
 def open_with(
-    readers: Readers,
+    medium: Medium,
     source: Any,
     *,
     transform: Transform | None,
     split: str | None,
     column: str | None,
-    label_column: str | None,
+    label_column: str | Sequence[str] | None,
     classes: Sequence[str] | None,
+    labels: str,
     on_error: OnError,
 ) -> ImageDataset:
-    """`open_dataset` with these readers; `column` is that of what they decode."""
+    """`open_dataset` for items of this medium; `column` is that of the items."""
+    check_kind(labels)
     names = _class_names(classes)
+    if isinstance(source, DataLoader):
+        source = unwrapped(source)
     if isinstance(source, ImageDataset):
         return source if transform is None else source.with_transform(transform)
-    if isinstance(source, Dataset) or not isinstance(source, (str, Path, list, tuple)):
-        rows = readers.torch(cast("Dataset[Any]", source))
-        known = names if names is not None else _class_names(_own_classes(source))
-        if known is None and rows.labels is not None:
-            known = [str(i) for i in range(int(rows.labels.max()) + 1)]
-        if known is not None:
-            check_labels(rows, len(known))
-        return ImageDataset(rows, known, transform=transform, on_error=on_error)
-    found = _locate(source, split)
-    files: FolderRows | ParquetRows | HubRows
-    if isinstance(found, str):
-        files = readers.hub(found, split, image_column=column, label_column=label_column, class_names=names)
-    elif isinstance(found, Path):
-        files = readers.folder(found, names if names is not None else _classes_json(found), name=_folder_name(found))
-    else:
-        files = readers.parquet(
-            found,
-            image_column=column,
+    if isinstance(source, Mapping):
+        return open_with(
+            medium,
+            one_split(source, split, type(source).__name__),
+            transform=transform,
+            split=None,
+            column=column,
             label_column=label_column,
-            class_names=names if names is not None else partial(_classes_json, found[0].parent),
-            name=_short_name(found),
+            classes=classes,
+            labels=labels,
+            on_error=on_error,
         )
-    return ImageDataset(files, files.class_names, transform=transform, on_error=on_error)
+    options: dict[str, Any] = {
+        "medium": medium,
+        "column": column,
+        "label_column": label_column,
+        "class_names": names,
+        "labels": labels,
+    }
+    rows: Any
+    if not is_paths(source):
+        own_format = (getattr(source, "format", None) or {}).get("type") if is_hub(source) else "custom"
+        rows = TorchRows(source, **options) if own_format == "custom" else HubRows(source, **options)
+        return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
+    found = locate(source, split, medium, names)
+    if found.kind == "hub":
+        rows = HubRows(found.place, split, **options)
+    elif found.kind == "folder":
+        place = Path(found.place)
+        given = names if names is not None else _classes_json(place)
+        rows = FolderRows(place, given, name=folder_name(place), medium=medium)
+    elif found.kind == "table":
+        if names is None:
+            options["class_names"] = partial(_classes_json, Path(found.place).parent)
+        rows = ListedRows(Path(found.place), below=found.below, **options)
+    elif found.kind == "shards":
+        rows = ShardRows(found.files, name=short_name(found.files), **options)
+    else:
+        if names is None:
+            options["class_names"] = partial(_classes_json, found.files[0].parent)
+        rows = ParquetRows(found.files, name=short_name(found.files), **options)
+    return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
 
 
-def _own_classes(dataset: Any) -> Any:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
+def is_paths(source: Any) -> bool:
+    """Whether a source is given by paths or names, rather than as an object."""
+    first = source[0] if isinstance(source, (list, tuple)) and source else source
+    return isinstance(first, (str, Path)) or (isinstance(source, (list, tuple)) and not source)
 
 
-def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Path | list[Path] | str:
-    """An image folder, Parquet files, or the name of a Hub data set."""
+class Found(NamedTuple):
+    """Where data are: `kind` is "folder", "table", "parquet", "shards" or "hub"; `below`: only files below this folder."""
+
+    kind: str
+    place: Any = None
+    files: Sequence[Path] = ()
+    below: Path | None = None
+
+
+def locate(
+    source: str | Path | Sequence[str | Path],
+    split: str | None,
+    medium: Medium = IMAGES,
+    classes: Sequence[str] | None = None,
+) -> Found:
+    """What a path, a pattern, a list of paths or a name means.
+
+    Raises:
+        DataError: nothing, or several splits.
+    """
     if isinstance(source, (list, tuple)):
         if other := [type(s).__name__ for s in source if not isinstance(s, (str, Path))]:
             raise DataError(
-                f"A list of data names Parquet files, and this one holds a {other[0]}. Put items into a torch Dataset."
+                f"A list of data names files, or holds pairs (item, label), and this one mixes paths with {other[0]}."
             )
         files = [Path(s).expanduser() for s in source]
         if not files:
             raise DataError("The list of Parquet files is empty.")
-        if missing := [str(f) for f in files if not f.is_file()]:
+        if missing := [shown(f) for f in files if not f.is_file()]:
             raise DataError(f"No such file: {', '.join(missing[:3])}.")
-        return files
+        return _of_files(files)
     text = str(source)
     if text.startswith("hf:"):
-        return text[3:].removeprefix("//").removeprefix("datasets/")  # as the Hub's own addresses have it
+        return Found("hub", text[3:].removeprefix("//").removeprefix("datasets/"))  # as the Hub's own addresses have it
     path = Path(text).expanduser()
     if path.is_file():
-        return [path]
+        return Found("table", path) if path.suffix.lower() in TABLES else _of_files([path])
     if path.is_dir():
-        return _in_folder(path, split)
-    if any(c in text for c in "*?["):
-        files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
+        return _in_folder(path, split, medium, classes)
+    if any(c in text for c in "*?[") or _RANGE.search(text):
+        files = [Path(f) for part in _expanded(str(path)) for f in sorted(glob.glob(part, recursive=True))]
         if not files:
             raise DataError(f"No file fits the pattern '{text}'.")
-        return _of_split(files, split, text)
+        return _of_files(_of_split(files, split, text))
     looks_local = isinstance(source, Path) or text.startswith((".", "~", "/")) or path.suffix or text.count("/") > 1
     if looks_local or ("/" in text and path.parent.is_dir()):
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -158,32 +204,103 @@ def _locate(source: str | Path | Sequence[str | Path], split: str | None) -> Pat
             f"No such file or folder: '{text}'. {nearest(path.name, there) if there else ''} "
             "For a data set of the Hub write 'hf:owner/name'."
         )
-    return text
+    return Found("hub", text)
 
 
-def _in_folder(folder: Path, split: str | None) -> Path | list[Path]:
-    files = [
-        f for f in sorted(folder.rglob("*.parquet")) if not any(p.startswith(".") for p in f.relative_to(folder).parts)
-    ]
-    if files:
-        if split is not None and any(f.relative_to(folder).parts[0] == split for f in files):
-            return [f for f in files if f.relative_to(folder).parts[0] == split]
-        return _of_split(files, split, str(folder))
-    subfolders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _expanded(pattern: str) -> list[str]:
+    """`{000..002}` written out, as the shell and webdataset do."""
+    if not (found := _RANGE.search(pattern)):
+        return [pattern]
+    first, last = int(found[1]), int(found[2])
+    if last - first > 1_000_000:
+        raise DataError(f"'{found[0]}' in '{pattern}' names {last - first + 1} files.")
+    parts = [f"{i:0{len(found[1])}d}" for i in range(first, last + 1)]
+    return [p for part in parts for p in _expanded(pattern[: found.start()] + part + pattern[found.end() :])]
+
+
+def _of_files(files: Sequence[Path]) -> Found:
+    """Shards or Parquet files."""
+    shards = [f.suffix.lower() == ".tar" or ".tar." in f.name.lower() for f in files]
+    if any(shards) and not all(shards):
+        raise DataError(f"{shown(files[0])} and others are tar files and Parquet files; give one kind.")
+    return Found("shards" if any(shards) else "parquet", files=files)
+
+
+def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequence[str] | None) -> Found:
+    for ending in FILES:
+        if files := [folder / f for f in files_below(folder, (ending,))]:
+            if split is not None and any(f.relative_to(folder).parts[0] == split for f in files):
+                return _of_files([f for f in files if f.relative_to(folder).parts[0] == split])
+            return _of_files(_of_split(files, split, str(folder)))
+    subfolders = folders_in(folder)
+    tables = tables_in(folder)
     if split is not None:
-        if split not in subfolders:
-            raise DataError(f"{folder}: no split '{split}'. {nearest(split, subfolders)}")
-        return folder / split
+        if split in subfolders:
+            return _leaf(folder / split, medium, folder)
+        if split in tables:
+            return Found("table", tables[split])
+        raise DataError(f"{shown(folder)}: no split '{split}'. {nearest(split, [*subfolders, *tables])}")
     splits = [name for name in subfolders if name.lower() in SPLITS]
-    if splits and len(splits) == len(subfolders):
+    if splits and not set(splits) <= set(classes or ()) and _is_root(folder, splits, subfolders, medium):
+        others = [n for n in subfolders if n not in splits and holds(folder / n, medium.extensions)]
+        if len(splits) == 1 and not others:
+            return _leaf(folder / splits[0], medium, folder)
         if len(splits) == 1:
-            return folder / splits[0]
-        raise DataError(f"{folder}: has the splits {', '.join(splits)}; choose one with open_dataset(..., split=...)")
-    return folder
+            raise DataError(
+                f"{shown(folder)}: '{splits[0]}' looks like a split, and beside it {', '.join(others[:3])} hold "
+                f"{medium.noun}. Choose the split with split='{splits[0]}'; if all of them are classes, name them: classes=[...]."
+            )
+        raise DataError(
+            f"{shown(folder)}: has the splits {', '.join(splits)}; choose one with open_dataset(..., split=...)"
+        )
+    return _leaf(folder, medium, None)
+
+
+def _is_root(folder: Path, splits: Sequence[str], subfolders: Sequence[str], medium: Medium) -> bool:
+    """Whether subfolders with the names of splits are splits: there are several, or one has folders or a table of its own."""
+    if len(splits) > 1 or len(splits) == len(subfolders):
+        return True
+    place = folder / splits[0]
+    return bool(tables_in(place)) or any(holds(place / name, medium.extensions) for name in folders_in(place))
+
+
+def _leaf(folder: Path, medium: Medium, above: Path | None) -> Found:
+    """Class folders, or a table: of the folder itself, or of the folder above with paths into this one."""
+    loose = [
+        p for p in folder.iterdir() if p.name.lower().endswith(medium.extensions) and visible(p.name) and not p.is_dir()
+    ]
+    classes = [n for n in folders_in(folder) if holds(folder / n, medium.extensions)]
+    tables = tables_in(folder)
+    if loose and tables:  # beside class folders there are none
+        classes = []
+    meant = [tables[name] for name in tables if name.lower() in NAMED]
+    if not classes and not meant and len(tables) > 1:
+        raise DataError(f"{shown(folder)}: holds several tables ({', '.join(tables)}); choose one with split=...")
+    if not classes and not meant:
+        meant = list(tables.values())
+    for table in meant:
+        if not classes or _has_labels(table, medium):
+            return Found("table", table)
+    if above is not None and not classes:
+        for name, table in tables_in(above).items():
+            if name.lower() in NAMED:
+                return Found("table", table, below=folder)
+    if loose and classes:
+        warnings.warn(
+            f"{shown(folder)}: {len(loose)} {medium.noun} beside the class folders are left out, {shown(loose[0].name)} first.",
+            stacklevel=6,
+        )
+    return Found("folder", folder)
+
+
+def _has_labels(table: Path, medium: Medium) -> bool:
+    """Whether a table beside class folders has files and labels of its own; one of captions, say, has not."""
+    there = {name.lower() for name in columns_of(table)}
+    return bool(there & set(medium.paths)) and bool(there & set(medium.label_columns))
 
 
 def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
-    """The files of one split; their names begin with it (`train.parquet`, `train-00000-of-00005.parquet`)."""
+    """The files of one split; their names begin with it (`train.parquet`, `train-00000-of-00005.parquet`, `train-000.tar`)."""
     names: dict[str, list[Path]] = {}
     for file in files:
         names.setdefault(_SHARD.sub("", file.stem), []).append(file)
@@ -192,7 +309,7 @@ def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
             f for n, fs in names.items() if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", n) for f in fs
         ]
         if not chosen:
-            raise DataError(f"{source}: no Parquet file of the split '{split}'. {nearest(split, names)}")
+            raise DataError(f"{source}: no {_kind(files[0])} of the split '{split}'. {nearest(split, names)}")
         return sorted(chosen)
     if len(names) > 1:
         raise DataError(
@@ -201,14 +318,18 @@ def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
     return files
 
 
-def _short_name(files: Sequence[Path]) -> str:
+def _kind(file: Path) -> str:
+    return "shard" if file.suffix == ".tar" else "Parquet file"
+
+
+def short_name(files: Sequence[Path]) -> str:
     """`cifar10/train` for `.../cifar10/train-00000-of-00005.parquet` (a report must not hold a machine's folders)."""
     stem = _SHARD.sub("", files[0].stem)
     folder = files[0].resolve().parent.name
     return f"{folder}/{stem}" if folder else stem
 
 
-def _folder_name(folder: Path) -> str:
+def folder_name(folder: Path) -> str:
     """`flowers/train` for a split's folder, else the folder's own name."""
     folder = folder.resolve()
     return f"{folder.parent.name}/{folder.name}" if folder.name.lower() in SPLITS else folder.name

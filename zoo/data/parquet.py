@@ -19,13 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zoo.data.images import decode
+from zoo.data.labels import Labelled, read_labels
+from zoo.data.medium import CAPTIONS, IMAGES, Medium
 from zoo.errors import DataError, nearest
 
 __all__ = ["ParquetRows"]
 
-IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture", "photo", "pixels")
-LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label", "y")
 HOLD_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
@@ -33,76 +32,79 @@ OPEN_FILES = 32
 ClassNames = Sequence[str] | Callable[[str], list[str] | None] | None
 
 
-class ParquetRows:
+class ParquetRows(Labelled):
     """The rows of `files`, one after the other.
-
-    Rows of something else than images override how it is decoded, how its column and that of the labels are usually called,
-    and its name in messages.
 
     Args:
         files: Parquet files with the same columns.
-        image_column, label_column: their names; guessed if None.
+        medium: what the encoded items are.
+        column, label_column: their names; guessed if None. Several label columns make tags (of 0 and 1) or numbers.
         class_names: names (a label is then an index or a name), or what finds them for a label column; otherwise from the
             files' own metadata, or from the labels.
+        labels: see `zoo.data.labels`.
         hold_bytes: up to this size all encoded images are kept in memory.
         cache_bytes: of larger data sets, how many bytes of row groups are kept.
         name: a short name for reports.
     """
 
-    decode: Callable[[Any, str], Any] = staticmethod(decode)
-    columns: tuple[str, ...] = IMAGE_COLUMNS
-    label_columns: tuple[str, ...] = LABEL_COLUMNS
-    thing, setting = "image", "image_column"
-
     def __init__(
         self,
         files: Sequence[Path],
         *,
-        image_column: str | None = None,
-        label_column: str | None = None,
+        medium: Medium = IMAGES,
+        column: str | None = None,
+        label_column: str | Sequence[str] | None = None,
         class_names: ClassNames = None,
+        labels: str = "auto",
         hold_bytes: int = HOLD_BYTES,
         cache_bytes: int = CACHE_BYTES,
         name: str = "",
     ) -> None:
         self.files = [Path(file) for file in files]
+        self.medium, self.noun = medium, medium.noun
         self.name = name or self.files[0].stem
         self._readers: dict[int, pq.ParquetFile] = {}
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._pid = os.getpid()
         schema = self._reader(0).schema_arrow
-        self.image_column = self._find_column(schema, image_column)
-        self.label_column = self._find_label(schema, label_column)
+        self.column = self._find_column(schema, column)
+        several = label_column is not None and not isinstance(label_column, str)
+        self.label_columns = (
+            [self._find_label(schema, name) for name in label_column or ()]
+            if several
+            else [self._find_label(schema, label_column)]  # type: ignore[arg-type]
+        )
         self._index(cache_bytes, hold_bytes)
+        given = class_names is not None and not callable(class_names)
         if callable(class_names):
-            class_names = class_names(self.label_column)
-        self.labels: np.ndarray | None
-        self.labels, self.class_names = self._read_labels(schema, class_names)
+            class_names = class_names(self.label_columns[0])
+        self._read_labels(schema, class_names, labels, given)
 
     def _find_column(self, schema: pa.Schema, wanted: str | None) -> str:
         """The column of encoded images: the named one, or one with a usual name, or the only one of bytes."""
         if wanted is not None:
-            self._require(wanted, schema, self.setting)
+            self._require(wanted, schema, self.medium.setting)
             if not _holds_bytes(kind := schema.field(wanted).type):
                 raise DataError(
-                    f"{self.files[0]}: column '{wanted}' is of type {kind}; expected encoded {self.thing}s (binary, or a struct "
-                    "with 'bytes')."
+                    f"{self.files[0]}: column '{wanted}' is of type {kind}; expected encoded {self.medium.noun} (binary, or a "
+                    "struct with 'bytes')."
                 )
             return wanted
         fitting = [f.name for f in schema if _holds_bytes(f.type)]
-        if usual := [n for n in self.columns if n in fitting] or (fitting if len(fitting) == 1 else []):
+        if usual := [n for n in self.medium.columns if n in fitting] or (fitting if len(fitting) == 1 else []):
             return usual[0]
-        several = f"several columns could hold the {self.thing}s"
-        reason = several if fitting else f"no column holds encoded {self.thing}s"
-        raise self._undecided(reason, schema, self.setting)
+        several = f"several columns could hold the {self.medium.noun}"
+        reason = several if fitting else f"no column holds encoded {self.medium.noun}"
+        raise self._undecided(reason, schema, self.medium.setting)
 
     def _find_label(self, schema: pa.Schema, wanted: str | None) -> str:
         if wanted is not None:
             self._require(wanted, schema, "label_column")
             return wanted
-        others = [n for n in schema.names if n != self.image_column]
+        others = [n for n in schema.names if n != self.column]
         fitting = [n for n in others if pa.types.is_integer(schema.field(n).type)]
-        if usual := [n for n in self.label_columns if n in others] or (fitting if len(fitting) == 1 else []):
+        single = fitting if len(fitting) == 1 else others if len(others) == 1 and others[0] not in CAPTIONS else []
+        if usual := [n for n in self.medium.label_columns if n in others] or single:
             return usual[0]
         reason = "several columns could hold the labels" if fitting else "no column holds labels"
         raise self._undecided(reason, schema, "label_column")
@@ -127,7 +129,7 @@ class ParquetRows:
             reader = self._reader(number)
             self._file_starts.append(row)
             columns = reader.schema_arrow.names
-            for column in (self.image_column, self.label_column):
+            for column in (self.column, *self.label_columns):
                 if column not in columns:
                     raise DataError(
                         f"{file}: no column '{column}', which {self.files[0].name} has; columns: {', '.join(columns)}."
@@ -140,9 +142,7 @@ class ParquetRows:
                 self._starts.append(row)
                 row += info.num_rows
                 parts = (info.column(i) for i in range(info.num_columns))
-                size += sum(
-                    p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == self.image_column
-                )
+                size += sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == self.column)
         self._length = row
         if row == 0:
             raise DataError(f"{self.name}: the data set is empty; {len(self.files)} Parquet file(s) hold no row.")
@@ -155,52 +155,39 @@ class ParquetRows:
             sizes = [end - start for start, end in zip(self._starts, ends, strict=True)]
             self.blocks = np.repeat(np.arange(len(sizes)), sizes)
 
-    def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-        columns = [self._labels_of(number) for number in range(len(self.files))]
-        if len(kinds := {str(c.type) for c in columns}) > 1:
-            raise DataError(
-                f"{self.name}: column '{self.label_column}' is {' in one file and '.join(sorted(kinds))} in another."
-            )
-        column = pa.chunked_array([chunk for c in columns for chunk in c.chunks], type=columns[0].type)
-        if column.null_count:
-            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise DataError(
-                f"{self.where(row)}: no label in column '{self.label_column}' ({column.null_count} such rows)."
-            )
-        names = list(class_names) if class_names is not None else _hub_names(schema, self.label_column)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            values = column.to_pylist()
-            names = names if names is not None else sorted(set(values))
-            positions = {name: i for i, name in enumerate(names)}
-            for row, value in enumerate(values):
-                if value not in positions:
-                    raise DataError(
-                        f"{self.where(row)}: label '{value}' is not among the {len(names)} classes. {nearest(value, names)}"
-                    )
-            return np.fromiter((positions[v] for v in values), np.int64, len(values)), names
-        if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
-            raise DataError(
-                f"{self.name}: label column '{self.label_column}' is of type {column.type}; expected int or str."
-            )
-        labels = column.to_numpy().astype(np.int64)
-        if names is None:
-            names = [str(i) for i in range(int(labels.max()) + 1)]
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if len(wrong):
-            raise DataError(
-                f"{self.where(int(wrong[0]))}: label {labels[wrong[0]]} is outside the {len(names)} classes "
-                f"(0..{len(names) - 1}); {len(wrong)} such rows. Pass all class names as classes=[...], or mend the labels."
-            )
-        return labels, names
+    def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None, labels: str, given: bool) -> None:
+        columns = [self._values(name) for name in self.label_columns]
+        if len(columns) == 1:
+            values, names = columns[0], class_names
+            names = names if names is not None else _hub_names(schema, self.label_columns[0])
+        else:
+            values = [list(row) for row in zip(*(list(c) for c in columns), strict=True)]
+            names = class_names if class_names is not None else self.label_columns
+        self.take(read_labels(values, self.where, names, labels, given=given))
 
-    def _labels_of(self, number: int) -> pa.ChunkedArray:
+    def _values(self, name: str, *, nulls: bool = False) -> Any:
+        """A label column of all files: an array of numbers, or a list; `nulls`: rows without a label are None."""
+        columns = [self._column_of(number, name) for number in range(len(self.files))]
+        if len(kinds := {str(c.type) for c in columns}) > 1:
+            raise DataError(f"{self.name}: column '{name}' is {' in one file and '.join(sorted(kinds))} in another.")
+        column = pa.chunked_array([chunk for c in columns for chunk in c.chunks], type=columns[0].type)
+        if column.null_count and not nulls:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise DataError(f"{self.where(row)}: no label in column '{name}' ({column.null_count} such rows).")
+        numbers = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        return column.to_numpy() if numbers else column.to_pylist()
+
+    def _column_of(self, number: int, name: str) -> pa.ChunkedArray:
         try:
-            column = self._reader(number).read(columns=[self.label_column]).column(0)
+            column = self._reader(number).read(columns=[name]).column(0)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.files[number]}: cannot be read ({error}). Copy or download it again.") from error
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+        try:
+            return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+        except pa.ArrowException as error:
+            raise DataError(f"{self.files[number]}: column '{name}' holds numbers above 2^63 ({error}).") from error
 
     def load(self) -> None:
         """Read what is to be held in memory now, so that worker processes forked later share it."""
@@ -219,12 +206,7 @@ class ParquetRows:
         block = bisect.bisect_right(self._starts, index) - 1
         value = self._column(block)[index - self._starts[block]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        return self.decode(data, self.where(index)), self._target(index)
-
-    def _target(self, index: int) -> Any:
-        """What goes with a row's image."""
-        assert self.labels is not None
-        return int(self.labels[index])
+        return self.medium.decode(data, self.where(index)), self.target(index)
 
     def _column(self, block: int) -> pa.ChunkedArray:
         """The encoded images of a row group."""
@@ -233,7 +215,7 @@ class ParquetRows:
             return self._cache[block]
         file, group = self._groups[block]
         try:
-            column = self._reader(file).read_row_group(group, columns=[self.image_column], use_threads=False).column(0)
+            column = self._reader(file).read_row_group(group, columns=[self.column], use_threads=False).column(0)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{self.files[file]}, row group {group}: cannot be read ({error}). Copy the file again."
@@ -262,7 +244,7 @@ class ParquetRows:
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -270,7 +252,8 @@ def _hub_names(schema: pa.Schema, column: str) -> list[str] | None:
     """Class names that the `datasets` library leaves in a Parquet file's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"]
+        feature = features[column]
+        names = (feature.get("feature") or feature)["names"]  # of a list of classes: those of its items
     except (KeyError, TypeError, ValueError):
         return None
     return [str(n) for n in names] if isinstance(names, list) and names else None

@@ -1,13 +1,16 @@
-"""Choosing items by label: a few per class, or a stratified split."""
+"""Choosing items by label: a few per class, a stratified split, how much each class weighs."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from zoo.data.dataset import ImageDataset, Skipped
+from zoo.data.labels import read_labels
 from zoo.errors import ConfigError, DataError
 
-__all__ = ["few_shot", "known_labels", "split_train_val"]
+__all__ = ["class_counts", "class_weights", "few_shot", "known_labels", "split_train_val"]
 
 
 def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
@@ -20,6 +23,7 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
     if shots < 1:
         raise ConfigError(f"shots is {shots}; expected at least 1.")
     labels = known_labels(dataset)
+    check_range(labels, dataset)
     classes = dataset.classes or [str(i) for i in range(int(labels.max()) + 1)]
     counts = np.bincount(labels, minlength=len(classes))
     if (counts < shots).any():
@@ -37,13 +41,18 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
 def split_train_val(dataset: ImageDataset, fraction: float = 0.1, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
     """(train, val): of every class about `fraction` of its images go to val, at least one of each class that has two.
 
+    Of items that have tags or numbers instead of one class each, about `fraction` of all are drawn.
+
     Raises:
         ConfigError: fraction is not between 0 and 1.
         DataError: no class has two images.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"val_fraction is {fraction}; expected a number between 0 and 1.")
-    labels = known_labels(dataset)
+    try:
+        labels = known_labels(dataset)
+    except NoClassesError:
+        labels = np.zeros(len(dataset), dtype=np.int64)
     random = np.random.default_rng(seed)
     val = []
     for label in np.unique(labels):
@@ -59,6 +68,15 @@ def split_train_val(dataset: ImageDataset, fraction: float = 0.1, seed: int = 0)
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 
+def check_range(labels: np.ndarray, dataset: ImageDataset) -> None:
+    """Raise DataError for labels below 0, or of more classes than can be meant."""
+    read_labels(labels, dataset.where, dataset.classes, "classes")
+
+
+class NoClassesError(DataError):
+    """Items have tags, numbers or something else instead of one class each."""
+
+
 def known_labels(dataset: ImageDataset) -> np.ndarray:
     """(n,) labels; reads every item once where the source does not tell them.
 
@@ -67,14 +85,47 @@ def known_labels(dataset: ImageDataset) -> np.ndarray:
     """
     if dataset.labels is not None:
         return dataset.labels
+    if dataset.targets is not None:
+        what = "several tags" if dataset.targets.ndim == 2 and dataset.classes is not None else "numbers"
+        raise NoClassesError(f"{dataset.name}: items have {what} instead of one class each, which is asked for here.")
     plain = dataset.with_transform(None)
     labels = np.empty(len(dataset), dtype=np.int64)
     for i in range(len(dataset)):
         item = plain[i]
         if isinstance(item, Skipped):
             raise DataError(f"{item.where}: {item.reason}")
-        try:
-            labels[i] = int(item[1])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{dataset.where(i)}: the label is {item[1]!r}; expected a whole number.") from error
+        label = item[1].tolist() if hasattr(item[1], "tolist") else item[1]
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise NoClassesError(f"{dataset.where(i)}: the label is {label!r:.60}; expected a whole number.")
+        labels[i] = label
     return labels
+
+
+def class_counts(dataset: ImageDataset) -> np.ndarray:
+    """(K,) how many items each class has; of tags, how many have each.
+
+    Raises:
+        DataError: the items have no classes.
+    """
+    if dataset.targets is not None and dataset.targets.ndim == 2 and dataset.classes is not None:
+        return dataset.targets.sum(0)
+    labels = known_labels(dataset)
+    return np.bincount(labels, minlength=len(dataset.classes or ()))
+
+
+def class_weights(dataset: ImageDataset) -> Tensor:
+    """(K,) float32, n / (K n_c): equal in sum for every class, 1 if all are equally large (scikit-learn's "balanced").
+
+    Of tags it is how many items lack a class for each one that has it, the `pos_weight` of torch's binary cross-entropy.
+
+    Raises:
+        DataError: the items have no classes, or a class has no items.
+    """
+    counts = class_counts(dataset)
+    names = dataset.classes or [str(i) for i in range(len(counts))]
+    if len(empty := np.flatnonzero(counts == 0)):
+        listed = ", ".join(names[c] for c in empty[:8])
+        raise DataError(f"{dataset.name}: no {dataset.noun} of {listed}, so that these classes have no weight.")
+    if dataset.targets is not None:
+        return torch.from_numpy((len(dataset) - counts) / counts).float()
+    return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()

@@ -1,245 +1,324 @@
-"""Rows of image folders, of `datasets` from the Hub, and of any torch data set."""
+"""Rows of data sets that are objects already: torch data sets, lists, rows of names, streams."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from zoo.data.dataset import Skipped
-from zoo.data.images import decode, picture
-from zoo.errors import DataError, MissingPackageError, nearest
+from zoo.data.folders import read_file
+from zoo.data.hub import is_hub
+from zoo.data.labels import Labelled, parsed, read_labels
+from zoo.data.medium import IMAGES, Medium
+from zoo.data.seeds import kept_generators
+from zoo.errors import DataError, nearest
 
-__all__ = ["FolderRows", "HubRows", "TorchRows", "labels_of"]
+__all__ = ["TorchRows", "labels_of", "unwrapped"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+STREAM_BYTES = 2 << 30  # so much of a stream is held
+SCAN = 10_000  # so many items are read for their labels alone
 
 
-class FolderRows:
-    """An image folder: one subfolder per class, images anywhere below it.
+class TorchRows(Labelled):
+    """Any torch `Dataset` or sequence of pairs (item, label), or of rows {"image": ..., "label": ...}; a stream is read once.
 
-    Classes are the subfolders in alphabetical order, or `class_names`; then a subfolder of another name is an error. Folders of
-    something else override how a file is decoded, the endings of its name, and what messages say.
+    Items are what the medium accepts (PIL images, uint8 arrays, encoded bytes ...), or what is ready for the model. Labels
+    that are texts get numbers, in the order of `class_names` or of the alphabet.
     """
-
-    decode: Callable[[Any, str], Any] = staticmethod(decode)
-    extensions: tuple[str, ...] = EXTENSIONS
-    expected = "<class>/<image>, or Parquet files with an image column"
-    nothing = "the data set is empty; {} class folders hold no image"
-
-    blocks: np.ndarray | None = None
-    window = 1
-
-    def __init__(self, folder: Path, class_names: Sequence[str] | None = None, name: str = "") -> None:
-        self.folder = folder
-        self.name = name or folder.name
-        found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not found:
-            raise DataError(f"{folder}: no class subfolders. Expected {folder.name}/{self.expected}.")
-        self.class_names = list(class_names) if class_names is not None else found
-        positions = {name: i for i, name in enumerate(self.class_names)}
-        self._paths: list[str] = []
-        labels: list[int] = []
-        for class_name in found:
-            if class_name not in positions:
-                raise DataError(
-                    f"{folder / class_name}: '{class_name}' is not among the {len(positions)} classes. "
-                    f"{nearest(class_name, positions)}"
-                )
-            files = _files_below(folder / class_name, self.extensions)
-            self._paths += files
-            labels += [positions[class_name]] * len(files)
-        if not self._paths:
-            raise DataError(f"{folder}: {self.nothing.format(len(found))} ({', '.join(self.extensions)}).")
-        self.labels: np.ndarray | None = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def where(self, index: int) -> str:
-        return str(self.folder / self._paths[index])
-
-    def read(self, index: int) -> tuple[Any, int]:
-        assert self.labels is not None
-        where = self.where(index)
-        return self.decode(read_file(where), where), int(self.labels[index])
-
-
-def read_file(path: str | Path) -> bytes:
-    """What a file holds.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def _files_below(folder: Path, extensions: tuple[str, ...]) -> list[str]:
-    """Paths relative to the folder above `folder`, sorted."""
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        base = Path(root).relative_to(folder.parent)
-        found += [str(base / f) for f in sorted(files) if f.lower().endswith(extensions) and not f.startswith(".")]
-    return found
-
-
-class HubRows:
-    """A data set of the Hub, read by the `datasets` library (the extra `data`), one split of it.
-
-    Data sets of something else than images override how it is decoded and what the library calls such a column.
-    """
-
-    decode: Callable[[Any, str], Any] = staticmethod(decode)
-    feature, setting = "Image", "image_column"  # the library's class of the column, and what messages call its name
 
     blocks: np.ndarray | None = None
     window = 1
 
     def __init__(
         self,
-        name: str,
-        split: str | None,
+        dataset: Any,
         *,
-        image_column: str | None = None,
+        medium: Medium = IMAGES,
+        column: str | None = None,
         label_column: str | None = None,
         class_names: Sequence[str] | None = None,
+        labels: str = "auto",
+        name: str = "",
     ) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise MissingPackageError(
-                f"Reading '{name}' from the Hub needs the package datasets: pip install 'adapter-zoo[data]'. If a local "
-                "folder was meant: there is none of this name."
-            ) from error
-        self.name = name
-        try:
-            loaded = datasets.load_dataset(name, split=split)
-        except Exception as error:
-            reason = f"{error} ({error.__cause__})" if error.__cause__ is not None else str(error)
-            raise DataError(f"The Hub data set '{name}' (split {split!r}) could not be loaded: {reason}") from error
-        if isinstance(loaded, dict):
-            if len(loaded) > 1:
-                raise DataError(f"'{name}' has the splits {', '.join(loaded)}; choose one with split=...")
-            loaded = next(iter(loaded.values()))
-        features = loaded.features
-        kind: Any = getattr(datasets, self.feature)
-        fitting = [k for k, f in features.items() if isinstance(f, kind)]
-        classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
-        self.image_column = _column(name, image_column, fitting, list(features), self.setting)
-        if self.image_column not in fitting:
-            found = type(features[self.image_column]).__name__
-            raise DataError(
-                f"'{name}': {self.setting} '{self.image_column}' is of type {found}; expected {self.feature}."
-            )
-        self.label_column = _column(name, label_column, classes, list(features), "label_column")
-        self._data = loaded.cast_column(self.image_column, kind(decode=False))
-        names = getattr(features[self.label_column], "names", None)
-        labels = np.asarray(loaded[self.label_column])
-        if not len(labels):
-            raise DataError(f"'{name}' (split {split!r}) is empty.")
-        if labels.dtype.kind not in "iu":
-            values = sorted(set(labels.tolist()))
-            labels, names = np.searchsorted(np.asarray(values), labels), names or [str(v) for v in values]
-        self.labels: np.ndarray | None = labels.astype(np.int64)
-        self.class_names = list(class_names or names or map(str, range(int(labels.max()) + 1)))
-        check_labels(self, len(self.class_names))
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, row {index}"
-
-    def read(self, index: int) -> tuple[Any, int]:
-        assert self.labels is not None
-        value = self._data[int(index)][self.image_column]
-        data, path = value.get("bytes"), value.get("path")
-        if data is None and path and Path(path).is_file():
-            data = read_file(path)
-        return self.decode(data, self.where(index)), int(self.labels[index])
-
-
-def _column(name: str, wanted: str | None, fitting: list[str], known: list[str], setting: str) -> str:
-    if wanted is not None:
-        if wanted not in known:
-            raise DataError(f"'{name}' has no column '{wanted}' ({setting}). {nearest(wanted, known)}")
-        return wanted
-    if len(fitting) != 1:
-        raise DataError(f"'{name}': name one of its columns with {setting}=...; columns: {', '.join(known)}.")
-    return fitting[0]
-
-
-class TorchRows:
-    """Any torch `Dataset` of (image, label) pairs; images are PIL images, uint8 tensors (C, H, W), or ready tensors."""
-
-    blocks: np.ndarray | None = None
-    window = 1
-
-    def __init__(self, dataset: Dataset[Any], name: str = "") -> None:
-        if isinstance(dataset, IterableDataset) or not (
-            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        ):
-            raise DataError(
-                f"{type(dataset).__name__} has no length or cannot be indexed; expected a map-style data set with __len__ and "
-                "__getitem__ (shuffling and exact resume need both). Put its items into a list first."
-            )
-        self.dataset = dataset
+        self.medium, self.noun, self.kind = medium, medium.noun, labels
+        self.column, self.label_column = column, label_column
         self.name = name or type(dataset).__name__
+        indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if isinstance(dataset, IterableDataset) or is_hub(dataset, "IterableDataset") or not indexed:
+            dataset = _held(dataset, self.name)
+        self.dataset = dataset
         if len(self) == 0:
             raise DataError(f"{self.name}: the data set is empty.")
-        self.labels = labels_of(dataset)
+        self.class_names = list(class_names) if class_names is not None else _own_classes(dataset)
+        self._mapped = False
+        self._know(labels_of(dataset), class_names is not None)
+        self._positions = {name: i for i, name in enumerate(self.class_names or ())}
+
+    def _know(self, values: Any, given: bool) -> None:
+        """Labels, as far as they are known without reading every item."""
+        names = self.class_names
+        if values is None and not isinstance(self.dataset, (list, tuple)):
+            first = self._first_label()
+            if not isinstance(first, (str, bytes)) or (names is not None and not _digits(first)):
+                return
+            if len(self) > SCAN:
+                raise DataError(
+                    f"{self.where(0)}: the label is {first!r}, a text, and the data set does not say which there are. Name all "
+                    "classes=[...], or give the data set an attribute `targets` with all labels."
+                )
+        if values is None:
+            values = [self._label_of(i) for i in range(len(self))]
+            if not all(isinstance(v, (str, bytes, bool, int, float, np.generic, list)) or _small(v) for v in values):
+                bad = next((i for i, v in enumerate(values) if v is None), None)
+                if bad is not None:
+                    raise DataError(f"{self.where(bad)}: no label (None).")
+                return  # targets of another kind, which a loss of the user's own understands
+        if isinstance(values, list) and values and all(isinstance(v, bytes) for v in values):
+            values = parsed([v.decode("utf-8", "replace") for v in values])
+        array = isinstance(values, np.ndarray)
+        found = read_labels(values, self.where, names, self.kind, given=given)
+        self.take(found)
+        if found.targets is None and found.classes is None:
+            self.class_names = names
+        # what an item itself says counts, which a transform of the data set may have changed; unless it has to be translated
+        plain = array and (found.labels is None or np.array_equal(values.reshape(-1), found.labels))
+        self._mapped = not plain or (
+            array and values.ndim == 1 and found.targets is not None and found.targets.ndim == 2
+        )
+
+    def _first_label(self) -> Any:
+        try:
+            with kept_generators(cuda=False):
+                return self._label_of(0)
+        except Exception:
+            return None  # reading it will say what is wrong, with its place
+
+    def _label_of(self, index: int) -> Any:
+        item = self.dataset[index]
+        if isinstance(item, Skipped):
+            raise DataError(f"{item.where}: {item.reason}")
+        return self._pair(item, index)[1]
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def where(self, index: int) -> str:
         return f"{self.name}, item {index}"
 
+    def raw(self) -> bool:
+        """Whether items still need the backbone's preprocessing, as the first that can be read shows."""
+        with kept_generators(cuda=False):
+            for index in range(min(len(self), 8)):
+                try:
+                    return self.medium.raw(self.read(index)[0])
+                except DataError:
+                    continue
+        return True
+
     def read(self, index: int) -> tuple[Any, Any]:
+        where = self.where(index)
         item = self.dataset[index]
         if isinstance(item, Skipped):
             raise DataError(f"{item.where}: {item.reason}")
+        value, label = self._pair(item, index)
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value) and "array" not in value:
+            data = value.get("bytes")
+            value = read_file(value["path"]) if data is None and value.get("path") else (data or b"")
+        if isinstance(value, Path):
+            value = read_file(value)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            value = self.medium.decode(value, where)
+        elif isinstance(value, str):
+            raise DataError(
+                f"{where}: the {self.medium.thing} is a text, {value!r:.60}; expected what it holds, or a pathlib.Path."
+            )
+        elif value is None:
+            raise DataError(f"{where}: there is no {self.medium.thing} (None).")
+        else:
+            value = self.medium.accept(value, where)
+        return value, self.target(index) if self._mapped else self._coerced(label, where)
+
+    def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
+        if isinstance(item, Mapping):
+            return self._from_row(item, index)
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise DataError(f"{self.where(index)}: {type(item).__name__}; expected a pair (image, label).")
-        image, label = item
-        try:
-            return picture(image), label
-        except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}") from error
+            what = f"{type(item).__name__} of {len(item)}" if isinstance(item, (tuple, list)) else type(item).__name__
+            raise DataError(
+                f"{self.where(index)}: {what}; expected a pair ({self.medium.thing}, label), or a row with both by name."
+            )
+        return item[0], item[1]
+
+    def _from_row(self, row: Mapping[str, Any], index: int) -> tuple[Any, Any]:
+        names = list(row)
+        wanted = (self.column, self.label_column)
+        for name, setting in zip(wanted, (self.medium.setting, "label_column")):
+            if name is not None and name not in row:
+                raise DataError(f"{self.where(index)}: no '{name}' ({setting}) in the row. {nearest(name, names)}")
+        key = self.column or next((k for k in self.medium.keys if k in row), None)
+        if key is None:
+            raise DataError(
+                f"{self.where(index)}: which entry is the {self.medium.thing}? Name it with {self.medium.setting}=...; entries: "
+                f"{', '.join(map(str, names))}."
+            )
+        others = [k for k in names if k != key and not str(k).startswith("__")]
+        label = self.label_column or next((k for k in self.medium.label_columns if k in others), None)
+        if label is None and len(others) == 1:
+            label = others[0]
+        if label is None:
+            raise DataError(
+                f"{self.where(index)}: which entry is the label? Name it with label_column=...; entries: "
+                f"{', '.join(map(str, names))}."
+            )
+        return row[key], row[label]
+
+    def _coerced(self, label: Any, where: str) -> Any:
+        """A label in the form in which batches hold it."""
+        if label is None:
+            raise DataError(f"{where}: no label (None).")
+        if isinstance(label, (np.ndarray, np.generic)):
+            label = torch.as_tensor(label)
+        if isinstance(label, bytes):
+            label = label.decode("utf-8", "replace").strip()
+        if isinstance(label, str):
+            if label in self._positions:
+                return self._positions[label]
+            if not label.isdecimal():
+                raise DataError(f"{where}: label '{label}' is not among the classes. {nearest(label, self._positions)}")
+            return int(label)
+        if isinstance(label, Tensor):
+            if label.numel() == 1 and not label.is_floating_point() and self.kind not in ("tags", "numbers", "any"):
+                return int(label)
+            return label.float() if label.dtype == torch.float64 or self.kind in ("numbers", "tags") else label
+        if isinstance(label, float) or (self.kind == "numbers" and isinstance(label, int)):
+            return torch.tensor(label, dtype=torch.float32)
+        if isinstance(label, bool):
+            return int(label)
+        if isinstance(label, list) and label and all(isinstance(v, (int, float)) for v in label):
+            return torch.as_tensor(label, dtype=torch.float32)
+        return label
 
 
-def labels_of(dataset: Any) -> np.ndarray | None:
-    """All labels (n,) of a torch data set, where it holds them as a list, array or tensor; None otherwise."""
+def _digits(label: str | bytes) -> bool:
+    return (label.decode("utf-8", "replace") if isinstance(label, bytes) else label).strip().isdecimal()
+
+
+def _small(value: Any) -> bool:
+    """A label that is a tensor or an array of a few numbers, and no map of pixels."""
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim <= 1
+
+
+def labels_of(dataset: Any) -> Any:
+    """All labels of a torch data set, where it holds them: an array (n,) or (n, K), or a list; None otherwise."""
     if isinstance(dataset, Subset):
         inner = labels_of(dataset.dataset)
-        return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
+        if inner is None:
+            return None
+        indices = np.asarray(dataset.indices, dtype=np.int64)
+        return inner[indices] if isinstance(inner, np.ndarray) else [inner[i] for i in indices]
     values = dataset.tensors[1] if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2 else None
     for name in ("targets", "labels", "_labels"):
         values = getattr(dataset, name, None) if values is None else values
-    if values is None or isinstance(values, str) or len(values) != len(dataset):
-        return None
     try:
+        if values is None or isinstance(values, (str, dict)) or len(values) != len(dataset):
+            return None
+        if isinstance(values, (list, tuple)) and all(isinstance(v, (str, list)) for v in values):
+            return list(values)
         labels = np.asarray(values)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iu" else None
+    if labels.dtype.kind in "biuf" and labels.ndim in (1, 2):
+        return labels
+    return labels.tolist() if labels.dtype.kind in "OU" and labels.ndim == 1 else None
 
 
-def check_labels(rows: Any, num_classes: int) -> None:
-    """Raise DataError naming the first row whose label is outside 0..num_classes - 1."""
-    if rows.labels is None:
-        return
-    wrong = np.flatnonzero((rows.labels < 0) | (rows.labels >= num_classes))
-    if len(wrong):
+def _own_classes(dataset: Any) -> list[str] | None:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def unwrapped(loader: Any) -> Any:
+    """The data set of a DataLoader that does nothing that `zoo.fit` would not do itself.
+
+    Raises:
+        DataError: a sampler or a collate function of its own.
+    """
+    from torch.utils.data import RandomSampler, SequentialSampler
+
+    from zoo.data.dataset import collate
+
+    sampler = loader.sampler
+    plain = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler._num_samples is None
+    )
+    if isinstance(loader.dataset, IterableDataset):
+        plain = True
+    if not plain:
         raise DataError(
-            f"{rows.where(int(wrong[0]))}: label {rows.labels[wrong[0]]} is outside the {num_classes} classes "
-            f"(0..{num_classes - 1}); {len(wrong)} such rows. Pass all class names as classes=[...], or mend the labels."
+            f"The DataLoader has a sampler of its own ({type(sampler).__name__}). Give the data set, and the sampler beside it: "
+            "zoo.fit(model, loader.dataset, sampler=loader.sampler)."
         )
+    if loader.collate_fn not in (
+        default_collate,
+        collate,
+        getattr(torch.utils.data._utils.collate, "default_convert", None),
+    ):
+        raise DataError(
+            "The DataLoader has a collate function of its own. Give the data set: zoo.fit(model, loader.dataset, "
+            "batch_size=...); what the function does to single items can be the data set's transform."
+        )
+    if loader.batch_size is not None:
+        warnings.warn(
+            f"Of the DataLoader its data set is taken: batches (of {loader.batch_size} there) and their order are made here, by "
+            "batch_size= and seed=.",
+            stacklevel=3,
+        )
+    return loader.dataset
+
+
+def _held(stream: Any, name: str) -> list[Any]:
+    """All items of a stream, so that they can be shuffled, skipped and resumed.
+
+    Raises:
+        DataError: it yields nothing, or more than is held.
+    """
+    items: list[Any] = []
+    size = 0
+    if not hasattr(stream, "__iter__"):
+        raise DataError(f"{name} has no length, cannot be indexed and yields nothing; expected a data set of pairs.")
+    for item in stream:
+        items.append(item)
+        size += _bytes(item)
+        if size > STREAM_BYTES:
+            raise DataError(
+                f"{name} has no length, and its first {len(items)} items take more than {STREAM_BYTES >> 30} GiB of memory. "
+                "Store them, as Parquet files or as shards (webdataset.ShardWriter), and give their paths: "
+                "zoo.open_dataset('data/*.tar')."
+            )
+    if not items:
+        raise DataError(
+            f"{name} has no length, and yields nothing: expected pairs. (A generator yields its items only once.)"
+        )
+    return items
+
+
+def _bytes(value: Any) -> int:
+    """About how much memory a value takes."""
+    if isinstance(value, (bytes, bytearray, str)):
+        return len(value) + 64
+    if isinstance(value, (Tensor, np.ndarray)):
+        return int(value.nbytes) + 64
+    if isinstance(value, Image.Image):
+        return value.width * value.height * len(value.getbands()) + 64
+    if isinstance(value, Mapping):
+        return sum(_bytes(v) for v in value.values()) + 64
+    return sum(_bytes(v) for v in value) + 64 if isinstance(value, (list, tuple)) else 64

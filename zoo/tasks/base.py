@@ -7,16 +7,21 @@ do everything else. A model with a classification head is trained to classify; t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from zoo.data.labels import bare
+from zoo.data.seeds import kept_generators
+from zoo.errors import MismatchError
+
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
     from zoo.host import Host
 
-__all__ = ["Task", "call", "seen_targets"]
+__all__ = ["Task", "call", "check_names", "seen_targets"]
 
 
 def call(model: Any, inputs: Any, **options: Any) -> Any:
@@ -41,15 +46,18 @@ class Task:
     monitor: ClassVar[str] = "loss"  # by which number of an evaluation the best epoch is chosen
     own: nn.Module | None = None  # what `modules` gave, in a run
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
+    labels: ClassVar[str] = "auto"  # what labels it is trained on (`zoo.data.labels`)
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> ImageDataset:
         """A data set of (inputs, target); where it has no transform of its own, with the backbone's preprocessing."""
-        dataset = model.family.open_dataset(data, split=split)
+        labels = {} if self.labels == "auto" else {"labels": self.labels}
+        dataset = model.family.open_dataset(data, split=split, **labels)
         if dataset.transform is None and not _ready(dataset):
             options = {"augment": augment} if train and augment is not None else {}
-            dataset = dataset.with_transform(model.family.preprocess(train, **options))
+            return dataset.with_transform(model.family.preprocess(train, **options))
+        _check_normalised(model, dataset)
         return dataset
 
     def items(self, model: Host) -> str:
@@ -95,17 +103,54 @@ class Task:
 
 
 def _ready(dataset: ImageDataset) -> bool:
-    """Whether a torch data set yields what the model takes already, rather than PIL images."""
-    from zoo.data.seeds import kept_generators
-    from zoo.data.sources import TorchRows
-
+    """Whether a data set of the user's yields what the model takes already, rather than PIL images."""
     rows: Any = dataset.rows
     while (within := getattr(rows, "within", None)) is not None:  # data sets made of others
         if within.transform is not None:
             return True
         rows = within.rows
-    if not isinstance(rows, TorchRows):
-        return False
+    return hasattr(rows, "raw") and not rows.raw()
+
+
+def _check_normalised(model: Host, dataset: ImageDataset) -> None:
+    """Say so if images are given that look as `ToTensor` makes them, and the backbone was trained on normalised ones."""
+    from zoo.data.preprocess import ImageTransform
+
+    config = model.family.data_config()
+    if "input_size" not in config or not config.get("mean"):
+        return
+    mean, std = tuple(config["mean"]), tuple(config.get("std") or ())
+    plain = not any(mean) and all(s == 1 for s in std)
+    if plain or isinstance(dataset.transform, ImageTransform):
+        return
+    largest = 0.0
     with kept_generators(cuda=False):
-        item = dataset[0]
-    return isinstance(item, tuple) and not hasattr(item[0], "convert")
+        for index in range(min(len(dataset), 4)):
+            try:
+                image = dataset[index][0]
+            except Exception:  # what is wrong with it is said where it is read in earnest
+                return
+            if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point() or image.min() < 0:
+                return
+            largest = max(largest, float(image.max()))
+    if largest > 0:
+        scale = "0..1, as torchvision's ToTensor makes them" if largest <= 1 else f"0..{largest:g}"
+        warnings.warn(
+            f"The images of '{dataset.name}' are not normalised: their values are {scale}, and '{model.backbone_name}' was "
+            f"trained "
+            f"with mean {mean} and std {std}. Give PIL images or uint8 tensors, which are preprocessed; or end the "
+            "transform with torchvision.transforms.Normalize(model.mean, model.std).",
+            stacklevel=5,
+        )
+
+
+def check_names(model: Host, dataset: ImageDataset, what: str) -> None:
+    """Raise MismatchError if equal labels mean other classes for the model than in the data; bare numbers mean nothing."""
+    known, own = model.classes, dataset.classes
+    if not known or not own or bare(known) or bare(own) or list(known) == list(own):
+        return
+    first = next((i for i, (a, b) in enumerate(zip(known, own)) if a != b), 0)
+    raise MismatchError(
+        f"Class {first} is '{known[first]}' for the model, '{own[first]}' in the {what} '{dataset.name}'. Open "
+        "the data with classes=model.classes, so that equal labels mean equal classes."
+    )

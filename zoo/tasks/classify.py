@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.data.joined import with_classes
+from zoo.data.labels import bare, probabilities
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.registry import register_task
-from zoo.tasks.base import call, seen_targets
-from zoo.tasks.losses import Weighted, cross_entropy, focal, one_versus_all
+from zoo.tasks.base import Task, call, check_names, seen_targets
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -20,11 +22,26 @@ __all__ = ["Classify", "class_range"]
 
 
 @register_task("classify")
-class Classify(Weighted):
-    """One of the head's classes for each item: cross-entropy, or another of `zoo.tasks.losses`; accuracy and top-5 accuracy."""
+class Classify(Task):
+    """One of the head's classes for each item: cross-entropy; accuracy and top-5 accuracy."""
 
-    monitor, on_head = "accuracy", True
-    losses = {"cross-entropy": cross_entropy, "focal": focal, "bce": one_versus_all}
+    monitor, on_head, labels = "accuracy", True, "classes"
+
+    def open(
+        self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
+    ) -> ImageDataset:
+        """As `Task.open`. Data whose classes are numbers are brought into the order of the model's; data to measure on may
+        lack the last ones.
+        """
+        dataset = super().open(model, data, train=train, split=split, augment=augment)
+        known, own = model.classes, dataset.classes
+        if not own or not model.num_classes:
+            return dataset
+        if known and list(known) != own and sorted(known) == sorted(own) and all(n.isdecimal() for n in own):
+            return with_classes(dataset, list(known))
+        if not train and bare(own) and len(own) < model.num_classes:
+            return dataset._like(classes=[str(i) for i in range(model.num_classes)])
+        return dataset
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same classes."""
@@ -46,13 +63,13 @@ class Classify(Weighted):
                 f"{dataset.where(wrong)}: label {labels[wrong]} is outside the model's {model.num_classes} classes "
                 f"(0..{model.num_classes - 1})."
             )
-        named = [c for c in (model.classes, dataset.classes) if c and not all(str(n).isdigit() for n in c)]
-        if len(named) == 2 and named[0] != named[1]:
-            first = next(i for i, (a, b) in enumerate(zip(*named, strict=True)) if a != b)
-            raise MismatchError(
-                f"Class {first} is '{named[0][first]}' for the model, '{named[1][first]}' in the {what} '{dataset.name}'. Open "
-                "the data with classes=model.classes, so that equal labels mean equal classes."
+        if dataset.targets is not None and (dataset.classes is None or not probabilities(dataset.targets)):
+            kind = "multilabel" if dataset.classes is not None else "regression"
+            raise DataError(
+                f"{dataset.where(0)}: the target is {dataset.targets[0].tolist()!r:.60}; to classify, an item has one class "
+                f"(a whole number or a text), or probabilities that sum to 1. These data are for a task of {kind}: pass task=..."
             )
+        check_names(model, dataset, what)
         if isinstance(head := getattr(model, "head", None), Head) and "text" in head.needs and head.classes is None:
             numbers = all(str(name).isdigit() for name in dataset.classes or ())
             known = model.classes or (None if numbers else dataset.classes)
@@ -65,7 +82,7 @@ class Classify(Weighted):
             head.name_classes(known)
 
     def check_batch(self, model: Host, dataset: ImageDataset, targets: Tensor) -> None:
-        """Raise DataError for labels that the head has no output for."""
+        """Raise DataError for labels that the head has no output for, and for targets that are none of a classification."""
         classes = model.num_classes
         if classes and (found := class_range(targets)) is not None and not 0 <= found[0] <= found[1] < classes:
             wrong = found[0] if found[0] < 0 else found[1]
@@ -73,14 +90,30 @@ class Classify(Weighted):
                 f"{dataset.name}: a label {wrong} is outside the model's {classes} classes (0..{classes - 1}). Mend the "
                 f"labels, or load the model with num_classes={max(found[1] + 1, classes)}."
             )
+        if not isinstance(targets, Tensor) or targets.ndim == 1:
+            if not isinstance(targets, Tensor) or targets.is_floating_point():
+                example = targets[0].item() if isinstance(targets, Tensor) else type(targets).__name__
+                raise DataError(
+                    f"{dataset.name}: a label is {example}; expected whole numbers, the indices of classes. Numbers are "
+                    "regressed, by a task or loss for them (task=..., loss=...)."
+                )
+        elif targets.ndim == 2 and classes:
+            sums = targets.float().sum(1)
+            wrong_row = ((sums - 1).abs() > 1e-3) | (targets.float() < 0).any(1)
+            if targets.shape[1] != classes or bool(wrong_row.any()) or not targets.is_floating_point():
+                row = targets[int(wrong_row.float().argmax())].tolist()
+                raise DataError(
+                    f"{dataset.name}: a target is {row!r:.60}; expected a class index, or {classes} probabilities (floats) "
+                    "that sum to 1. Several classes for each item are trained by task='multilabel'."
+                )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The loss of a batch; targets (B,) class indices or (B, num_classes) probabilities.
+        """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities.
 
         Heads with margins see the targets while training.
         """
         outputs = call(model, inputs, **seen_targets(model, targets)).float()
-        return self.objective(model, outputs, targets, label_smoothing), outputs
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing), outputs
 
 
 def class_range(targets: Tensor) -> tuple[int, int] | None:

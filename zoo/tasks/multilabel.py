@@ -18,8 +18,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
-from zoo.tasks.base import call, seen_targets
-from zoo.tasks.losses import GAMMA, Weighted, tags_of
+from zoo.tasks.base import Task, call, check_names, seen_targets
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -72,29 +71,14 @@ class MeanAveragePrecision:
         return float(average_precision(scores, targets).nanmean())
 
 
-def yes_or_no(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(B, K), (B, K) -> (B, K)."""
-    wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
-
-
-def focal_yes_or_no(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(B, K), (B, K) -> (B, K): the terms of a yes and of a no, each times (1 - p)^2 of its own probability p."""
-    wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
-    yes, no = F.logsigmoid(outputs), F.logsigmoid(-outputs)
-    return -(wanted * no.exp() ** GAMMA * yes + (1 - wanted) * yes.exp() ** GAMMA * no)
-
-
 @register_task("multilabel")
-class MultiLabel(Weighted):
-    """Any number of the head's classes for each item: binary cross-entropy, or focal loss; mean average precision ("map").
+class MultiLabel(Task):
+    """Any number of the head's classes for each item: binary cross-entropy; mean average precision ("map").
 
-    Targets are (num_classes,) of 0 and 1 (or probabilities). Class weights are those of a yes.
+    Targets are (num_classes,) of 0 and 1 (or probabilities).
     """
 
-    losses = {"bce": yes_or_no, "focal": focal_yes_or_no}
-
-    monitor, on_head = "map", True
+    monitor, on_head, labels = "map", True, "tags"
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same number of classes."""
@@ -108,6 +92,7 @@ class MultiLabel(Weighted):
                 f"The {what} '{dataset.name}' has {len(dataset.classes)} classes, the model's head {model.num_classes}. "
                 f"Load the model with num_classes={len(dataset.classes)}."
             )
+        check_names(model, dataset, what)
 
     def check_batch(self, model: Host, dataset: ImageDataset, targets: Any) -> None:
         """Raise DataError unless targets are (B, num_classes)."""
@@ -117,26 +102,17 @@ class MultiLabel(Weighted):
                 f"{dataset.name}: targets {shape}; expected (B, {model.num_classes}) of 0 and 1, several classes for each item. "
                 "A data set with one label for each item is trained by task='classify'."
             )
+        if targets.min() < 0 or targets.max() > 1:
+            raise DataError(
+                f"{dataset.name}: a target is {targets[((targets < 0) | (targets > 1)).any(1)][0].tolist()!r:.60}; expected "
+                "0 or 1 for each class (or probabilities)."
+            )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The mean over items and classes; smoothed targets are t (1 - e) + e / 2."""
+        """Binary cross-entropy; smoothed targets are t (1 - e) + e / 2."""
         outputs = call(model, inputs, **seen_targets(model, targets)).float()
-        return self.objective(model, outputs, targets, label_smoothing), outputs
-
-    def weight_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(B, K): of a yes the class's weight, of a no 1."""
-        assert self.weights is not None
-        return 1 + targets.to(outputs) * (self.weights.to(outputs) - 1)
-
-    def weighs(self, loss: Tensor, outputs: Tensor) -> bool:
-        """Whether a loss is one number for each item and class."""
-        return loss.shape == outputs.shape
-
-    def balanced(self, dataset: ImageDataset, count: int) -> list[float]:
-        """The weights "balanced": noes for each yes of a class; 1 of a class that no item has."""
-        found = tags_of(dataset)
-        yes = found.sum(0)
-        return [float((len(found) - n) / n) if 0 < n < len(found) else 1.0 for n in yes]
+        wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(outputs, wanted), outputs
 
     def metrics(self, model: Host) -> Mapping[str, Any]:
         """Mean average precision."""

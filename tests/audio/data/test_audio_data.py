@@ -54,7 +54,7 @@ def test_folder(folder: Path) -> None:
     with pytest.raises(DataError, match="No such file or folder"):
         open_audio("./nobody-knows-this")
     (folder / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(DataError, match="no sound in its 1 class folders"):
+    with pytest.raises(DataError, match="1 class folders hold no sound"):
         open_audio(folder / "empty")
 
 
