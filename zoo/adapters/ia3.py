@@ -35,7 +35,8 @@ class IA3(Adapter):
     """Learned factors on inner activations.
 
     Args:
-        targets: linear points whose output is scaled; empty for none. The default is `in` on a backbone without attention.
+        targets: linear points whose output is scaled; empty for none. The default is `in` on a backbone without attention, and
+            nothing where there is no mixer of tokens with such a projection either (ConvNeXt).
         inputs: whole linear points whose input is scaled; empty for none.
     """
 
@@ -61,7 +62,11 @@ class IA3(Adapter):
 
     def selected(self, points: Points) -> tuple[list[LinearPoint], list[LinearPoint]]:
         """The points whose outputs, and those whose inputs are scaled."""
-        targets = points.usual(IA3.targets) if self.targets == IA3.targets else self.targets  # type: ignore[arg-type]
+        targets = self.targets
+        if targets == IA3.targets:
+            targets = points.usual(IA3.targets)  # type: ignore[arg-type]
+            if not set(targets) & set(points.roles("linear")):  # no attention and no mixer: the MLP alone
+                targets = ()
         outputs = points.select(targets, kind="linear") if targets else []
         inputs = points.select(self.inputs, kind="linear") if self.inputs else []
         return outputs, inputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from zoo.engine.reversible import ALONE
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
+from zoo.points.kinds import is_pointwise
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -79,7 +81,7 @@ class RescaleGroup:
     parts: tuple[tuple[nn.Module, int, int], ...]
     channels_first: bool = False  # the output of a convolution, (B, dim_out, H, W)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None, y: Tensor) -> Tensor:
         return self._run(y.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self._run(y)
 
     def _run(self, y: Tensor) -> Tensor:
@@ -151,9 +153,8 @@ class Session:
     def _put(self, path: list[str], value: nn.Parameter | nn.Module) -> None:
         node: nn.Module = self.adapter
         for part in path[:-1]:
-            if (
-                part not in node._modules
-            ):  # not `add_module`: a path of the network may have a word of ours, `features.0`
+            # not `add_module`: a path of the network may have a word of ours, `features.0`
+            if part not in node._modules:
                 node._modules[part] = Place()
             node = node._modules[part]  # type: ignore[assignment]
         last = path[-1]
@@ -236,7 +237,10 @@ class Session:
             parts = ((module, point.start, point.stop),)
             self.op(point.module, self._make(point, verb, "output", RescaleGroup(parts), module), LinearSite)
         elif verb == "rescale_input":
-            self.op(point.module, self._make(point, verb, "input", module, module), LinearSite)
+            fn: Any = module
+            if is_pointwise(point.module):
+                fn = partial(RescaleGroup(((module, 0, point.dim_in),), channels_first=True), None)
+            self.op(point.module, self._make(point, verb, "input", fn, module), LinearSite)
         else:
             rows = (point.start, point.stop)
             op = self._make(point, verb, "forward", module, module, rows=rows, per_row=False)

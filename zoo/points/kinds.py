@@ -72,6 +72,12 @@ class Point:
         self.session.keep(self, name, parameter)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution is a projection of the channels at each place: of size 1, and not in groups."""
+    conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return conv and set(module.kernel_size) == {1} and module.groups == 1  # type: ignore[arg-type,return-value]
+
+
 @dataclass(eq=False, kw_only=True)
 class LinearPoint(Point):
     """A projection `y = W x + b`, or the slice `[start, stop)` of the outputs of a fused one. W: (dim_out, dim_in)."""
@@ -130,7 +136,8 @@ class LinearPoint(Point):
         """`x <- module(x)` before the projection; only where the point is the whole projection."""
         if not self.whole:
             raise AttachError(f"point '{self.name}' shares its input with the other slices of '{self.fused}'.")
-        self._tokens_only("a factor on the channels of its input")
+        if not is_pointwise(self.module):
+            self._tokens_only("a factor on the channels of its input")
         self._record("rescale_input", module)
 
     def reparametrize(self, module: nn.Module) -> None:

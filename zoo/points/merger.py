@@ -169,4 +169,4 @@ class Merger:
         if self._phase != "input":
             return
         with self._edit(point, "weight") as weight:
-            weight *= scale.detach().to(weight)
+            weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 2))

@@ -73,6 +73,14 @@ def _below(cls: type[TimmBackbone]) -> list[type[TimmBackbone]]:
     return [each for sub in cls.__subclasses__() for each in (sub, *_below(sub))]
 
 
+def at_size(module: Any, size: Any) -> nn.Module:
+    """A network that takes images of any size, with this one as that of its preprocessing."""
+    height, width = (size, size) if isinstance(size, int) else size
+    config = dict(module.pretrained_cfg)
+    module.pretrained_cfg = {**config, "input_size": (config.get("input_size", (3,))[0], height, width)}
+    return module  # type: ignore[no-any-return]
+
+
 class TimmBackbone(Backbone):
     """A backbone built by `timm.create_model`; `timm:<name>` is any timm model of the family's class."""
 
