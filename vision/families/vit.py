@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision.families.parts import vit_blocks
-from vision.families.parts.timm_family import TimmBackbone
+from vision.families.parts.timm_family import TimmBackbone, pool_points, stem_norms
 from vision.heads.distilled import DistilledHead
 from zoo.errors import UndescribedError
 from zoo.points import Layout, NormPoint, Point
@@ -133,7 +133,7 @@ class ViT(TimmBackbone):
             common = {"name": "patch_embed", "role": "patch", "path": "patch_embed.proj", "module": projection}
             point = make_linear(projection, None, "", 0, common)
             found += [] if point is None else [point]
-        found += self._norms(("patch_embed.norm", "norm_pre"), dim)
+        found = [*stem_norms(self.module), *found, *self._norms(("patch_embed.norm", "norm_pre"), dim)]
         token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
         for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
             found += vit_blocks.points_of(
@@ -150,7 +150,8 @@ class ViT(TimmBackbone):
                     "parameter": token if i == 0 else "",
                 },
             )
-        return found + self._norms(("norm", "fc_norm"), dim)
+        found += self._norms(("norm",), dim)
+        return found + pool_points(self, "attn_pool") + self._norms(("fc_norm",), dim)
 
     def _norms(self, paths: tuple[str, ...], dim: int) -> list[Point]:
         found: list[Point] = []

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vision.families.parts.timm_family import TimmBackbone
+from vision.families.parts.timm_family import TimmBackbone, pool_points
 from zoo.families import timm_attention as flat
 from zoo.families.timm_biases import close_biases, open_biases
-from zoo.families.timm_tables import POOL, POST_NORM, PRE_NORM
+from zoo.families.timm_tables import POST_NORM, PRE_NORM
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
 
@@ -127,12 +127,3 @@ class FlatViT(TimmBackbone):
         backbone: Any = self.module
         averaged = backbone.global_pool != "token" or getattr(backbone, "attn_pool", None) is not None
         flat.record(session, point, verb, module, backbone.blocks, backbone.norm, averaged, **options)
-
-
-def pool_points(family: TimmBackbone, path: str, **place: Any) -> list[Point]:
-    """Points of timm's attention pooling at a path, if it is there; they are named as it is."""
-    pool: Any = find(family.module, path)
-    if pool is None or not hasattr(pool, "kv"):
-        return []
-    width = pool.kv.in_features
-    return family.points_of_block(pool, "attn_pool", path, width, pool.num_heads, table=POOL, **place)
