@@ -4,6 +4,7 @@
 #   make lint     ruff and mypy         make format   lay the code out, fix what can be fixed, write README's table of methods
 #   make docs     the documentation, into site/
 #   make lock     the exact versions that all of these install, anew: requirements/lock-py*.txt
+#   make latest   every test on the newest releases of everything, in an environment of its own, and what broke
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ CODE := zoo vision multimodal audio tests benchmarks scripts docs
 # Exact versions where there is a lock for this Python, else the newest that the ranges of pyproject.toml allow
 LOCK = $$($(BIN)/python -c 'import os, sys; lock = "requirements/lock-py%d%d.txt" % sys.version_info[:2]; print("-c " + lock if os.path.exists(lock) else "")')
 
-.PHONY: demo test lint format docs lock install dev clean help
+.PHONY: demo test lint format docs lock latest install dev clean help
 
 help:
 	@sed -n 's/^#  *make/  make/p' Makefile
@@ -47,6 +48,12 @@ lock: dev
 	$(PIP) install --quiet 'uv>=0.9,<0.14'
 	$(BIN)/python scripts/lock.py
 
+# No lock and no upper ends: what a release of somebody else would do to us
+latest:
+	$(PYTHON) -m venv --clear $(VENV)-latest
+	$(VENV)-latest/bin/python -m pip --disable-pip-version-check install --quiet packaging
+	$(VENV)-latest/bin/python scripts/latest.py --workers $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -67,4 +74,4 @@ $(VENV)/.installed-dev: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/p
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-latest site build dist .pytest_cache .mypy_cache .ruff_cache
