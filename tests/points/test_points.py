@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -161,3 +162,28 @@ def test_a_failed_attach_leaves_nothing() -> None:
     assert [n for n, _ in model.named_parameters()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.backbone.modules())
     assert model.active == ()
+
+
+def test_what_a_selector_costs_is_bounded() -> None:
+    """A range of a hundred milliard numbers and sixty stars hung, or filled the memory."""
+    points = zoo.load("vit-micro", pretrained=False).points
+    for selector in ("blocks.{0..99999999999}", "blocks.{0..999}.{0..999}", "blocks.{5..2}", "a" * 2000, ["{0..10000}"]):
+        with pytest.raises(SelectionError):
+            points.select(selector)
+    assert points.select("*" * 60) == points.select("**")  # three of them or more are as wide as two
+    with pytest.raises(SelectionError, match="matches no"):
+        points.select("*a" * 60)
+    with pytest.raises(SelectionError, match="matches no"):
+        points.select("**.*" * 100 + "x")
+
+
+def test_many_wildcards_match_as_few_do() -> None:
+    """The walk that is used for many gives what the regular expression gives, on every name of a model."""
+    from zoo.points import selectors
+
+    names = [p.name for p in zoo.load("vit-micro", pretrained=False).points]
+    for pattern in ("*.*.*.*", "**.q", "*.?.*.q", "**n**", "*l*o*k*.1.*", "b**t*.q", "**.*.**", "*"):
+        parts = [part for part in re.split(r"(\*+|\?)", pattern) if part]
+        plain = re.compile("".join(selectors._regex(part) for part in parts)).fullmatch
+        assert [bool(plain(n)) for n in names] == [selectors._walk(parts, n) for n in names], pattern
+        assert [bool(plain(n)) for n in names] == [bool(selectors.matcher(pattern)(n)) for n in names], pattern

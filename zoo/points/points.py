@@ -12,7 +12,7 @@ from torch import nn
 
 from zoo.errors import AttachError, SelectionError, nearest
 from zoo.points.kinds import KINDS, Point
-from zoo.points.selectors import expand, matcher
+from zoo.points.selectors import LONGEST, expand, matcher
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Carried, Made, Recorder, Value
@@ -140,6 +140,10 @@ class Points(Sequence[Point]):
         chosen: set[int] = set()
         texts = [selector] if isinstance(selector, str) else list(selector)
         for text in texts:
+            if not isinstance(text, str) or len(text) > 10 * LONGEST:
+                raise SelectionError(
+                    f"a selector is {repr(text)[:60]}; expected a name or pattern of at most {10 * LONGEST:,} characters."
+                )
             # split at commas outside of braces
             for pattern in filter(None, (s.strip() for s in re.split(r",(?![^{}]*\})", text))):
                 for single in expand(pattern):
