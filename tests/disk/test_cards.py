@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import types
@@ -16,9 +17,9 @@ from PIL import Image
 
 import zoo
 from zoo import disk, registry
-from zoo.disk import cards
+from zoo.disk import cards, markdown
 from zoo.disk.layout import CARD
-from zoo.errors import MissingPackageError, SaveError
+from zoo.errors import ConfigError, MissingPackageError, SaveError
 
 SMALL = {"pretrained": False, "depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 RECORD: dict[str, Any] = {
@@ -129,8 +130,90 @@ def test_names_that_would_break_markdown_or_yaml(model: zoo.Model) -> None:
     text = cards.render(model)
     card = ModelCard(text)
     assert card.data.license is None and card.data.eval_results[0].dataset_name == name
-    assert '# LoRA for timm:vit_tiny_patch16_224 on a: "b" # c | d --- license: mit\n' in text
+    assert '# LoRA for timm:vit_tiny_patch16_224 on a: "b" # c \\| d --- license: mit\n' in text
     assert "| x | 1 \\| 2 \\| 3 |" in text
+
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "a\n\n<img src=x onerror=alert(1)>\n\n## Licence\n\nmit",
+    "```\nimport os\n```",
+    "~~~\nx",
+    "[click](javascript:alert(1)) ![i](http://x/y.png)",
+    "**bold** __b__ *i* _i_ `c` ``d`` ~~s~~",
+    "a | b \\| c \\",
+    "&lt;b&gt; &#60;",
+    "1. one",
+    "- a",
+    "=== setext",
+    "> quote",
+    "<http://x.y>",
+    "tab\tnull\x00 line\u2028end\x1b[31m",
+    "\ud800 alone",
+    'quote " and \\" and \'',
+    "\U0001f426 \xe9",
+]
+
+
+def shown(text: str) -> tuple[set[str], str]:
+    """Kinds of elements that a renderer of the Hub's Markdown makes of a text, and the text that a reader sees."""
+    from markdown_it import MarkdownIt
+
+    kinds, seen = set(), ""
+    for token in MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text):
+        for one in [token, *(token.children or [])]:
+            kinds.add(one.type.removesuffix("_open").removesuffix("_close"))
+            if one.type in ("text", "code_inline", "text_special", "fence", "html_block", "html_inline"):
+                seen += one.content
+    return kinds - {"inline", "text", "text_special"}, seen
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_texts_of_others_stay_texts(nasty: str) -> None:
+    """Line breaks, HTML, fences and quotes in a card's fields broke out of their cells, stayed as HTML, changed its Python."""
+    want = markdown.line(nasty)
+    assert shown(markdown.plain(nasty)) == ({"paragraph"}, want) or not want
+    kinds, seen = shown(markdown.table(["a", "b"], [[nasty, [nasty, 1]], ["x", 2.0]]))
+    assert kinds == {"table", "thead", "tbody", "tr", "th", "td"} and seen == f"ab{want}{want}, 1x2"
+    assert shown(markdown.code(nasty)) == ({"paragraph", "code_inline"}, want)
+    kinds, seen = shown(markdown.prose(nasty))
+    assert kinds <= {"paragraph", "code_inline"}
+    assert seen.replace("`", "").split() == want.replace("`", "").split()
+    written = markdown.python(nasty)
+    assert "\n" not in written and ast.literal_eval(written) == nasty.encode("utf-8", "replace").decode()
+    for address in (nasty, f"https://x.y/{nasty}"):
+        kinds, seen = shown(markdown.link("name", address))
+        assert kinds <= {"paragraph", "link", "code_inline"} and seen.startswith("name")
+        assert ("link" in kinds) == address.startswith("https://x.y/")
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_a_card_of_texts_of_others(model: zoo.Model, nasty: str) -> None:
+    """Every field at once: the card keeps its sections, its metadata, and its Python loads what was meant."""
+    if "\ud800" in nasty:  # no file can hold it, so the record is refused
+        model.record = {"data": {"name": nasty}}
+        with pytest.raises(ConfigError, match="no Unicode"):
+            cards.render(model)
+        return
+    data = {"name": nasty, "train": 3, "license": nasty, "hub_id": nasty, "url": nasty}
+    texts = {"license": nasty, "device": nasty, "notes": [nasty, "plain"], "hyperparameters": {nasty: nasty}}
+    tables = [{"title": nasty, "columns": [nasty, "b"], "rows": [[nasty, 1]]}]
+    model.record = {"data": data, "metrics": {"accuracy": 0.5, nasty: 0.25}, "seconds": 3, "tables": tables, **texts}
+    text = cards.render(model, source=nasty)
+    head, body = text.split("\n---\n", 1)
+    assert not shown(body)[0] & {"html_block", "html_inline", "image", "hr", "blockquote", "ordered_list"}
+    from markdown_it import MarkdownIt
+
+    links = [t for block in MarkdownIt("commonmark").enable("table").parse(body) for t in block.children or []]
+    assert [t.attrs["href"][:22] for t in links if t.type == "link_open"] == ["https://huggingface.co"]  # of the backbone
+    assert list(sections(body)) == list(sections(text)) and "How to load" in sections(body)
+    assert list(sections(body)) == ["How to load", "Results", "Data", "Parameters", "Training", "Backbone", "Licence"]
+    assert len(re.findall(r"^```", body, re.MULTILINE)) == 2
+    lines = re.search(r"```python\n(.*?)\n```", body, re.DOTALL)[1]
+    (call,) = [node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call) and "load" in ast.dump(node.func)]
+    assert [k.value.value for k in call.keywords if k.arg == "adapter"] == [nasty]
+    assert ModelCard(text).data.eval_results[0].dataset_name == nasty
+    assert cards.retarget(text, "ann/other").count('zoo.load(adapter="ann/other")') == 1
 
 
 def test_units() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.disk.layout import CONFIG
+from zoo.disk.layout import CONFIG, WEIGHTS, pack, unpack
 
 SMALL = {"pretrained": False, "depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 POINT = "lora/blocks.0.attn.q.lora_a"
@@ -42,8 +42,15 @@ def small_model(seed: int = 0, adapter: Any = "lora", **options: Any) -> zoo.Mod
     return model
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the config by hand."""
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> None:
+    """Change the config: by hand alone, or as somebody would who makes the copy in the weights file and its checksum fit."""
     config = json.loads((folder / CONFIG).read_text())
     change(config)
+    if sign:
+        tensors, copy, _ = unpack((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
+        own = {key: value for key, value in config.items() if key != "checksum"}
+        data, digest = pack(own, copy["metrics"], copy["card"], tensors)
+        (folder / WEIGHTS).write_bytes(data)
+        if "checksum" in config:
+            config["checksum"] = digest
     (folder / CONFIG).write_text(json.dumps(config))

@@ -18,14 +18,15 @@ and from `model.record`, which `zoo.fit` and `zoo.evaluate` fill. There is no pl
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zoo import registry
 from zoo.disk.layout import CARD
+from zoo.disk.markdown import Ready, code, line, link, plain, prose, python, table
+from zoo.disk.record import check_record, is_number
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _SPLITS = ("train", "val", "test")
 _FRACTIONS = ("accuracy", "top1", "top5", "f1", "precision", "recall", "iou")
-_LOAD_LINE = re.compile(r'^(model = zoo\.load\(.*adapter=)"[^"\n]*"', re.MULTILINE)
+_LOAD_LINE = re.compile(r'^(model = zoo\.load\(.*?adapter=)"(?:[^"\\\n]|\\.)*"', re.MULTILINE)
 
 
 def render(model: Host, adapters: Sequence[str] | None = None, *, source: str | None = None) -> str:
@@ -42,7 +43,7 @@ def render(model: Host, adapters: Sequence[str] | None = None, *, source: str | 
     `source` is the repository id or folder that readers load.
     """
     card = _Card(model, list(model.active if adapters is None else adapters), source)
-    parts = [f"---\n{card.metadata()}\n---", f"# {card.title}", card.summary()]
+    parts = [f"---\n{card.metadata()}\n---", f"# {plain(card.title)}", card.summary()]
     for title, text in (
         ("How to load", card.loading()),
         ("Results", card.results()),
@@ -70,7 +71,7 @@ def write_card(model: Host, path: str | Path, *, source: str | None = None) -> P
 
 def retarget(card: str, source: str) -> str:
     """The card with `source` in its loading line; the rest, which somebody may have edited, stays as it is."""
-    return _LOAD_LINE.sub(lambda found: f'{found[1]}"{source}"', card)
+    return _LOAD_LINE.sub(lambda found: f"{found[1]}{python(source)}", card)
 
 
 class _Card:
@@ -83,12 +84,13 @@ class _Card:
         self.adapters = [cast("Adapter", model.adapters[name]) for name in names]
         self.methods = list(dict.fromkeys(adapter.method for adapter in self.adapters))
         self.record = model.record
+        check_record(self.record, "model.record")
         self.data_record: Mapping[str, Any] = self.record.get("data") or {}
         self.metrics = _by_split(self.record.get("metrics") or {})
         self.base = model.family.hub_id()
         what = " + ".join(dict.fromkeys(type(adapter).__name__ for adapter in self.adapters)) or "Head"
         on = f" on {self.data_record['name']}" if self.data_record.get("name") else ""
-        self.title = " ".join(f"{what} for {model.backbone_name}{on}".split())
+        self.title = line(f"{what} for {model.backbone_name}{on}")
 
     def metadata(self) -> str:
         """The YAML that the Hub reads."""
@@ -135,9 +137,9 @@ class _Card:
         """One sentence: what this is."""
         method = "An adapter (" + ", ".join(self.methods) + ")" if self.methods else "A head"
         task = self._task()
-        purpose = f" for {task.replace('-', ' ')}" if task else ""
-        text = f"{method}{purpose} on the frozen backbone `{self.model.backbone_name}`, made with adapter-zoo."
-        return "\n\n".join([text, *map(str, self.record.get("notes") or [])])
+        purpose = f" for {plain(task.replace('-', ' '))}" if task else ""
+        text = f"{method}{purpose} on the frozen backbone {code(self.model.backbone_name)}, made with adapter-zoo."
+        return "\n\n".join([text, *filter(None, map(prose, self.record.get("notes") or []))])
 
     def loading(self) -> str:
         """Python that loads and runs it, if it is known where from."""
@@ -148,22 +150,21 @@ class _Card:
         bare = ", num_classes=0" if self.model.family.task == "classify" and not self.model.num_classes else ""
         name = self.model.backbone_name
         brought = f"{self.model.family.brought}, " if self.model.family.brought else ""
-        if (
-            not brought and not registry.known_backbone(name) and re.search(r"[:/\\]", name)
-        ):  # of somebody's, see `zoo.disk.trust`
-            bare += f", trust_backbone={json.dumps(name)}"
-        code = ["import zoo", *imports, "", f'model = zoo.load({brought}adapter="{self.source}"{bare})', *lines]
-        return "\n".join(["```python", *code, "```"])
+        # of somebody's, see `zoo.disk.trust`
+        if not brought and not registry.known_backbone(name) and re.search(r"[:/\\]", name):
+            bare += f", trust_backbone={python(name)}"
+        written = ["import zoo", *imports, "", f"model = zoo.load({brought}adapter={python(self.source)}{bare})", *lines]
+        return "\n".join(["```python", *written, "```"])
 
     def results(self) -> str:
         """Metrics of each split, then the tables of the record."""
         parts = []
         if self.metrics:
             rows = [[m, split, _number(m, v)] for split, metrics in self.metrics.items() for m, v in metrics.items()]
-            parts.append(_table(["metric", "split", "value"], rows))
-        for table in self.record.get("tables") or []:
-            title = f"### {table['title']}\n\n" if table.get("title") else ""
-            parts.append(title + _table(table["columns"], table["rows"]))
+            parts.append(table(["metric", "split", "value"], rows))
+        for one in self.record.get("tables") or []:
+            title = f"### {plain(one['title'])}\n\n" if one.get("title") else ""
+            parts.append(title + table(one["columns"], one["rows"]))
         return "\n\n".join(parts)
 
     def data(self) -> str:
@@ -171,15 +172,14 @@ class _Card:
         record = self.data_record
         if not record.get("name"):
             return ""
-        name, link = " ".join(str(record["name"]).split()), record.get("url")
-        text = f"[{name}]({link})" if link else str(name)
+        text = link(record["name"], record["url"]) if record.get("url") else plain(record["name"])
         if record.get("hub_id"):
-            text += f" (`{record['hub_id']}`)"
+            text += f" ({code(record['hub_id'])})"
         sizes = [f"{record[split]:,} {split}" for split in _SPLITS if isinstance(record.get(split), int)]
         if sizes:
             text += ": " + ", ".join(sizes)
         if record.get("license"):
-            text += f". Licence of the data: {record['license']}"
+            text += f". Licence of the data: {plain(record['license'])}"
         return text + "."
 
     def parameters(self) -> str:
@@ -195,7 +195,7 @@ class _Card:
             total = own + head + frozen
             rows.append(["adapter and head", f"{own + head:,}", f"{100 * (own + head) / total:.2f} %"])
         rows.append(["frozen backbone", f"{frozen:,}", ""])
-        return _table(["", "parameters", "share of all"], rows)
+        return table(["", "parameters", "share of all"], rows)
 
     def memory(self) -> str:
         """Bytes kept for backward, if they were counted."""
@@ -206,8 +206,8 @@ class _Card:
         of = f" for a batch of {batch}" if batch else ""
         if not isinstance(saved, Mapping):
             return f"One training step keeps {_bytes(saved)} for backward{of}."
-        rows = [[f'`memory="{setting}"`', _bytes(size)] for setting, size in saved.items()]
-        return f"What one training step keeps for backward{of}:\n\n" + _table(["setting", "kept"], rows)
+        rows = [[Ready(code(f'memory="{setting}"')), _bytes(size)] for setting, size in saved.items()]
+        return f"What one training step keeps for backward{of}:\n\n" + table(["setting", "kept"], rows)
 
     def training(self) -> str:
         """Settings of the method and of the run, and how long it took."""
@@ -216,43 +216,39 @@ class _Card:
         settings |= self.record.get("hyperparameters") or {}
         rows = [[key, value] for key, value in settings.items() if value is not None]
         if rows:
-            parts.append(_table(["setting", "value"], rows))
+            parts.append(table(["setting", "value"], rows))
         if self.record.get("seconds"):
-            on = f" on {self.record['device']}" if self.record.get("device") else ""
+            on = f" on {plain(self.record['device'])}" if self.record.get("device") else ""
             parts.append(f"The training took {_duration(float(self.record['seconds']))}{on}.")
         return "\n\n".join(parts)
 
     def backbone(self) -> str:
         """Name, source, fingerprint and licence."""
-        items = [f"name: `{self.model.backbone_name}`"]
+        items = [f"name: {code(self.model.backbone_name)}"]
         if self.base:
-            items.append(f"weights: [{self.base}](https://huggingface.co/{self.base})")
+            items.append(f"weights: {link(self.base, f'https://huggingface.co/{self.base}')}")
         if self.model.fingerprint:
             items.append(f"fingerprint of the weights: `{self.model.fingerprint}`")
         licence = self.model.family.licence()
         if licence:
-            items.append(f"licence: {licence}")
+            items.append(f"licence: {plain(licence)}")
         return "\n".join(f"- {item}" for item in items)
 
     def licence(self) -> str:
         """Licence of the adapter."""
-        return f"The adapter's weights: {self.record['license']}." if self.record.get("license") else ""
+        return f"The adapter's weights: {plain(self.record['license'])}." if self.record.get("license") else ""
 
 
 def _by_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """{"accuracy": 0.9} or {"test": {"accuracy": 0.9}} as {split: {metric: number}}, without what is no number."""
     nested = {split: values for split, values in metrics.items() if isinstance(values, Mapping)}
-    flat = {name: value for name, value in metrics.items() if _is_number(value)}
+    flat = {name: value for name, value in metrics.items() if is_number(value)}
     found = {"test": flat} if flat else {}
     for split, values in nested.items():
-        numbers = {name: value for name, value in values.items() if _is_number(value)}
+        numbers = {name: value for name, value in values.items() if is_number(value)}
         if numbers:
             found[split] = found.get(split, {}) | numbers
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(name: str, value: float) -> str:
@@ -273,15 +269,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _table(columns: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(map(str, value))
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

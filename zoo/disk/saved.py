@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from zoo.disk.codecs import check_encoding, decode
 from zoo.disk.layout import (
     CARD,
     CONFIG,
+    FILES,
     HEAD,
     METRICS,
     WEIGHTS,
@@ -28,6 +30,7 @@ from zoo.disk.layout import (
     to_json,
     unpack,
 )
+from zoo.disk.record import check_record
 from zoo.errors import ConfigError, WeightsError, ZooError
 
 _LOG = logging.getLogger("zoo")
@@ -111,8 +114,10 @@ def read(folder: str | Path) -> SavedAdapter:
         config, record, card = copy["config"], copy["metrics"], copy["card"]
         check_config(config, path, copy=True)
     else:
+        _check_same(config, copy["config"], folder / CONFIG)
         record = _record(files, folder) or copy["metrics"]
         card = files[CARD].strip(b"\0").decode(errors="replace") or copy["card"]
+    check_record(record, f"the record in '{path}'")
     check_tensors(config, tensors, path)
     encoding = config.get("encoding")
     if encoding is not None:
@@ -152,11 +157,31 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
-    """The files' bytes; b"" for a card or record that is not there.
+    """The files' bytes as one save left them; b"" for a card or record that is not there.
 
-    Read in the reverse of the order in which a save renames them: if the weights, read last, are those that the config,
-    read first, was written for, then no save has begun or ended in between.
+    Each save renames new files into place. So if all four are the same files after reading as they were before, no save has
+    begun or ended in between, and since saves of several processes wait for each other (`zoo.disk.store`), they are of one.
     """
+    for pause in (0.0, 0.002, 0.01, 0.05):
+        time.sleep(pause)
+        before = [_identity(folder / name) for name in FILES]
+        files = _read_files(folder)
+        if before == [_identity(folder / name) for name in FILES]:
+            return files
+    # Saved again and again while it was read: the weights file is one save's by itself, with its copies of the others.
+    return {CONFIG: b"", CARD: b"", METRICS: b"", WEIGHTS: files[WEIGHTS]}
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells one file from the next of the same name; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
     if not os.path.lexists(folder / CONFIG) or not os.path.lexists(folder / WEIGHTS):
         for other in sorted(folder.iterdir()):
             refuse_pickle(other)
@@ -203,10 +228,44 @@ def _as_object(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _check_same(config: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError, naming the fields, if a config is not the one that its weights were saved with.
+
+    No shape shows a changed `alpha`, a changed order of classes: the model would load and answer something else.
+    """
+    changed = list(_changes({k: v for k, v in config.items() if k != "checksum"}, stored))
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"'{path}' was changed after the adapter was saved: {'; '.join(changed[:3])}{more}. Undo that, or empty the file, and "
+            f"the settings in {WEIGHTS} are used. To change an adapter, load it, change it in Python and save it."
+        )
+
+
+def _changes(found: Any, stored: Any, where: str = "") -> Iterator[str]:
+    """'field is A, and was saved as B' for each field in which two JSON values differ."""
+    if isinstance(found, dict) and isinstance(stored, dict):
+        for key in [*found, *(k for k in stored if k not in found)]:
+            name = f"{where}.{key}" if where else key
+            if key not in stored:
+                yield f"'{name}' was added"
+            elif key not in found:
+                yield f"'{name}' was taken out"
+            else:
+                yield from _changes(found[key], stored[key], name)
+    elif isinstance(found, list) and isinstance(stored, list) and len(found) == len(stored):
+        for i, pair in enumerate(zip(found, stored, strict=True)):
+            yield from _changes(*pair, f"{where}[{i}]")
+    elif type(found) is not type(stored) or found != stored:
+        yield f"'{where}' is {found!r:.60}, and was saved as {stored!r:.60}"
+
+
 def _record(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
     """metrics.json; empty if it is missing or broken, which costs nothing, since the weights file has a copy."""
     try:
-        return _as_object(files[METRICS], folder / METRICS) if files[METRICS].strip(b"\0") else {}
+        found = _as_object(files[METRICS], folder / METRICS) if files[METRICS].strip(b"\0") else {}
+        check_record(found, f"'{folder / METRICS}'")
+        return found
     except ConfigError as error:
         _LOG.warning("%s Using the copy in %s.", error, WEIGHTS)
         return {}

@@ -14,7 +14,8 @@ the same folder (a full disk shows here, before anything is touched), then renam
 last. The config repeats the checksum. If it names another one than the weights file, the save was cut off between two
 renames, and the copies in the weights file are used. If the weights do not have their own checksum, they are damaged and
 refused. Only the weights are synced before their rename: if the power goes, the others may be left empty, which is a
-save cut off, too. Files that would not change are left alone.
+save cut off, too. Files that would not change are left alone. Saves of several processes into one folder wait for each
+other, so that its files are of one of them.
 
 Nothing is ever unpickled.
 """
@@ -26,7 +27,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +53,7 @@ from zoo.disk.layout import (
     pack,
     to_json,
 )
+from zoo.disk.record import check_record
 from zoo.disk.saved import SavedAdapter, contents, read
 from zoo.errors import ConfigError, MismatchError, SaveError, nearest
 from zoo.heads import kind_of
@@ -153,6 +155,7 @@ def write(
     tensors = _plain(tensors)
     check_tensors(full, tensors, folder / WEIGHTS)
     record = dict(record or {})
+    check_record(record, "model.record")
     files = {METRICS: to_json(record, "model.record"), CARD: card}
     weights, checksum = pack(full, record, card, tensors)
     files[CONFIG] = to_json({**full, "checksum": checksum}, "the config")
@@ -175,18 +178,19 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
             target = folder / name
             if target.is_dir() and not target.is_symlink():
                 raise IsADirectoryError(f"'{target}' is a folder, but a file of this name has to go there")
-        _sweep(folder)
-        changed = [name for name in FILES if not _holds(folder / name, contents[name])]
-        if CONFIG not in changed:
-            # A save was cut off, and this one returns to the state before it. The weights that are there do not fit the
-            # config, which is right already; the ones that come will, so now they are the last piece.
-            changed.sort(key=lambda name: name == WEIGHTS)
-        for name in changed:
-            temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
-            _write(temporary[name], contents[name], sync=name == WEIGHTS)
-        for name in changed:
-            temporary[name].replace(folder / name)
-            del temporary[name]
+        with alone(folder):
+            _sweep(folder)
+            changed = [name for name in FILES if not _holds(folder / name, contents[name])]
+            if CONFIG not in changed:
+                # A save was cut off, and this one returns to the state before it. The weights that are there do not fit the
+                # config, which is right already; the ones that come will, so now they are the last piece.
+                changed.sort(key=lambda name: name == WEIGHTS)
+            for name in changed:
+                temporary[name] = folder / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
+                _write(temporary[name], contents[name], sync=name == WEIGHTS)
+            for name in changed:
+                temporary[name].replace(folder / name)
+                del temporary[name]
     except OSError as error:
         raise SaveError(
             f"Could not save to '{folder}': {error.strerror or error}. What was there before is still whole. Free some "
@@ -200,6 +204,23 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only if it is still empty
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While inside, no other process is inside for the same folder; where the system knows no such lock, nothing is promised."""
+    try:
+        import fcntl
+    except ImportError:  # Windows; there a file that is being read cannot be replaced, and the save fails instead
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # lets go of the lock, too
 
 
 def write_file(path: Path, data: bytes) -> None:
