@@ -38,7 +38,9 @@ def asked() -> list[Requirement]:
         for one in map(Requirement, re.findall(r'"([^"]+)"', match[1])):
             if one.name != "adapter-zoo":
                 before = found.get(one.name)
-                found[one.name] = one if before is None else Requirement(f"{one.name}{one.specifier & before.specifier}")
+                found[one.name] = (
+                    one if before is None else Requirement(f"{one.name}{one.specifier & before.specifier}")
+                )
     return list(found.values())
 
 
@@ -50,7 +52,9 @@ def open_ended(requirement: Requirement) -> str:
 
 def pip(*arguments: str) -> None:
     """Install with pip into this environment."""
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments], check=True
+    )
 
 
 def install() -> str:

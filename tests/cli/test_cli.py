@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from disk_parts import edit
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -285,9 +286,7 @@ def test_what_is_declared_is_registered() -> None:
 def test_trust_backbone(tmp_path: Path) -> None:
     """A backbone of somebody's folder needs the word; with it, what is wrong with the folder is the next thing said."""
     folder = zoo.load("vit-micro", "lora", num_classes=2).save_adapter(tmp_path / "out")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["backbone"] = {"name": f"transformers:{tmp_path}", "fingerprint": None, "kwargs": {}}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    edit(folder, lambda c: c.update(backbone={"name": f"transformers:{tmp_path}", "fingerprint": None, "kwargs": {}}))
     for command in (("eval", folder, "--data", tmp_path), ("merge", folder, "--out", tmp_path / "m.safetensors")):
         assert "--trust-backbone" in run(*command, code=1).output
         assert "config.json" in run(*command, "--trust-backbone", code=1).output

@@ -205,12 +205,16 @@ def test_a_card_of_texts_of_others(model: zoo.Model, nasty: str) -> None:
     from markdown_it import MarkdownIt
 
     links = [t for block in MarkdownIt("commonmark").enable("table").parse(body) for t in block.children or []]
-    assert [t.attrs["href"][:22] for t in links if t.type == "link_open"] == ["https://huggingface.co"]  # of the backbone
+    assert [t.attrs["href"][:22] for t in links if t.type == "link_open"] == [
+        "https://huggingface.co"
+    ]  # of the backbone
     assert list(sections(body)) == list(sections(text)) and "How to load" in sections(body)
     assert list(sections(body)) == ["How to load", "Results", "Data", "Parameters", "Training", "Backbone", "Licence"]
     assert len(re.findall(r"^```", body, re.MULTILINE)) == 2
     lines = re.search(r"```python\n(.*?)\n```", body, re.DOTALL)[1]
-    (call,) = [node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call) and "load" in ast.dump(node.func)]
+    (call,) = [
+        node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call) and "load" in ast.dump(node.func)
+    ]
     assert [k.value.value for k in call.keywords if k.arg == "adapter"] == [nasty]
     assert ModelCard(text).data.eval_results[0].dataset_name == nasty
     assert cards.retarget(text, "ann/other").count('zoo.load(adapter="ann/other")') == 1

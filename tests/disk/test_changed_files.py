@@ -168,4 +168,6 @@ def test_two_processes_that_save_into_one_folder(tmp_path: Path) -> None:
     assert len(set(seen)) > 2
     disk.write(folder, *parts(7.0))  # a killed writer's lock is gone with it
     assert disk.read(folder).record == {"metrics": {"accuracy": 7.0}}
-    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == sorted([WEIGHTS, METRICS, CARD, CONFIG])
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == sorted(
+        [WEIGHTS, METRICS, CARD, CONFIG]
+    )

@@ -167,7 +167,13 @@ def test_a_failed_attach_leaves_nothing() -> None:
 def test_what_a_selector_costs_is_bounded() -> None:
     """A range of a hundred milliard numbers and sixty stars hung, or filled the memory."""
     points = zoo.load("vit-micro", pretrained=False).points
-    for selector in ("blocks.{0..99999999999}", "blocks.{0..999}.{0..999}", "blocks.{5..2}", "a" * 2000, ["{0..10000}"]):
+    for selector in (
+        "blocks.{0..99999999999}",
+        "blocks.{0..999}.{0..999}",
+        "blocks.{5..2}",
+        "a" * 2000,
+        ["{0..10000}"],
+    ):
         with pytest.raises(SelectionError):
             points.select(selector)
     assert points.select("*" * 60) == points.select("**")  # three of them or more are as wide as two

@@ -23,11 +23,15 @@ def check_record(record: Any, where: str) -> None:
     _check_text(record, where)
     for key, (fits, expected) in _FIELDS.items():
         if record.get(key) is not None and not fits(record[key]):
-            raise ConfigError(f"{where}: '{key}' is {_told(record[key])}; expected {expected}. Correct it, or leave it out.")
+            raise ConfigError(
+                f"{where}: '{key}' is {_told(record[key])}; expected {expected}. Correct it, or leave it out."
+            )
     data = record.get("data") or {}
     for key in ("name", "hub_id", "url", "license"):
         if data.get(key) is not None and not isinstance(data[key], str):
-            raise ConfigError(f"{where}: 'data.{key}' is {_told(data[key])}; expected a text. Correct it, or leave it out.")
+            raise ConfigError(
+                f"{where}: 'data.{key}' is {_told(data[key])}; expected a text. Correct it, or leave it out."
+            )
     for i, table in enumerate(record.get("tables") or []):
         if not _is_table(table):
             raise ConfigError(
