@@ -200,7 +200,7 @@ def test_a_card_of_texts_of_others(model: zoo.Model, nasty: str) -> None:
     tables = [{"title": nasty, "columns": [nasty, "b"], "rows": [[nasty, 1]]}]
     model.record = {"data": data, "metrics": {"accuracy": 0.5, nasty: 0.25}, "seconds": 3, "tables": tables, **texts}
     text = cards.render(model, source=nasty)
-    head, body = text.split("\n---\n", 1)
+    _, body = text.split("\n---\n", 1)
     assert not shown(body)[0] & {"html_block", "html_inline", "image", "hr", "blockquote", "ordered_list"}
     from markdown_it import MarkdownIt
 

@@ -57,7 +57,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_config_that_was_changed_after_the_save(saved: Path, tmp_path: Path, field: str) -> None:
-    """Settings that no shape shows (alpha, the order of classes, the head's kind) loaded, and the model answered something else."""
+    """Settings that no shape shows (alpha, the order of classes, the head's kind) loaded, and the model answered otherwise."""
     folder = copy(saved, tmp_path / "out")
     edit(folder, CHANGES[field], sign=False)
     with pytest.raises(ConfigError) as error:

@@ -153,7 +153,13 @@ class _Card:
         # of somebody's, see `zoo.disk.trust`
         if not brought and not registry.known_backbone(name) and re.search(r"[:/\\]", name):
             bare += f", trust_backbone={python(name)}"
-        written = ["import zoo", *imports, "", f"model = zoo.load({brought}adapter={python(self.source)}{bare})", *lines]
+        written = [
+            "import zoo",
+            *imports,
+            "",
+            f"model = zoo.load({brought}adapter={python(self.source)}{bare})",
+            *lines,
+        ]
         return "\n".join(["```python", *written, "```"])
 
     def results(self) -> str:

@@ -237,8 +237,8 @@ def _check_same(config: Mapping[str, Any], stored: Mapping[str, Any], path: Path
     if changed:
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"'{path}' was changed after the adapter was saved: {'; '.join(changed[:3])}{more}. Undo that, or empty the file, and "
-            f"the settings in {WEIGHTS} are used. To change an adapter, load it, change it in Python and save it."
+            f"'{path}' was changed after the adapter was saved: {'; '.join(changed[:3])}{more}. Undo that, or empty the file: "
+            f"then the settings in {WEIGHTS} are used. To change an adapter, load it, change it in Python and save it."
         )
 
 
