@@ -116,6 +116,7 @@ class Ladder(Adapter):
                 rung.start = nn.Linear(block.dim_in, width)
             if i in layers:
                 if block.stage != before.stage:
+                    _check_rows(points, before, block)
                     rung.merge = Merge(width, rung.width, 2 ** ((block.stage or 0) - (before.stage or 0)))
                 rung.keep(own, block.dim_out, self.reduction, (self.alpha, self.temperature), i)
                 before, width = block, rung.width
@@ -171,6 +172,14 @@ class Ladder(Adapter):
         raise MergeError(
             "'ladder' cannot be merged: it is a network of its own beside the backbone. Keep the model as it is, or save the "
             "adapter with model.save_adapter(folder)."
+        )
+
+
+def _check_rows(points: Points, *blocks: Point) -> None:
+    if any(p.layout is None or p.layout.prefix for p in blocks):
+        raise AttachError(
+            f"'ladder' joins neighbours between stages, and the tokens of {points.backbone} at '{blocks[0].name}' do not stand "
+            "row by row. Use a backbone whose stages hand on maps, such as Swin, or one without stages."
         )
 
 

@@ -192,6 +192,11 @@ class SublayerPoint(Point):
         """`y <- y + module(s)`; `source="input"`: s is the input of F (behind its norm); "residual": in front of the norm."""
         if source not in ("input", "residual"):
             raise AttachError(f"source '{source}' is unknown; 'input' is behind the norm, 'residual' in front of it.")
+        if self.dim_in != self.dim_out:
+            raise AttachError(
+                f"the sublayer at '{self.name}' changes the width of its tokens from {self.dim_in} to {self.dim_out}, so nothing "
+                "can be added beside it. Leave it out of the targets, or use a form that stands behind it."
+            )
         self._record("parallel", module, source=source)
 
     def replace(self, module: nn.Module) -> None:
