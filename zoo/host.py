@@ -6,7 +6,7 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -30,8 +30,6 @@ class Host(Protocol):
     points: Points
     adapters: nn.ModuleDict
     heads: nn.ModuleDict
-    classes: list[str] | None
-    record: dict[str, Any]
     training: bool
 
     @property
@@ -45,6 +43,34 @@ class Host(Protocol):
     @property
     def head_name(self) -> str:
         """Which of `heads` is in use."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of the head in use."""
+
+    @classes.setter
+    def classes(self, names: Sequence[str] | None) -> None:
+        """Name them."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of the adapters in use together."""
+
+    @record.setter
+    def record(self, record: dict[str, Any]) -> None:
+        """Replace it."""
+
+    def record_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """What is known of these adapters together."""
+
+    def set_record(self, names: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Keep a record of these adapters together."""
+
+    def classes_of(self, head: str) -> list[str] | None:
+        """Names of the classes of a head."""
+
+    def head_for(self, names: Sequence[str]) -> str:
+        """The head that is used when exactly these adapters are."""
 
     @property
     def num_classes(self) -> int:
@@ -141,6 +167,9 @@ class Host(Protocol):
 
     def to(self, *place: Any, **options: Any) -> Any:
         """Move or cast."""
+
+    def in_use(self, module: nn.Module, name: str) -> nn.Parameter | None:
+        """The parameter that a module of the backbone reads under this name."""
 
     def all_or_nothing(self) -> AbstractContextManager[None]:
         """A context whose failure leaves adapters, heads and classes as they were."""

@@ -73,7 +73,8 @@ def load(
         classes: names of the classes, in the order of the labels; without `num_classes` they say how many there are.
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
-        dtype: precision of the backbone and of the adapters; large checkpoints are read in it, without a float32 copy.
+        dtype: precision of the backbone; large checkpoints are read in it, without a float32 copy. Adapters and heads stay in
+            float32 beside a half-precision backbone.
         memory: "default", "low", "min" or "off" (`zoo.engine.memory`).
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         trust_backbone: a saved adapter may name a backbone of any repository or folder; one that is not of a source known here

@@ -165,11 +165,14 @@ def test_two_methods_that_train_the_same_parameter() -> None:
 
 def test_trained_parameters_come_and_go(images: Tensor) -> None:
     model = build()
-    state = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    state, logits = {k: v.clone() for k, v in model.backbone.state_dict().items()}, model(images)
     model.add_adapter("bitfit")
     shake(model, "bitfit")
-    assert not torch.equal(model.backbone.state_dict()["norm.bias"], state["norm.bias"])
+    assert not torch.equal(model(images), logits)
+    assert not torch.equal(model.state_dict()["adapters.bitfit.norm.bias"], state["norm.bias"])
+    assert torch.equal(model.state_dict()["backbone.norm.bias"], state["norm.bias"])  # each in one place
     model.set_active()
+    assert torch.equal(model(images), logits)
     assert all(torch.equal(v, state[k]) for k, v in model.backbone.state_dict().items())
     model.set_active("bitfit")
     model.remove_adapter("bitfit")

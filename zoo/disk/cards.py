@@ -83,8 +83,10 @@ class _Card:
         self.names = names
         self.adapters = [cast("Adapter", model.adapters[name]) for name in names]
         self.methods = list(dict.fromkeys(adapter.method for adapter in self.adapters))
-        self.record = model.record
+        self.record = model.record_of(names)
         check_record(self.record, "model.record")
+        self.head = model.heads[model.head_for(names)]
+        self.num_classes = int(getattr(self.head, "out_features", 0))
         self.data_record: Mapping[str, Any] = self.record.get("data") or {}
         self.metrics = _by_split(self.record.get("metrics") or {})
         self.base = model.family.hub_id()
@@ -131,7 +133,7 @@ class _Card:
     def _task(self) -> str | None:
         if self.record.get("task"):
             return str(self.record["task"])
-        return self.model.family.hub_task(self.model.num_classes)
+        return self.model.family.hub_task(self.num_classes)
 
     def summary(self) -> str:
         """One sentence: what this is."""
@@ -145,9 +147,9 @@ class _Card:
         """Python that loads and runs it, if it is known where from."""
         if not self.source:
             return ""
-        imports, lines = self.model.family.usage(self.model.num_classes)
+        imports, lines = self.model.family.usage(self.num_classes)
         # without it, the classifier that the checkpoint has would stand on the features
-        bare = ", num_classes=0" if self.model.family.task == "classify" and not self.model.num_classes else ""
+        bare = ", num_classes=0" if self.model.family.task == "classify" and not self.num_classes else ""
         name = self.model.backbone_name
         brought = f"{self.model.family.brought}, " if self.model.family.brought else ""
         # of somebody's, see `zoo.disk.trust`
@@ -191,11 +193,12 @@ class _Card:
     def parameters(self) -> str:
         """Trained parameters, with and without the head, and their share of all."""
         own = sum(p.numel() for adapter in self.adapters for p in adapter.parameters())
-        head = sum(p.numel() for p in self.model.head.parameters())
-        trained = {id(p) for adapter in self.adapters for p in adapter.parameters()}
+        head = sum(p.numel() for p in self.head.parameters())
+        # what is trained in the place of a parameter of the backbone is not counted with it once more
+        replaced = sum(a.get_parameter(name).numel() for a in self.adapters for name in a.stand_ins)
         # not `.parameters()`, which also puts names together and takes several times as long
         held = {id(p): p for m in self.model.backbone.modules() for p in m._parameters.values() if p is not None}
-        frozen = sum(p.numel() for i, p in held.items() if i not in trained)
+        frozen = sum(p.numel() for p in held.values()) - replaced
         rows = [["adapter", f"{own:,}", f"{100 * own / (own + frozen):.2f} %"]]
         if head:
             total = own + head + frozen

@@ -105,14 +105,13 @@ def save(
     for name, (_, state) in zip(names, parts, strict=True):
         tensors.update({f"{name}/{key}": value for key, value in state.items()})
     # the head that the model uses when exactly these adapters are active
-    own_head = next((name for name in reversed(names) if name in model.heads), "default")
+    own_head = model.head_for(names)
     num_classes = int(getattr(model.heads[own_head], "out_features", 0))
     if num_classes:
         tensors.update({f"{HEAD}/{key}": value for key, value in model.heads[own_head].state_dict().items()})
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    # heads that read class names have their own; others go by the model's
-    named = getattr(model.heads[own_head], "classes", None) or model.classes
+    named = model.classes_of(own_head)
     classes = named if named and len(named) == num_classes else None
     config: dict[str, Any] = {
         "backbone": {
@@ -131,7 +130,9 @@ def save(
     tensors, encoding = encode(codec, tensors)
     if encoding is not None:
         config["encoding"] = encoding
-    return write(folder, config, tensors, model.record, render(model, names, source=source or folder.resolve().name))
+    return write(
+        folder, config, tensors, model.record_of(names), render(model, names, source=source or folder.resolve().name)
+    )
 
 
 def write(
@@ -324,8 +325,7 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
                 model.reset_head(saved.num_classes, saved.classes, kind=saved.head_kind)
             _fill(model.head, saved.head_tensors(), "head", model, saved)
             model.classes = saved.classes
-    if not model.record:
-        model.record = dict(saved.record)
+        model.set_record(added, saved.record)
     return added
 
 

@@ -70,7 +70,7 @@ class Given:
 
     def __call__(self, site: AttentionSite, images: int) -> Pair:
         """`module(images)`."""
-        pair = self.module(images)
+        pair = site.state.run(self.module, images)
         return Alone(*pair) if getattr(self.module, "compensate", False) else pair
 
 
@@ -96,7 +96,7 @@ class Prompts:
         if state.route is not None:
             state.serving = self.owner
         try:
-            return self.project(state.context.wide(self.module(images), images))
+            return self.project(state.context.wide(state.tokens(self.module, images), images))
         finally:
             state.aside, state.serving = before
 
@@ -175,7 +175,7 @@ class AttentionSite(Site):
 
     # evaluation: the state of all tensors that the pairs depend on, those tensors, and the pairs
     _kept: tuple[Any, list[Tensor], list[Pair]] | None = None
-    _slots: list[tuple[dict[str, Any], str]] | None = None  # where these tensors stand
+    _slots: list[tuple[nn.Module, str]] | None = None  # where these tensors stand
     watchers: tuple[Op, ...] = ()  # "watch_keys": `fn(k, v)` sees the keys and values that all tokens are going to use
 
     def refresh(self) -> None:
@@ -254,9 +254,9 @@ class AttentionSite(Site):
         """Every parameter and buffer that the pairs depend on."""
         if self._slots is None:
             self._slots = list(self._places())
-        return [place[name] for place, name in self._slots]
+        return [getattr(part, name) for part, name in self._slots]
 
-    def _places(self) -> Iterator[tuple[dict[str, Any], str]]:
+    def _places(self) -> Iterator[tuple[nn.Module, str]]:
         modules = [m for op in self.sources for m in op.modules]
         sources: list[Source] = [op.fn for op in self.sources]  # type: ignore[misc]
         for passed in dict.fromkeys(m for source in sources for m in source.through):
@@ -267,7 +267,7 @@ class AttentionSite(Site):
         for module in modules:
             for part in module.modules():
                 for place in (part._parameters, part._buffers):
-                    yield from ((place, name) for name, tensor in place.items() if tensor is not None)
+                    yield from ((part, name) for name, tensor in place.items() if tensor is not None)
 
     # -- the product ------------------------------------------------------------------------------------------------
 

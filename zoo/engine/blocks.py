@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.sites import Site
+from zoo.engine.swaps import ByHand
 from zoo.errors import AttachError, CombinationError, ConfigError
 from zoo.points import Point
 
@@ -183,7 +184,16 @@ class BlockRunner:
         if role not in ("attn", "mlp"):
             raise ConfigError(f"role is {role!r}; a block's halves are 'attn' and 'mlp'.")
         module, family, (args, kwargs) = self._at(at), self.model.family, _further(call)
-        return lambda tokens: family.half(module, role, tokens, *args, **kwargs)
+        state = self.model._state
+
+        def half(tokens: Tensor) -> Tensor:
+            risen = state.rise()
+            try:
+                return family.half(module, role, tokens, *args, **kwargs)
+            finally:
+                state.settle(risen)
+
+        return half
 
     def clone(self, at: int) -> nn.Module:
         """A copy of block `at` as the library made it: frozen weights, no hooks of ours, in evaluation mode."""
@@ -192,17 +202,13 @@ class BlockRunner:
         for part in twin.modules():
             after, before = part._forward_hooks_with_kwargs, part._forward_pre_hooks_with_kwargs
             for hooks, marks in ((part._forward_hooks, after), (part._forward_pre_hooks, before)):
-                for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Site)]:
+                for key in [
+                    k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (Site, ByHand))
+                ]:
                     del hooks[key]
                     marks.pop(key, None)
             if isinstance(getattr(part.__dict__.get("forward"), "__self__", None), Site):
                 del part.__dict__["forward"]
-        paths = {id(m): path for path, m in module.named_modules()}
-        for name in self.model.active:
-            for swap in self.model._swaps[name]:
-                if id(swap.module) in paths:
-                    kept = nn.Parameter(swap.frozen.detach().clone(), requires_grad=False)
-                    twin.get_submodule(paths[id(swap.module)])._parameters[swap.name] = kept
         return twin.requires_grad_(False).eval()
 
     def _at(self, at: int) -> nn.Module:

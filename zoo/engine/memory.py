@@ -106,6 +106,7 @@ class Saver:
         self.off = False  # memory="off"
         self._entries: dict[int, _Entry] = {}
         self._autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+        self._regions = False  # whether the device has such regions
         self._counted: dict[int, int] | None = None
         self._ignored: set[int] = set()
 
@@ -124,7 +125,14 @@ class Saver:
         def forget(_: Any, key: int = key) -> None:
             entries.pop(key, None)
 
-        entries[key] = _Entry(output, Recipe(fn, held, self._autocast), weakref.ref(output, forget))
+        entries[key] = _Entry(output, Recipe(fn, held, self._precision()), weakref.ref(output, forget))
+
+    def _precision(self) -> tuple[str, bool, torch.dtype]:
+        """Of products here: adapters of a half-precision backbone run in a region of their own."""
+        device = self._autocast[0]
+        if not self._regions:
+            return self._autocast
+        return (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def _find(self, tensor: Tensor) -> Recipe | None:
         """The recipe of a tensor that is the output of one, or a view of it: half of a fused projection, say.
@@ -193,7 +201,8 @@ class _Recording:
         saver = self._saver
         if saver.off or not torch.is_grad_enabled() or saver.recording or self._device == "meta" or exact():
             return
-        if torch.amp.is_autocast_available(self._device):
+        saver._regions = torch.amp.is_autocast_available(self._device)
+        if saver._regions:
             enabled, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
             saver._autocast = (self._device, enabled, dtype)
         global _recording

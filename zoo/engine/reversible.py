@@ -175,7 +175,7 @@ class Reversible:
         with _seeded(call.seed, 2 * j + which, x), _autocast(call.autocast):
             tokens = x.to(call.dtype)
             if kind == "module":
-                return self.modules[j](tokens)
+                return self.sites[j].state.change(self.modules[j], tokens)
             if kind == "block":
                 return self.sites[j].original(tokens, *call.args, **call.kwargs)
             assert self.half is not None
@@ -278,6 +278,7 @@ class Reversible:
         """Every parameter that block j's turn may give a gradient to."""
         found = dict.fromkeys(self.modules[j].parameters())
         for part in self.sites[j].module.modules():
+            found |= dict.fromkeys(swap.trained for swap in self.sites[j].state.swaps if swap.module is part)
             found |= dict.fromkeys(p for p in part._parameters.values() if p is not None)
             for op in _ops(part):
                 inside = [m for root in op.modules for m in root.modules()]

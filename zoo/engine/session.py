@@ -21,6 +21,7 @@ from zoo.engine.generated import Made
 from zoo.engine.mixing import Installed, mix
 from zoo.engine.reversible import ALONE
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
+from zoo.engine.swaps import Swap
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
 from zoo.points.kinds import is_pointwise
@@ -28,21 +29,6 @@ from zoo.points.kinds import is_pointwise
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
     from zoo.backbone import Backbone
-
-
-@dataclass(eq=False)
-class Swap:
-    """A trainable copy that takes the place of a frozen parameter while its adapter is active."""
-
-    owner: str
-    module: nn.Module
-    name: str
-    frozen: nn.Parameter
-    trained: nn.Parameter
-
-    def put(self, active: bool) -> None:
-        """Put the trained (or the frozen) parameter into the module."""
-        self.module._parameters[self.name] = self.trained if active else self.frozen
 
 
 @dataclass(eq=False)
@@ -150,7 +136,8 @@ class Session:
         path = [*(point.name.split(".") if point is not None else ()), *name.split(".")]
         self._put(path, value)
 
-    def _put(self, path: list[str], value: nn.Parameter | nn.Module) -> None:
+    def _put(self, path: list[str], value: nn.Parameter | nn.Module) -> nn.Module:
+        """Returns the module that now holds it."""
         node: nn.Module = self.adapter
         for part in path[:-1]:
             # not `add_module`: a path of the network may have a word of ours, `features.0`
@@ -165,13 +152,14 @@ class Session:
             raise CombinationError(f"'{self.owner}' uses point '{'.'.join(path)}' twice; one module for each point.")
         if isinstance(value, nn.Parameter):
             node.register_parameter(last, value)
-            return
+            return node
         if held is not None:  # modules of points inside this one are there already: they stand inside it
             for name, child in held._modules.items():
                 value.add_module(name, child)
             for name, parameter in held._parameters.items():
                 value.register_parameter(name, parameter)
         node._modules[last] = value
+        return node
 
     def share(self, name: str, module: nn.Module) -> None:
         """Register a module that several points have in common, once, under this name."""
@@ -310,7 +298,7 @@ class Session:
 
     def train_everything(self) -> None:
         """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""
-        copies: dict[int, nn.Parameter] = {}
+        copies: dict[int, tuple[nn.Module, str]] = {}  # of tied parameters one
         for path, module in self.family.modules_to_train():
             if "int8" in module._buffers:
                 raise AttachError(
@@ -321,11 +309,10 @@ class Session:
                 if frozen is None or not self.family.reads(path, name):
                     continue
                 if id(frozen) not in copies:
-                    copies[id(frozen)] = nn.Parameter(frozen.detach().clone())
                     place = ["backbone", *filter(None, path.split(".")), name]
-                    self._put(place, copies[id(frozen)])
+                    copies[id(frozen)] = self._put(place, nn.Parameter(frozen.detach().clone())), name
                     self.adapter.stand_ins.add(".".join(place))
-                self.swaps.append(Swap(self.owner, module, name, frozen, copies[id(frozen)]))
+                self.swaps.append(Swap(self.owner, module, name, *copies[id(frozen)]))
 
     # -- finishing --------------------------------------------------------------------------------------------------
 
@@ -373,10 +360,9 @@ class Session:
             rows = sum(p.stop - p.start for p in points)  # type: ignore[attr-defined]
             whole, key = rows == len(frozen), point.fused
         if whole:
-            trained = nn.Parameter(frozen.detach().clone())
-            self._put([*key.split("."), name], trained)
+            holder = self._put([*key.split("."), name], nn.Parameter(frozen.detach().clone()))
             self.adapter.stand_ins.add(f"{key}.{name}")
-            self.swaps.append(Swap(self.owner, module, held, frozen, trained))
+            self.swaps.append(Swap(self.owner, module, held, holder, name))
             return
         if name != "bias":
             raise AttachError(f"'{name}' of '{point.name}' is fused: train it for all slices of '{key}', or for none.")

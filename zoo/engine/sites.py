@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
 from zoo.engine.state import Place, State
+from zoo.engine.swaps import held
 from zoo.points.rows import is_transposed
 
 
@@ -135,7 +136,7 @@ class Site:
         run: Callable[..., Any] = self.forward
         for op in self.arounds:
             self._seen(op)
-            run = functools.partial(op.fn, run)
+            run = functools.partial(self.state.around, op.fn, run)
         return run(*args, **kwargs)
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class Site:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         noting = self.recompute and self.state.saver.recording and len(args) == 1 and not kwargs
         if noting and self.recompute == "cheap":
-            self.state.saver.note(output, _own_forward, (module, dict(module._parameters), args[0]))
+            self.state.saver.note(output, _own_forward, (module, held(module), args[0]))
         if not self.outputs and not noting:
             return None
         x = self.read_input(args, kwargs)
@@ -192,7 +193,7 @@ class Site:
             elif not (op.verb == "replay" and self.state.aside):  # it has seen this pass already
                 y = self._apply(op, x, y)
         if noting and self.recompute == "product" and not self.stochastic():
-            then = (dict(module._parameters), self.forwards, self.outputs, self.state.place())
+            then = (held(module), self.forwards, self.outputs, self.state.place())
             self.state.saver.note(y, self._replay, (then, x))
         return self.write_output(output, y)
 
@@ -241,10 +242,10 @@ class Site:
             return
         if self.state.serving is not None:
             if op.owner == self.state.serving:
-                op.fn(tensor, *more)
+                self.state.run(op.fn, tensor, *more)
             return
         rows = None if self.state.route is None else self.state.rows(op.owner, tensor.shape[0])
-        op.fn(tensor if rows is None else tensor.index_select(0, rows), *more)
+        self.state.run(op.fn, tensor if rows is None else tensor.index_select(0, rows), *more)
 
     def _again(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Again | None:
         """The call once more, if it is the frozen module's alone."""
@@ -259,13 +260,13 @@ class Site:
     def _apply(self, op: Op, *tensors: Tensor) -> Tensor:
         """Run an op on all rows, or on those that its adapter serves; the last tensor is the one that changes."""
         if self.state.serving is not None:
-            return op.fn(*tensors) if op.owner == self.state.serving else tensors[-1]
+            return self.state.change(op.fn, *tensors) if op.owner == self.state.serving else tensors[-1]
         if self.state.route is None:
-            return op.fn(*tensors)
+            return self.state.change(op.fn, *tensors)
         rows = self.state.rows(op.owner, tensors[-1].shape[0])
         if rows is None or len(rows) == 0:
             return tensors[-1]
-        changed = op.fn(*(t.index_select(0, rows) for t in tensors))
+        changed = self.state.change(op.fn, *(t.index_select(0, rows) for t in tensors))
         return tensors[-1].index_copy(0, rows, changed.to(tensors[-1].dtype))
 
     def stochastic(self) -> bool:
@@ -287,8 +288,12 @@ class Again:
         """What came out of the module for x, at the time of the forward pass."""
         if self.place[5] is not None:
             self.place[5].first = False
+        state = self.site.state
         with torch.no_grad():
-            return self.site.state.run_at(self.place, self._run, x)
+            if state.narrow is None:
+                return state.run_at(self.place, self._run, x)
+            with torch.autocast(state.narrow[0], enabled=False):
+                return state.run_at(self.place, self._run, x.to(state.narrow[1]))
 
     def _run(self, x: Tensor) -> Tensor:
         state, site = self.site.state, self.site
@@ -308,12 +313,14 @@ def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def _parameters(module: nn.Module, parameters: dict[str, Any]) -> Iterator[None]:
     """A module with the parameters that it had at some time."""
-    held = module._parameters
+    before = module._parameters
+    stood = {name: module.__dict__.pop(name) for name in parameters if name in module.__dict__}
     module.__dict__["_parameters"] = parameters
     try:
         yield
     finally:
-        module.__dict__["_parameters"] = held
+        module.__dict__["_parameters"] = before
+        module.__dict__.update(stood)
 
 
 def _own_forward(module: nn.Module, parameters: dict[str, Any], x: Tensor) -> Tensor:
@@ -348,9 +355,9 @@ class LinearSite(Site):
     def _reparametrized(self, op: Op, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         self._seen(op)
         if op.rows is None:
-            return op.fn(run, x, weight, bias)
+            return self.state.run(op.fn, run, x, weight, bias)
         start, stop = op.rows
-        new = op.fn(weight[start:stop])
+        new = self.state.change(op.fn, weight[start:stop])
         return run(x, new if stop - start == len(weight) else torch.cat([weight[:start], new, weight[stop:]]), bias)
 
 
@@ -370,7 +377,9 @@ class BlockSite(Site):
         for op in self.forwards:
             if op.verb in ("replace", "run"):
                 self._seen(op)
-                run = functools.partial(op.fn, run)
+                # a run calls the blocks' inside, with what other adapters do there
+                fn = op.fn if op.verb == "run" else functools.partial(self.state.around, op.fn)
+                run = functools.partial(fn, run)
         if any(op.verb == "run" for op in self.forwards):  # which keeps what it needs by itself
             return run(*args, **kwargs)
         learns = self.learns or self.state.route is not None or _differentiable(args, kwargs)

@@ -85,7 +85,7 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     note = {
         "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint, "kwargs": model.backbone_kwargs},
         "config": {**lora.config(), "learn_scale": False},
-        "classes": model.classes if isinstance(head, nn.Linear) else None,
+        "classes": model.classes_of(own_head) if isinstance(head, nn.Linear) else None,
     }
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     metadata = {"format": "pt", NOTE: json.dumps(note)}
@@ -300,7 +300,7 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
         )
     lora, parts, head = translate(saved, model)
     shared = bool(model.adapters)  # then the head belongs to the new adapter alone
-    before, classes = set(model.adapters), model.classes
+    before = set(model.adapters)
     with model.all_or_nothing():
         model.add_adapter(lora, name, num_classes=len(head["weight"]) if head and shared else None)
         added = next(n for n in model.adapters if n not in before)
@@ -310,6 +310,6 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             if not shared:  # a new one: the old one is put back if anything fails
                 model.heads["default"] = model._new_head(len(head["weight"]), model.family.feature_dim)
             model.head.load_state_dict(head)
-            model.classes = saved.classes if saved.classes or not shared else classes
+            model.classes = saved.classes
             model.train(model.training)
     return added

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
     """`Backbone.outputs` with the active adapters, memory recorded as in `features`."""
-    if torch.compiler.is_compiling():
-        return _outputs(model, inputs, want, kwargs)
+    risen = model._state.rise()
+    try:
+        if torch.compiler.is_compiling():
+            return _outputs(model, inputs, want, kwargs)
+        return _recorded(model, inputs, want, kwargs)
+    finally:
+        model._state.settle(risen)
+
+
+def _recorded(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
         with model._state.saver.record(model.device):
             return _outputs(model, inputs, want, kwargs)
@@ -40,7 +48,7 @@ def _outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs:
     found = model.family.outputs(*inputs, want=want, **kwargs)
     if "pooled" in found:
         for adapter in model._active_adapters():
-            found["pooled"] = adapter.features(found["pooled"])
+            found["pooled"] = model._state.change(adapter.features, found["pooled"])
     return found
 
 
@@ -55,10 +63,11 @@ def answer(model: Model, head: nn.Module, inputs: tuple[Any, ...], targets: Any,
     outputs = {**named_outputs(model, inputs, [n for n in needs if n not in more], kwargs), **more}
     if "pooled" in outputs:
         model.check_width(outputs["pooled"], head)
+    state = model._state
     if rich is None:
-        logits: Tensor = head(outputs["pooled"])
+        logits: Tensor = state.run(head, outputs["pooled"])
     else:
-        logits = rich(outputs, targets) if rich.sees_targets else rich(outputs)
+        logits = state.run(rich, outputs, targets) if rich.sees_targets else state.run(rich, outputs)
     for adapter in behind:
-        logits = adapter.logits(logits, outputs)
+        logits = state.run(adapter.logits, logits, outputs)
     return logits

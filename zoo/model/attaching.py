@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
 from zoo.engine import mixing
 from zoo.engine.context import Want
-from zoo.engine.session import Session, Swap
+from zoo.engine.session import Session
 from zoo.engine.sites import Op, Site
-from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.engine.swaps import ByHand, Swap
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
+from zoo.model.headed import HALVES
 from zoo.model.sited import Sited
+
+PLANS = "plans"  # where they stand in a state_dict
 
 
 class AdapterHost(Sited):
@@ -28,10 +34,15 @@ class AdapterHost(Sited):
     _beside: bool  # all active adapters are side networks
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        for name in self._state.active:  # parameters of the backbone that trained ones stand in for now
-            for swap in self._swaps[name]:
-                swap.frozen.data = fn(swap.frozen.data)
+        """A cast to half precision is one of the backbone: adapters and heads stay in float32, too fine for its steps."""
+        parts = [self.adapters, self.heads]
+        probe = next((p for part in parts for p in part.parameters() if p.is_floating_point()), None)
+        if probe is None or fn(probe.new_empty(0)).dtype not in HALVES:
+            super()._apply(fn, recurse)
+        else:
+            for name, part in self.named_children():
+                part._apply(_kept_wide(fn) if name in ("adapters", "heads") else fn)
+        self._note_precision()
         return self
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -49,6 +60,47 @@ class AdapterHost(Sited):
         self._sites = {id(where.module): where for where in self._sites.values()}
         for where in self._sites.values():
             where.settle()
+        for module in self.backbone.modules():  # of a block that was copied in front of us
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ByHand)]:
+                    del hooks[key]
+        self._by_hand = []
+        self._hook_by_hand()
+
+    # -- state_dict -------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """With the plans of adapters: what a calibration chose decides which tensors there are, and where they act."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, adapter in self._planned():
+            text = json.dumps(adapter.plan, sort_keys=True).encode()
+            destination[f"{prefix}{PLANS}.{name}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *given: Any) -> None:
+        """Adapters are attached anew by the plans of the state, before their tensors are looked up."""
+        _, strict, missing, _, errors = given
+        found = {name: state.pop(f"{prefix}{PLANS}.{name}", None) for name in self.adapters}
+        for name, adapter in list(self.adapters.items()):
+            told = found[name]
+            if told is None:
+                if adapter.plan is not None and strict:
+                    missing.append(f"{prefix}{PLANS}.{name}")
+                continue
+            try:
+                plan = json.loads(bytes(told.to("cpu", torch.uint8).tolist()))
+                if plan != json.loads(json.dumps(adapter.plan)):
+                    former, adapter.plan = adapter.plan, plan
+                    try:
+                        self.reattach(name)
+                    except BaseException:
+                        adapter.plan = former
+                        raise
+            except (ValueError, ZooError) as error:
+                errors.append(f"the plan of '{name}' does not fit this model: {error}")
+        super()._load_from_state_dict(state, prefix, *given)
+
+    def _planned(self) -> list[tuple[str, Any]]:
+        return [(name, adapter) for name, adapter in self.adapters.items() if adapter.plan is not None]
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
@@ -114,9 +166,10 @@ class AdapterHost(Sited):
         twin, active = adapter.fresh(), self._state.active
         twin.name = name
         self.points.num_classes = self.num_classes
-        head = dict(self.heads.items()).get(name)
+        head, known = dict(self.heads.items()).get(name), (dict(self._classes), dict(self._records))
         session = self._attach(name, twin, activate=name in active)
         self.remove_adapter(name)
+        self._classes, self._records = known
         # The instance stays the same, since the caller is usually one of its own methods.
         adapter._modules, adapter._parameters, adapter._buffers = twin._modules, twin._parameters, twin._buffers
         adapter.stand_ins = twin.stand_ins
@@ -136,11 +189,12 @@ class AdapterHost(Sited):
                 self._sites[id(where.module)] = where
             self._sites[id(where.module)].ops.append(op)
             session.ops[i] = (self._sites[id(where.module)], op)
+        if session.swaps:
+            self._hook_by_hand()
 
     def _attach(self, name: str, fresh: Adapter, activate: bool) -> Session:
         """Run `fresh.attach` and return what it asked for; the model is unchanged."""
         made: list[int] = []
-        live = [swap for other in self._state.active for swap in self._swaps[other]]
 
         def site(module: nn.Module, kind: type[Site]) -> Site:
             kind = self.family.site_kind(module, kind)
@@ -159,8 +213,6 @@ class AdapterHost(Sited):
         self.points.session = session
         for point in self.points:
             point.session = session
-        for swap in live:  # attach sees the frozen parameters, not what another adapter has put in their place
-            swap.put(False)
         try:
             fresh.attach(self.points)
             session.finish()
@@ -172,12 +224,10 @@ class AdapterHost(Sited):
                 del self._sites[key]
             raise
         finally:
-            for swap in live:
-                swap.put(True)
             self.points.session = None
             for point in self.points:
                 point.session = None
-        fresh.to(device=self.device, dtype=self.dtype)
+        fresh.to(device=self.device, dtype=self.adapter_dtype)
         fresh.train(self.training)
         return session
 
@@ -219,11 +269,14 @@ class AdapterHost(Sited):
         mixing.check_removal(name, self._ops)
         self.set_active(*(n for n in self._state.active if n != name))
         gone = {id(op) for _, op in self._ops.pop(name)}
-        del self._swaps[name], self.adapters[name], self._resting[name]
+        if self._swaps.pop(name):
+            self._hook_by_hand()
+        del self.adapters[name], self._resting[name]
         self._wants.pop(name, None)
         if name in self.heads:
             self._resting.pop(f"head/{name}", None)
             del self.heads[name]
+        self._forget_head(name)
         for key, where in list(self._sites.items()):
             where.ops = [op for op in where.ops if id(op) not in gone]
             where.refresh()
@@ -254,16 +307,11 @@ class AdapterHost(Sited):
                 )
         for name, other in itertools.combinations(dict.fromkeys(names), 2):
             self._check_pair(other, self._ops[other], self._swaps[other], name)
-        for other in (n for n in self._state.active if n not in names):
-            for swap in self._swaps[other]:
-                swap.put(False)
         self._state.active = tuple(dict.fromkeys(names))
         trained = set(wanted)
         for name, adapter in self.adapters.items():
             self._rest(name, adapter, name not in trained)
-        for name in self._state.active:
-            for swap in self._swaps[name]:
-                swap.put(True)
+        self._stand_in()
         current = self.head_name
         for name, head in self.heads.items():
             self._rest(f"head/{name}", head, name != current)
@@ -276,7 +324,7 @@ class AdapterHost(Sited):
     def all_or_nothing(self) -> Iterator[None]:
         """A failure inside takes out the adapters that came in, and puts back heads, classes and who was active."""
         before, heads = list(self.adapters), dict(self.heads.items())
-        classes, active = self.classes, self._state.active
+        known, active = (dict(self._classes), dict(self._records)), self._state.active
         try:
             yield
         except BaseException:
@@ -284,7 +332,7 @@ class AdapterHost(Sited):
                 self.remove_adapter(name)
             for name, head in heads.items():
                 self.heads[name] = head
-            self.classes = classes
+            self._classes, self._records = known
             self.set_active(*active)
             raise
 
@@ -302,16 +350,22 @@ class AdapterHost(Sited):
         if not isinstance(name, str) or name not in self.adapters:
             raise UnknownNameError(f"The model has no adapter '{name}'. {nearest(name, self.adapters.keys())}")
 
+    def _acting(self, names: Sequence[str]) -> Sequence[str]:
+        mixed = {m for n in names for m in mixing.mixed_by(self._ops.get(n, ()))}
+        return [n for n in names if n not in mixed]
+
     def _free_name(self, method: str) -> str:
-        taken = [n for n in self.adapters if n == method or n.startswith(f"{method}-")]
-        return method if not taken else f"{method}-{len(taken) + 1}"
+        if method not in self.adapters:
+            return method
+        return next(name for i in itertools.count(2) if (name := f"{method}-{i}") not in self.adapters)
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
-        """The backbone without hooks, replacements and swapped parameters."""
+        """The backbone without hooks, replacements and stand-ins."""
         active, sites = self._state.active, dict(self._sites)
         kept = {k: (s.ops, s.recompute) for k, s in sites.items()}
         self.set_active()
+        self._hook_by_hand(on=False)
         for where in sites.values():
             where.ops, where.recompute = [], ""
             where.refresh()
@@ -321,7 +375,20 @@ class AdapterHost(Sited):
             for key, where in sites.items():
                 where.ops, where.recompute = kept[key]
             self._sites = sites
+            self._hook_by_hand()
             self.set_active(*active)
+
+
+def _kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A move to another device, without the cast to half precision that comes with it."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return (
+            new if new.dtype not in HALVES else tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32))
+        )
+
+    return moved
 
 
 def _in_features(head: nn.Module) -> int | None:

@@ -70,7 +70,11 @@ class Contextual(AdapterHost):
         Raises:
             ContextError: a value that an active adapter needs is missing.
         """
-        return self._framed(run, (), {}, call=(inputs, kwargs)) if self._needs_frame(None) else run()
+        risen = self._state.rise()
+        try:
+            return self._framed(run, (), {}, call=(inputs, kwargs)) if self._needs_frame(None) else run()
+        finally:
+            self._state.settle(risen)
 
     def _all_wants(self) -> list[Want]:
         return [want for wants in self._wants.values() for want in wants]

@@ -54,6 +54,7 @@ def damped(model: Any, adapter: str, factor: Factors = 0.0) -> Iterator[None]:
     swaps = [
         swap for swap in model._swaps[adapter] if (f := at(_point_of(model, swap.module))) != 1.0 and _off(adapter, f)
     ]
+    standing = model._state.swaps
     state, token = model._state, object()
     before = state.damping
     sites = list({id(site): site for (site, old), (_, new) in zip(ops, now) if new is not old}.values())
@@ -61,8 +62,7 @@ def damped(model: Any, adapter: str, factor: Factors = 0.0) -> Iterator[None]:
     for site in sites:
         site.ops = [instead.get(id(op), op) for op in site.ops]
         site.refresh()
-    for swap in swaps:
-        swap.put(False)
+    state.stand(tuple(swap for swap in standing if swap not in swaps))
     state.damping, model._ops[adapter] = token, now
     try:
         yield
@@ -73,9 +73,7 @@ def damped(model: Any, adapter: str, factor: Factors = 0.0) -> Iterator[None]:
         for site in sites:
             site.ops = [changed.get(id(op), op) for op in site.ops]
             site.refresh()
-        for swap in swaps:
-            if adapter in model.active:
-                swap.put(True)
+        model._stand_in()
 
 
 def _factors(model: Any, factor: Factors) -> Callable[[str], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from zoo.heads import Head, make_head
 from zoo.heads.growing import grown
 from zoo.registry import head_class
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class Headed(nn.Module):
     """Base of `AdapterHost`."""
@@ -24,8 +26,9 @@ class Headed(nn.Module):
     family: Backbone
     adapters: nn.ModuleDict
     heads: nn.ModuleDict
-    classes: list[str] | None
     _state: State
+    _classes: dict[str, list[str]]  # of each head
+    _records: dict[str, dict[str, Any]]  # of each set of adapters, and the head that they use
     _answers: bool  # the head needs named outputs, or an adapter stands behind it (`zoo.model.answering`)
 
     def train(self, mode: bool = True) -> Any:
@@ -44,6 +47,13 @@ class Headed(nn.Module):
         return next(self.backbone.parameters()).dtype
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Precision of adapters and heads: the backbone's, but float32 where that is half precision, too coarse for steps."""
+        dtype = self.dtype
+        wide = dtype in HALVES and torch.amp.is_autocast_available(self.device.type)
+        return torch.float32 if wide else dtype
+
+    @property
     def active(self) -> tuple[str, ...]:
         """Names of the adapters in use, in order of application."""
         return self._state.active
@@ -54,7 +64,7 @@ class Headed(nn.Module):
     @property
     def head_name(self) -> str:
         """Which head is in use: that of the last active adapter that has one of its own, else "default"."""
-        return next((n for n in reversed(self._state.active) if n in self.heads), "default")
+        return self.head_for(self._state.active)
 
     @property
     def head(self) -> nn.Module:
@@ -65,6 +75,51 @@ class Headed(nn.Module):
     def num_classes(self) -> int:
         """Width of the head in use; 0 without one."""
         return int(getattr(self.head, "out_features", 0))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of the head in use, in the order of its outputs; None: they have no names."""
+        return self._classes.get(self.head_name)
+
+    @classes.setter
+    def classes(self, names: Sequence[str] | None) -> None:
+        if names is None:
+            self._classes.pop(self.head_name, None)
+        else:
+            self._classes[self.head_name] = list(names)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of the adapters in use together, and of their head: metrics, data, licence (`zoo.disk.cards`)."""
+        return self._records.setdefault(_key(self._state.active), {})
+
+    @record.setter
+    def record(self, record: dict[str, Any]) -> None:
+        self._records[_key(self._state.active)] = record
+
+    def record_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """The record of these adapters together; empty where they were never measured or trained together."""
+        return self._records.get(_key(self._acting(names))) or {}
+
+    def set_record(self, names: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Keep a record of these adapters together, whoever is in use now."""
+        self._records[_key(self._acting(names))] = dict(record)
+
+    def _acting(self, names: Sequence[str]) -> Sequence[str]:
+        """Those that are in use when these are attached; what another one runs itself is not."""
+        return names
+
+    def classes_of(self, head: str) -> list[str] | None:
+        """Names of the classes of a head, its own or those given for it."""
+        return getattr(self.heads[head], "classes", None) or self._classes.get(head)
+
+    def head_for(self, names: Sequence[str]) -> str:
+        """The head that is used when exactly these adapters are: that of the last one that has its own, else "default"."""
+        return next((name for name in reversed(names) if name in self.heads), "default")
+
+    def _forget_head(self, name: str) -> None:
+        self._classes.pop(name, None)
+        self._records = {key: record for key, record in self._records.items() if name not in key.split("+")}
 
     def _rich(self, name: str | None) -> bool:
         """Whether an adapter (None: the bare backbone) needs named outputs at its head, or stands behind it."""
@@ -108,7 +163,7 @@ class Headed(nn.Module):
             raise ConfigError(
                 f"the head has {head.out_features} outputs, and there are {len(classes)} names of classes."
             )
-        self.heads[self._place_of_head()] = head.to(device=self.device, dtype=self.dtype)
+        self.heads[self._place_of_head()] = head.to(device=self.device, dtype=self.adapter_dtype)
         self.classes = list(classes) if classes is not None else None
         self.train(self.training)
 
@@ -167,7 +222,7 @@ class Headed(nn.Module):
                 f"'{self.family.name}' has no pooled features that a classifier could stand on: its own output comes out. Leave "
                 "num_classes out."
             )
-        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.dtype}
+        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.adapter_dtype}
         plain = kind == "linear" and own
         made: type[Any] = nn.Linear if plain else head_class(kind)
         if issubclass(made, Head):
@@ -182,3 +237,7 @@ class Headed(nn.Module):
         if adapter is not None and (adapter.head_kind == kind or widened):
             adapter.init_head(head)
         return head
+
+
+def _key(names: Sequence[str]) -> str:
+    return "+".join(names)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
-from zoo.engine.session import Swap
 from zoo.engine.sites import Op, Site, State
+from zoo.engine.swaps import Swap
 from zoo.errors import ConfigError
 from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, apart, named_outputs
@@ -54,14 +54,13 @@ class Model(Contextual):
         self.points = Points(family.points(), family.name, family.refused)
         self.adapters = nn.ModuleDict()
         self.heads = nn.ModuleDict()
-        self.classes: list[str] | None = None
-        self.record: dict[str, Any] = {}
+        self._classes, self._records = {}, {}
         self._state = State(Saver(), switch=self._switch)
         self._sites: dict[int, Site] = {}
         self._ops: dict[str, list[tuple[Site, Op]]] = {}
         self._swaps: dict[str, list[Swap]] = {}
         self._resting: dict[str, set[str]] = {}  # parameters that are frozen only because their adapter or head rests
-        self._wants = {}
+        self._wants, self._by_hand = {}, []
         self._beside = False
         self._answers = False
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
@@ -114,7 +113,7 @@ class Model(Contextual):
     def _logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         features, head = self._pooled(*inputs, **kwargs), self.head
         self.check_width(features, head)
-        return head(features)
+        return self._state.run(head, features)  # type: ignore[no-any-return]
 
     def check_width(self, features: Tensor, head: nn.Module) -> None:
         """Raise ConfigError unless the head takes features of this width."""
@@ -132,8 +131,15 @@ class Model(Contextual):
         return self._pooled(*inputs, **kwargs)
 
     def _pooled(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._features(*inputs, **kwargs)
+        risen = self._state.rise()
+        try:
+            if torch.compiler.is_compiling():
+                return self._features(*inputs, **kwargs)
+            return self._recorded(*inputs, **kwargs)
+        finally:
+            self._state.settle(risen)
+
+    def _recorded(self, *inputs: Any, **kwargs: Any) -> Tensor:
         try:
             with self._state.saver.record(self.device):
                 return self._features(*inputs, **kwargs)
@@ -166,7 +172,7 @@ class Model(Contextual):
             inputs, kwargs = apart(inputs, kwargs)
         pooled = self.family.features(*inputs, **kwargs)
         for name in names:
-            pooled = self.adapters[name].features(pooled)  # type: ignore[operator]
+            pooled = self._state.change(self.adapters[name].features, pooled)  # type: ignore[arg-type]
         return pooled
 
     def train(self, mode: bool = True) -> Model:
@@ -201,7 +207,8 @@ class Model(Contextual):
         if trainable:
             return sum(p.numel() for k, p in self.parameters_to_train().items() if head or not k.startswith("head/"))
         mine = [*self.backbone.parameters(), *self.adapters.parameters(), *(self.head.parameters() if head else ())]
-        return sum(p.numel() for p in {id(p): p for p in mine}.values())
+        count = sum(p.numel() for p in {id(p): p for p in mine}.values())
+        return count - sum(p.numel() for p in {id(s.frozen): s.frozen for s in self._state.swaps}.values())
 
     @property
     def memory(self) -> str:
@@ -223,7 +230,6 @@ class Model(Contextual):
         """
         mode = self.training
         ignore = [*self.parameters(), *self.buffers(), *(b for b in batch if isinstance(b, Tensor))]
-        ignore += [s.frozen for swaps in self._swaps.values() for s in swaps]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             try:
@@ -277,7 +283,7 @@ class Model(Contextual):
             plain.get_submodule(paths[id(module)])._parameters[name].data.copy_(parameter.data)  # type: ignore[union-attr]
         Merger(plain, self.points, self.family.fold_shift).run(active)
         if not isinstance(head, nn.Identity):
-            self.family.put_head(plain, copy.deepcopy(head))
+            self.family.put_head(plain, copy.deepcopy(head).to(dtype=self.dtype))
             if self.classes is not None:
                 self.family.name_classes(plain, self.classes)
         return self.family.restore(plain).requires_grad_(True).eval()
@@ -309,8 +315,9 @@ class Model(Contextual):
     ) -> Path:
         """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics.
 
-        `dtype` is the precision of the stored numbers, by default the model's own; `codec` how they are encoded: "plain", "fp16",
-        "int8", "sparse", or one of another package (`zoo.disk.codecs`).
+        `dtype` is the precision of the stored numbers, by default that in which they are trained (float32 under a
+        half-precision backbone); `codec` how they are encoded: "plain", "fp16", "int8", "sparse", or one of another package
+        (`zoo.disk.codecs`).
         """
         from zoo.disk import save
 

@@ -214,7 +214,7 @@ def changed(model: Model, edit: dict[str, Any], masks: Mapping[str, Tensor] | No
     family.configure(**model.backbone_kwargs)
     new = wrap(type(model), family, recipe, memory=model.memory, kwargs=model.backbone_kwargs)
     new.heads = copy.deepcopy(model.heads)
-    new.classes = copy.copy(model.classes)
+    new._classes = copy.deepcopy(model._classes)
     exact = not edit.get("int8") and not edit.get("masked")
     for name, adapter in model.adapters.items():
         _bring(new, name, adapter, moved, model)

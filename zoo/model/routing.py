@@ -214,8 +214,8 @@ def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], 
     outputs = []
     for name, index in rows.items():
         part = pooled.index_select(0, index)
-        part = part if name is None else model.adapters[name].features(part)  # type: ignore[operator]
-        outputs.append(model.heads[model._head_of(name)](part))
+        part = part if name is None else state.change(model.adapters[name].features, part)  # type: ignore[arg-type]
+        outputs.append(state.run(model.heads[model._head_of(name)], part))
     return outputs
 
 
@@ -244,7 +244,7 @@ def _sub_batch(
     if targets is not None or model._rich(name):
         mine = None if targets is None else targets.index_select(0, index)
         return model._framed(answer, (model, head, part, mine, options), {}, context, **framing)  # type: ignore[no-any-return]
-    return head(model._framed(model._pooled, part, options, context, **framing))  # type: ignore[no-any-return]
+    return model._state.run(head, model._framed(model._pooled, part, options, context, **framing))  # type: ignore[no-any-return]
 
 
 def _modes(model: Model, named: Sequence[str]) -> None:

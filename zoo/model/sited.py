@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
-from zoo.engine.session import Swap
 from zoo.engine.sites import BlockSite, Op, Place, Site
-from zoo.model.headed import Headed
+from zoo.engine.swaps import ByHand, Swap
+from zoo.model.headed import HALVES, Headed
 from zoo.points import Points
 
 
@@ -19,6 +22,7 @@ class Sited(Headed):
     _swaps: dict[str, list[Swap]]
     _memory: str
     _resting: dict[str, set[str]]
+    _by_hand: list[Any]
 
     def _replace_site(self, old: Site, new: Site) -> None:
         ops, recompute = old.ops, old.recompute
@@ -52,16 +56,45 @@ class Sited(Headed):
         self._watch_memory()
 
     def _put(self, place: Place) -> None:
-        for swaps in self._swaps.values():  # of all: whoever was interrupted may have left one in
-            for swap in swaps:
-                swap.put(False)
         self._state.put(place)
-        for name in self._state.active:
-            for swap in self._swaps.get(name, ()):
-                swap.put(True)
+        self._stand_in()
+
+    def _stand_in(self) -> None:
+        """What stands in for the backbone's parameters in each pass from now on: the copies of the active adapters."""
+        swaps = tuple(swap for name in self._state.active for swap in self._swaps.get(name, ()))
+        if swaps or self._state.swaps:
+            self._state.stand(swaps)
+
+    def in_use(self, module: nn.Module, name: str) -> nn.Parameter | None:
+        """The parameter that a module of the backbone reads under this name: its own, or an active adapter's copy of it."""
+        mine = (s.trained for s in self._state.swaps if s.module is module and s.name == name)
+        return next(mine, module._parameters.get(name))
+
+    def _hook_by_hand(self, on: bool = True) -> None:
+        """Hooks at what may be called outside of a pass: the backbone, its blocks, and what has copies outside of them."""
+        for handle in self._by_hand:
+            handle.remove()
+        self._by_hand = []
+        changed = {id(swap.module): swap.module for swaps in self._swaps.values() for swap in swaps}
+        if not changed or not on:
+            return
+        blocks = {p.path: p.module for p in self.points if p.kind == "block"}
+        inside = {id(m) for block in blocks.values() for m in block.modules()}
+        chosen = [self.backbone, *blocks.values(), *(m for key, m in changed.items() if key not in inside)]
+        for module in {id(m): m for m in chosen}.values():
+            hooks = ByHand(self._state)
+            self._by_hand.append(module.register_forward_pre_hook(hooks.before, prepend=True))
+            self._by_hand.append(module.register_forward_hook(hooks.after))
+
+    # -- precision --------------------------------------------------------------------------------------------------
+
+    def _note_precision(self) -> None:
+        narrow = self.dtype in HALVES and torch.amp.is_autocast_available(self.device.type)
+        self._state.narrow = (self.device.type, self.dtype) if narrow else None
 
     def _watch_memory(self) -> None:
         """Bring all sites up to date: who is active, and whose outputs are recomputed."""
+        self._note_precision()
         wanted: dict[int, tuple[nn.Module, str, bool]] = {}
         if (self._state.active or self._state.route) and self._memory != "off":
             for point in self.points:

@@ -149,6 +149,11 @@ def check_names(model: Host, dataset: ImageDataset, what: str) -> None:
     known, own = model.classes, dataset.classes
     if not known or not own or bare(known) or bare(own) or list(known) == list(own):
         return
+    if len(known) != len(own):
+        raise MismatchError(
+            f"The model names {len(known)} classes, and the {what} '{dataset.name}' has {len(own)}. Name those of the head in "
+            "use: model.classes = [...], or None."
+        )
     first = next((i for i, (a, b) in enumerate(zip(known, own)) if a != b), 0)
     raise MismatchError(
         f"Class {first} is '{known[first]}' for the model, '{own[first]}' in the {what} '{dataset.name}'. Open "

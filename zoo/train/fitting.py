@@ -184,6 +184,11 @@ def fit(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
             "train with precision='fp16' or 'bf16'."
         )
+    if precision == "fp32" and next(model.backbone.parameters()).dtype == torch.float16:
+        raise ConfigError(
+            "The backbone is float16, too coarse for small gradients on their way through it. Train with precision='fp16', which "
+            "scales the loss, or load the model in float32 or bfloat16."
+        )
     train_set = what.open(model, train, train=True, augment=augment)
     val_set = what.open(model, val, train=False) if val is not None else None
     if val_set is None and (patience is not None or keep == "best"):
@@ -234,6 +239,11 @@ def fit(
 
 def _same_classes(train: ImageDataset, val: ImageDataset) -> None:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
+        if len(train.classes) != len(val.classes):
+            raise ConfigError(
+                f"The training data has {len(train.classes)} classes, the validation data {len(val.classes)}. Open the second "
+                "with classes=<the first>.classes."
+            )
         first = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)
         raise ConfigError(
             f"Class {first} is '{train.classes[first]}' in the training data, '{val.classes[first]}' in the validation data. "

@@ -5,7 +5,7 @@ A `Snapshot` (`zoo.train.checkpoint`) holds what a fit may change; a `State` eve
 
 from __future__ import annotations
 
-import json
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +57,7 @@ class State:
                 )
             with torch.no_grad():
                 mine.copy_(value)
-        model.classes, model.record = self.about["classes"], json.loads(json.dumps(self.about["record"]))
+        model._classes, model._records = copy.deepcopy((self.about["classes"], self.about["records"]))
 
 
 def take(model: Model) -> State:
@@ -69,7 +69,8 @@ def take(model: Model) -> State:
         adapters[name] = {"plan": adapter.plan}
         if (extra := adapter.extra_state()) is not None:
             adapters[name]["extra"] = pack_extra(extra, name, tensors)
-    return State(tensors, {"adapters": adapters, "classes": model.classes, "record": dict(model.record)})
+    known = copy.deepcopy({"classes": model._classes, "records": model._records})
+    return State(tensors, {"adapters": adapters, **known})
 
 
 def _tensors(model: Model) -> dict[str, Tensor]:

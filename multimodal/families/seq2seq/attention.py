@@ -179,7 +179,7 @@ class EncoderSite(Site):
         found: list[Tensor] = []
         for op in self.forwards:
             self._seen(op)
-            found.append(op.fn(len(words)).to(words.dtype).expand(len(words), -1, -1))
+            found.append(self.state.run(op.fn, len(words)).to(words.dtype).expand(len(words), -1, -1))
         output = self.run(torch.cat(found, dim=1), words, attention_mask, kwargs)
         hidden = output.last_hidden_state
         sizes = [p.shape[1] for p in found]

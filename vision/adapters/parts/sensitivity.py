@@ -109,7 +109,7 @@ def sensitivity(
         model.requires_grad_(False)
         try:
             for key, (module, part) in slots.items():
-                parameter: Any = module._parameters.get(part)
+                parameter = model.in_use(module, part)
                 if parameter is None:
                     raise AttachError(
                         f"Single numbers of a '{part}' are scored and trained, and a {type(module).__name__} has none that can "

@@ -150,7 +150,7 @@ class Stream:
     def run(self, k: Tensor, v: Tensor, normed: bool, batch: int) -> Tensor:
         """Keys (which may lack their norm) and values (B * W, h, N, c) -> the queries' outputs (B, T, d)."""
         block, attention = self.block, self.block.attn
-        tokens = self.state.context.wide(self.module(batch), batch)
+        tokens = self.state.context.wide(self.state.tokens(self.module, batch), batch)
         hidden = block.norm1(tokens)
         # a copy of the first third, so that a graph does not hold on to the storage of all three
         q = heads(attention.qkv(hidden), attention.num_heads)[0].contiguous()

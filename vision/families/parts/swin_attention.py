@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.engine.attention import AttentionSite, FusedKeys, Given, Prompts, heads, prepend, recorder
 from zoo.engine.memory import recomputable
 from zoo.engine.second_order import exact
-from zoo.engine.sites import BlockSite, Site
+from zoo.engine.sites import BlockSite, Site, State
 from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class Flow:
     module: nn.Module
     held: Tensor | None = None  # (B, T, d) between two blocks
 
-    def start(self, images: int) -> None:
+    def start(self, images: int, state: State) -> None:
         """New prompts."""
-        self.held = self.module(images).expand(images, -1, -1)
+        self.held = state.tokens(self.module, images).expand(images, -1, -1)
 
     def take(self) -> Tensor:
         """Hand the prompts over."""
@@ -158,7 +158,7 @@ class WindowBlock(BlockSite):
             self._seen(op)
         for each in passes:
             if each.first:
-                each.flow.start(len(x))
+                each.flow.start(len(x), self.state)
         held = [each.flow.take() for each in passes]
         prompts = torch.cat(held, dim=1)
         read = any(each.read for each in passes)

@@ -117,7 +117,7 @@ def squared_gradients(
             f"init='fisher' needs gradients of the backbone's weights, and that of '{rounded[0]}' is kept in int8, which has "
             "none; use init='magnitude', or the backbone that was not quantised."
         )
-    sums = {path: torch.zeros_like(m.weight) for path, m in modules.items()}
+    sums = {path: torch.zeros_like(m.weight, dtype=torch.float32) for path, m in modules.items()}
     seen = 0
     with model.disable(), zoo.probing(model, task) as probe:
         weights = {path: m.weight.requires_grad_(True) for path, m in modules.items()}
