@@ -72,7 +72,10 @@ class Standing(Protocol):
     """Of a model's state (`zoo.engine.state`), what these hooks use."""
 
     risen: Risen | None
-    switch: Callable[..., None]
+
+    @property
+    def switch(self) -> Callable[..., None]:
+        """The model's."""
 
     def rise(self) -> Risen | None:
         """A pass begins."""
