@@ -43,6 +43,15 @@ OUTPUTS = {
 
 
 @dataclass(frozen=True)
+class OwnWeights:
+    """Weights that a user brought himself: the name of the file; if he says it, where they are from, and their licence."""
+
+    file: str
+    source: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
     """What is taken out along an axis of length `before`: the entries `kept` stay."""
 
@@ -91,6 +100,7 @@ class Backbone:
         self.module = module
         self.name = name
         self.pretrained = False  # set by zoo.load: whether the weights are those of `hub_id`
+        self.own_weights: OwnWeights | None = None  # set by zoo.load where they are the user's
 
     # -- building ---------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,21 @@ class Host(Protocol):
     backbone_name: str
     backbone_kwargs: dict[str, Any]
     family: Backbone
-    fingerprint: str | None
     points: Points
     adapters: nn.ModuleDict
     heads: nn.ModuleDict
     training: bool
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the backbone's weights as they are now."""
+
+    @property
+    def fingerprint_at_any_resolution(self) -> str | None:
+        """The same without tables of positions."""
+
+    def fingerprint_as(self, options: dict[str, Any]) -> str | None:
+        """The fingerprint of this backbone as it is built with other options."""
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 import re
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,9 +78,28 @@ def _fetched_code(config: Any) -> str | None:
     return None
 
 
-@cache
+HELD = (
+    20.0  # seconds for which the answer of the Hub counts: every family asks for the same file when a name is looked up
+)
+_held: dict[tuple[str, str], tuple[float, dict[str, Any] | str]] = {}
+
+
 def pretrained_config(source: str, file: str = "config.json") -> dict[str, Any] | str:
-    """The JSON configuration of a local folder or a Hub repository, or a sentence that says why there is none."""
+    """The JSON configuration of a local folder or a Hub repository, or a sentence that says why there is none.
+
+    A folder is read each time: it may have been written, or written anew, since.
+    """
+    if Path(source).expanduser().is_dir():
+        return _config(source, file)
+    key, now = (source, file), time.monotonic()
+    at, found = _held.get(key, (-HELD, ""))
+    if now - at >= HELD:
+        found = _config(source, file)
+        _held[key] = (time.monotonic(), found)
+    return copy.deepcopy(found)
+
+
+def _config(source: str, file: str) -> dict[str, Any] | str:
     path = Path(source).expanduser()
     try:
         if path.is_dir():

@@ -15,6 +15,7 @@ from zoo import registry
 from zoo.adapters.base import Adapter
 from zoo.arguments import DEVICE, DTYPE, FLAG, NAMES, NOTHING, PATH, TEXT, Kind, instance, one_of, shown, typed, whole
 from zoo.backbone import WRAPPED
+from zoo.disk.checkpoints import fill, own_options, read_checkpoint
 from zoo.engine.memory import MEMORY_SETTINGS
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
 from zoo.library import only_tensors
@@ -79,7 +80,8 @@ def load(
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         trust_backbone: a saved adapter may name a backbone of any repository or folder; one that is not of a source known here
             is built only with your word: True, or the backbone's name. (To name the backbone yourself is your word, too.)
-        backbone_kwargs: handed to the library's builder, e.g. `img_size=384`.
+        backbone_kwargs: handed to the library's builder, e.g. `img_size=384`; and `checkpoint=` (a file of your own weights),
+            `source=` and `licence=` (where these are from, for cards).
 
     Raises:
         UnknownNameError: no such backbone, method, folder or repository; with the nearest names.
@@ -99,6 +101,8 @@ def load(
         from zoo.disk import read
 
         packs = {id(s): read(s) for s in saved}
+        if num_classes is None and len(saved) == len(sources) and not any(p.has_head for p in packs.values()):
+            num_classes = 0  # saved on features, and so they come out again
     else:
         packs = {}
     if backbone is None:
@@ -209,9 +213,12 @@ def load_backbone(
             raise ConfigError(
                 f"'{option}' is no option here: weights are read as tensors only, and no repository's code is run. Leave it out."
             )
+    bring = own_options(cls, kwargs)
+    state = None if bring is None or bring.path is None else read_checkpoint(bring.path)
     kwargs = cls.options(num_classes, kwargs)
     where = torch.device(device) if device is not None else None
     meta = where is not None and where.type == "meta"
+    given = pretrained and state is None  # the library's own weights
     if meta:
         try:
             with torch.device("meta"), only_tensors():
@@ -221,10 +228,10 @@ def load_backbone(
             raise
         module = module.to("meta")
     else:
-        precision = {"dtype": dtype} if cls.loads_in_dtype and pretrained else {}
+        precision = {"dtype": dtype} if cls.loads_in_dtype and given else {}
         try:
             with only_tensors():
-                cls, module = registry.built(cls, own, pretrained=pretrained, **precision, **kwargs)
+                cls, module = registry.built(cls, own, pretrained=given, **precision, **kwargs)
         except ZooError:
             raise
         except Exception as error:
@@ -235,8 +242,11 @@ def load_backbone(
                 f"A file of '{name}' holds more than tensors, so it was not read: it could run any code. Ask for safetensors, or "
                 f"convert it where you trust its source. {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             ) from error
+        if state is not None and not fill(module, state, str(bring.path)) and num_classes is None:  # type: ignore[union-attr]
+            num_classes = 0  # a classifier that is in no file is none
     family = cls(module, name)
-    family.pretrained = pretrained and not meta
+    family.pretrained = (pretrained or state is not None) and not meta
+    family.own_weights = None if bring is None else bring.weights
     family.configure(**kwargs)
     model = Model(family, num_classes=num_classes, memory=memory, kwargs=kwargs)
     if not meta and (where is not None or dtype is not None):

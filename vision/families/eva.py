@@ -14,7 +14,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from torch import nn
 
 from vision.families.parts.flat_vit import FlatViT
-from zoo.errors import MismatchError
+from zoo.errors import UndescribedError
 from zoo.registry import register_backbone
 
 
@@ -67,7 +67,7 @@ class Eva(FlatViT):
         module = super().build(name, pretrained=pretrained, **kwargs)
         for block in module.blocks:  # type: ignore[union-attr]
             if not isinstance(block, (EvaBlock, EvaBlockPostNorm)):
-                raise MismatchError(
+                raise UndescribedError(
                     f"'{name}' is built of {type(block).__name__}; the family 'eva' describes EvaBlock."
                 )
         return module

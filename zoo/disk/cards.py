@@ -89,7 +89,8 @@ class _Card:
         self.num_classes = int(getattr(self.head, "out_features", 0))
         self.data_record: Mapping[str, Any] = self.record.get("data") or {}
         self.metrics = _by_split(self.record.get("metrics") or {})
-        self.base = model.family.hub_id()
+        own = model.family.own_weights
+        self.base = model.family.hub_id() if own is None else own.source
         what = " + ".join(dict.fromkeys(type(adapter).__name__ for adapter in self.adapters)) or "Head"
         on = f" on {self.data_record['name']}" if self.data_record.get("name") else ""
         self.title = line(f"{what} for {model.backbone_name}{on}")
@@ -238,7 +239,10 @@ class _Card:
             items.append(f"weights: {link(self.base, f'https://huggingface.co/{self.base}')}")
         if self.model.fingerprint:
             items.append(f"fingerprint of the weights: `{self.model.fingerprint}`")
-        licence = self.model.family.licence()
+        own = self.model.family.own_weights
+        if own is not None:
+            items.append(f"weights: `{own.file}`, its user's own")
+        licence = self.model.family.licence() if own is None else own.licence
         if licence:
             items.append(f"licence: {plain(licence)}")
         return "\n".join(f"- {item}" for item in items)

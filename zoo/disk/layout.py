@@ -147,7 +147,12 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
     _check_fields(config, top, "", path)
     if config["format_version"] < 1:
         _wrong(path, "format_version", f"{config['format_version']}", f"a whole number from 1 to {FORMAT_VERSION}")
-    _check_fields(config["backbone"], {"name": _TEXT, "fingerprint": _TEXT + _NONE, "kwargs": _DICT}, "backbone.", path)
+    named: dict[str, tuple[type, ...]] = {"name": _TEXT, "fingerprint": _TEXT + _NONE, "kwargs": _DICT}
+    if "rest" in config["backbone"]:  # left out by earlier versions, and where the weights are not known
+        named["rest"] = _TEXT
+    _check_fields(config["backbone"], named, "backbone.", path)
+    if "rest" in named and not re.fullmatch(r"r1:[0-9a-f]{24}\.[0-9a-f]{8}", config["backbone"]["rest"]):
+        _wrong(path, "backbone.rest", repr(config["backbone"]["rest"])[:60], "a fingerprint, 'r1:...'")
     if "encoding" in config:
         _check_fields(config["encoding"], {"codec": _TEXT, "tensors": _DICT}, "encoding.", path)
     names: set[str] = set()

@@ -64,6 +64,7 @@ class SavedAdapter:
     zoo_version: str = ""
     head_kind: str = "linear"
     codec: str = "plain"
+    rest: str | None = None  # the fingerprint without tables of positions
     recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
 
     @property
@@ -139,6 +140,7 @@ def read(folder: str | Path) -> SavedAdapter:
         zoo_version=config["zoo_version"],
         head_kind=head.get("kind", "linear") if head else "linear",
         codec=encoding["codec"] if encoding is not None else "plain",
+        rest=config["backbone"].get("rest"),
         recovered=recovered,
     )
 

@@ -64,6 +64,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SavedAdapter", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
 
+RESOLUTIONS = (
+    "img_size",
+    "image_size",
+    "input_size",
+    "max_length",
+)  # options at which tables of positions are resampled
 _STALE = re.compile(r"\.(" + "|".join(re.escape(name) for name in FILES) + r")\.[0-9a-f]{12}\.tmp")
 _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save that was killed
 
@@ -117,6 +123,7 @@ def save(
         "backbone": {
             "name": model.backbone_name,
             "fingerprint": model.fingerprint,
+            **({} if (rest := model.fingerprint_at_any_resolution) is None else {"rest": rest}),
             "kwargs": model.backbone_kwargs,
         },
         "adapters": [
@@ -336,14 +343,15 @@ def _head_kind(head: nn.Module) -> dict[str, str]:
 
 def _check_backbone(model: Host, saved: SavedAdapter) -> None:
     if saved.fingerprint is not None and model.fingerprint is not None:
-        if saved.fingerprint == model.fingerprint:
+        if saved.fingerprint == model.fingerprint or _resampled(model, saved):
             return
         wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
         if wrapped or saved.backbone_name == model.backbone_name:
             raise MismatchError(
                 f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
                 f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
-                "pretrained=True unless you saved it on random ones), or train it again on these."
+                "pretrained=True unless you saved it on random ones; checkpoint= for a file of your own), or train it again on "
+                "these."
             )
     elif registry.library_name(saved.backbone_name) == registry.library_name(model.backbone_name):
         return  # compared by name alone: what a file names is not looked up
@@ -352,6 +360,21 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
         f"The adapter in '{saved.folder}' belongs to the backbone '{saved.backbone_name}', this model's is "
         f"'{model.backbone_name}'. Use zoo.load({brought}adapter={str(saved.folder)!r}), which builds the right one."
     )
+
+
+def _resampled(model: Host, saved: SavedAdapter) -> bool:
+    """Whether the weights are the same ones, with tables of positions for another resolution."""
+    if registry.library_name(saved.backbone_name) != registry.library_name(model.backbone_name):
+        return False
+    if saved.rest is not None:
+        (theirs, shapes), (ours, mine) = (
+            text.split(".") for text in (saved.rest, model.fingerprint_at_any_resolution or ".")
+        )
+        return theirs == ours and shapes != mine
+    sizes = {k: v for k, v in saved.backbone_kwargs.items() if k in RESOLUTIONS}
+    if sizes == {k: v for k, v in model.backbone_kwargs.items() if k in RESOLUTIONS}:
+        return False
+    return model.fingerprint_as(saved.backbone_kwargs) == saved.fingerprint  # saved before the other hash was noted
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Host, saved: SavedAdapter) -> None:

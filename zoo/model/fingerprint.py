@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLES = 64
 
@@ -29,3 +31,74 @@ def fingerprint(module: nn.Module) -> str | None:
     if parts:
         digest.update(torch.cat([p.cpu() for p in parts]).numpy().tobytes())
     return "v1:" + digest.hexdigest()[:32]
+
+
+# Tables of positions belong to a resolution: libraries resample them for another one
+POSITIONS = re.compile(
+    r"(^|[._])(abs_)?(pos(ition(al|s)?)?_?(embed(ding)?s?|enc(oding)?|table|bias(es)?)|relative_position_bias_table|rel_pos\w*)($|[._])"
+)
+
+
+def at_any_resolution(module: nn.Module) -> str | None:
+    """Hash of the weights without their tables of positions, and of these tables' shapes; None on the meta device.
+
+    Two networks of one hash and other shapes are the same weights at two resolutions.
+    """
+    tables = {n: p for n, p in module.named_parameters() if POSITIONS.search(n)}
+    rest = nn.Module()
+    for i, (name, parameter) in enumerate((n, p) for n, p in module.named_parameters() if n not in tables):
+        rest.register_parameter(f"{i:06d}-{name}".replace(".", "/"), parameter)
+    printed = fingerprint(rest)
+    if printed is None:
+        return None
+    shapes = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in sorted(tables.items())]).encode()).hexdigest()
+    return f"r1:{printed.removeprefix('v1:')[:24]}.{shapes[:8]}"
+
+
+class Watched:
+    """The fingerprint of a backbone, taken again when its weights have changed since (`backbone.load_state_dict`).
+
+    Numbers that were only cast to another precision, or loaded once more, are the same ones.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.text = fingerprint(module)
+        self.own = True  # nobody has changed the weights since
+        self.versions = _versions(dict(module.named_parameters()))
+        self.samples = {} if self.text is None else {n: _sample(p) for n, p in module.named_parameters()}
+
+    def now(self, module: nn.Module, frozen: Mapping[int, nn.Parameter]) -> str | None:
+        """The fingerprint of the weights as they are.
+
+        Args:
+            frozen: identity of a parameter that stands in for a frozen one -> that one.
+        """
+        parameters = {n: frozen.get(id(p), p) for n, p in module.named_parameters()}
+        versions = _versions(parameters)
+        if self.text is None or versions is None or versions == self.versions:
+            return self.text
+        self.versions = versions
+        if any(type(p.data) is not Tensor or p.device.type == "meta" for p in parameters.values()):
+            return self.text  # sharded
+        same = parameters.keys() == self.samples.keys() and all(
+            torch.equal(_sample(p), self.samples[n].to(p.dtype)) for n, p in parameters.items()
+        )
+        if not same:
+            plain = nn.Module()
+            plain.named_parameters = lambda *_, **__: iter(parameters.items())  # type: ignore[method-assign]
+            plain.named_buffers = module.named_buffers  # type: ignore[method-assign]
+            self.text, self.own = fingerprint(plain), False
+            self.samples = {n: _sample(p) for n, p in parameters.items()}
+        return self.text
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().clone()
+
+
+def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]] | None:
+    try:
+        return [(id(p), p._version) for p in parameters.values()]
+    except RuntimeError:  # made in inference mode
+        return None

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import ConfigError, MismatchError, UndescribedError, nearest
+from zoo.errors import ConfigError, MismatchError, UndescribedError
+from zoo.families.timm_names import architecture, image_config, resampled
 from zoo.families.timm_tables import POOL
 from zoo.points import NormPoint, Point
 from zoo.points.rows import find
@@ -96,9 +97,9 @@ class TimmBackbone(Backbone):
         """True for `timm:<model>[.tag]` whose architecture is built by this family's class."""
         if not name.startswith("timm:"):
             return False
-        model = name[5:].split(".")[0]
-        if not timm.is_model(model):
-            return nearest(name, [f"timm:{m}" for m in timm.list_models()])
+        model, why = architecture(name)
+        if not model:
+            return why
         module = timm.model_entrypoint(model).__module__.rsplit(".", 1)[-1]
         known = {m for c in _below(TimmBackbone) for m in c.timm_modules}
         if module not in known:
@@ -161,7 +162,7 @@ class TimmBackbone(Backbone):
                     f"The weights of '{name}' are not part of this installation ('{file.name}' is not in {WEIGHTS}). Pass "
                     "pretrained=False for random ones."
                 )
-            weights, own = {k: v.float() for k, v in load_file(file).items()}, module.state_dict()
+            weights, own = resampled({k: v.float() for k, v in load_file(file).items()}, module), module.state_dict()
             for key in [k for k in weights if k.startswith("head.")]:
                 if key not in own:
                     del weights[key]
@@ -226,12 +227,8 @@ class TimmBackbone(Backbone):
         return next((path for path, module in self.module.named_modules() if module is own), None)
 
     def data_config(self) -> dict[str, Any]:
-        """timm's data configuration of the checkpoint, at the image size that the module was built for."""
-        config = dict(timm.data.resolve_model_data_config(self.module))
-        size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
-        if size is not None:
-            config["input_size"] = (config["input_size"][0], *size)
-        return config
+        """timm's data configuration of the checkpoint, at the image size and channels that the module was built for."""
+        return image_config(self.module)
 
     def licence(self) -> str | None:
         """Licence of the checkpoint as timm's pretrained configuration states it; None for random weights."""
@@ -242,7 +239,8 @@ class TimmBackbone(Backbone):
         return self._source().get("hf_hub_id")
 
     def _source(self) -> dict[str, Any]:
-        return (getattr(self.module, "pretrained_cfg", None) or {}) if self.pretrained else {}
+        config = (getattr(self.module, "pretrained_cfg", None) or {}) if self.pretrained else {}
+        return {**config, "hf_hub_id": None} if self.name.startswith("timm:local-dir:") else config
 
 
 def pool_points(family: TimmBackbone, path: str, **place: Any) -> list[Point]:

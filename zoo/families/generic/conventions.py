@@ -186,13 +186,9 @@ class Timm(Plain):
 
     def data_config(self, module: Any) -> dict[str, Any]:
         """timm's data configuration, at the image size and channels that the network was built for."""
-        from timm.data import resolve_model_data_config
+        from zoo.families.timm_names import image_config
 
-        config = dict(resolve_model_data_config(module))
-        size = getattr(getattr(module, "patch_embed", None), "img_size", None)
-        channels = channels_of(module) or config["input_size"][0]
-        config["input_size"] = (channels, *(size or config["input_size"][1:]))
-        return config
+        return image_config(module)
 
 
 class Transformers(Plain):
@@ -207,7 +203,7 @@ class Transformers(Plain):
         for name in SEQUENCES:
             value = getattr(output, name, None)
             if isinstance(value, Tensor):
-                return averaged(value) if name == "last_hidden_state" else value
+                return averaged(value) if name == "last_hidden_state" or value.ndim == 4 else value
         return first_tensor(output)
 
     def example(self, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -226,12 +222,6 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent)._modules[name] = module
-
-
-def channels_of(module: nn.Module) -> int | None:
-    """Channels of the images that a network takes: those of its first convolution."""
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    return None if first is None else first.in_channels
 
 
 def transformers_example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -71,9 +71,13 @@ class Generic(Backbone):
         return sources.accepts(name)
 
     @classmethod
-    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """The library's own network."""
+    def build(cls, name: str, *, pretrained: bool, probe: bool = True, **kwargs: Any) -> nn.Module:
+        """The library's own network; `probe=False` leaves out the pass that shows what is called (`configure`)."""
         return sources.build(name, pretrained=pretrained, options=kwargs)
+
+    def configure(self, probe: bool = True, **options: Any) -> None:
+        """Take up whether the pass is made."""
+        self.probes = probe
 
     # -- the pass ---------------------------------------------------------------------------------------------------------
 

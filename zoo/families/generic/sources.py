@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from zoo.errors import ConfigError, nearest
+from zoo.errors import ConfigError, ZooError, nearest
+from zoo.families.generic.conventions import place
 from zoo.families.generic.micro import Micro
-from zoo.library import library, pretrained_config
+from zoo.families.timm_names import architecture
+from zoo.library import check_loaded, library, pretrained_config
 
 # What a saved adapter may say of its backbone: sizes of the libraries' classes, never what is read and how
 _SIZES = (
@@ -31,7 +33,7 @@ OPTIONS: dict[str, Any] = {
     "window_size": range(1, 513),
     "global_pool": ("", "avg", "avgmax", "max", "token", "map"),
     **dict.fromkeys(("drop_rate", "drop_path_rate", "mlp_ratio", "init_values"), float),
-    **dict.fromkeys(("dynamic_img_size", "strict_img_size", "qkv_bias"), bool),
+    **dict.fromkeys(("dynamic_img_size", "strict_img_size", "qkv_bias", "probe"), bool),
 }
 TASKS = ("ImageClassification", "AudioClassification", "VideoClassification")
 
@@ -42,9 +44,8 @@ def accepts(name: str) -> bool | str:
     if name == "zoo:any-micro":
         return True
     if kind == "timm":
-        timm = library("timm", "vision")
-        model = source.split(".")[0]
-        return True if timm.is_model(model) else nearest(name, [f"timm:{m}" for m in timm.list_models()])
+        model, why = architecture(name)
+        return True if model else why
     if kind == "transformers":
         config = pretrained_config(source)
         if isinstance(config, str):
@@ -76,7 +77,7 @@ def build(name: str, *, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         return make(source, pretrained, given)
     except (TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(f"{kind} does not take these options for '{name}' ({given}): {error}") from error
-    except ConfigError:
+    except ZooError:
         raise
     except Exception as error:  # a class of its own for each way in which network, files and shapes can fail
         if not pretrained:
@@ -118,15 +119,12 @@ def _transformers(source: str, pretrained: bool, options: dict[str, Any]) -> nn.
         config = transformers.AutoConfig.for_model(fields["model_type"], **{**plain, **options})
         return made.from_config(config).eval()  # type: ignore[no-any-return]
     module, report = made.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
-    heads = ("classifier", "score", "head", "pooler")
-    missing = sorted(k for k in report["missing_keys"] if k.split(".")[0] not in heads and ".pooler." not in f".{k}.")
-    if missing:
-        raise ConfigError(
-            f"'{source}' holds no weights for {', '.join(missing[:3])} ({len(missing)} tensors in all): it is not what "
-            f"transformers saves of a {type(module).__name__}."
-        )
-    for part in {k.split(".")[0] for k in report["missing_keys"]} & {"classifier", "score", "head"}:
-        setattr(module, part, nn.Identity())  # random: no classifier of the checkpoint's
+    classifiers = r"^(classifier|score|head|classification_head|projector)\."
+    check_loaded(source, type(module).__name__, report, optional=(classifiers, r"\bpooler\."), spare=(r"^(?!.*\d)",))
+    for key in report["missing_keys"]:
+        path = str(key).rpartition(".")[0]
+        if re.match(classifiers, str(key)) and isinstance(module.get_submodule(path), nn.Linear):
+            place(module, path, nn.Identity())  # random: it is no classifier of the checkpoint's
     return module.eval()  # type: ignore[no-any-return]
 
 
@@ -161,8 +159,7 @@ def _diffusers(source: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
         return module.eval()
     place = {"subfolder": folder} if folder else {}
     module, report = made.from_pretrained(source, use_safetensors=True, output_loading_info=True, **place, **options)
-    if report["missing_keys"]:
-        raise ConfigError(f"'{source}' holds no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
+    check_loaded(source, type(module).__name__, report)
     return module.eval()
 
 
@@ -170,6 +167,7 @@ def described(module: nn.Module, name: str) -> dict[str, Any]:
     """What the library says of the weights: `license` and `hf_hub_id`."""
     kind, _, source = name.partition(":")
     if kind == "timm":
-        return dict(getattr(module, "pretrained_cfg", None) or {})
+        config = dict(getattr(module, "pretrained_cfg", None) or {})
+        return {**config, "hf_hub_id": None} if source.startswith("local-dir:") else config
     local = Path(source).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     return {} if local else {"hf_hub_id": source}
