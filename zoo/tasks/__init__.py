@@ -2,6 +2,7 @@
 
 from zoo.tasks.base import Task, call
 from zoo.tasks.classify import Classify
-from zoo.tasks.resolve import Custom, resolve
+from zoo.tasks.losses import Weighted
+from zoo.tasks.resolve import Custom, objective, of_classes, resolve
 
-__all__ = ["Classify", "Custom", "Task", "call", "resolve"]
+__all__ = ["Classify", "Custom", "Task", "Weighted", "call", "objective", "of_classes", "resolve"]

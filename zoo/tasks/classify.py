@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.joined import with_classes
@@ -12,7 +11,8 @@ from zoo.data.labels import bare, probabilities
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.registry import register_task
-from zoo.tasks.base import Task, call, check_names, seen_targets
+from zoo.tasks.base import call, check_names, seen_targets
+from zoo.tasks.losses import Weighted, cross_entropy, focal, one_versus_all
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -22,10 +22,11 @@ __all__ = ["Classify", "class_range"]
 
 
 @register_task("classify")
-class Classify(Task):
-    """One of the head's classes for each item: cross-entropy; accuracy and top-5 accuracy."""
+class Classify(Weighted):
+    """One of the head's classes for each item: cross-entropy, or another of `zoo.tasks.losses`; accuracy and top-5 accuracy."""
 
     monitor, on_head, labels = "accuracy", True, "classes"
+    losses = {"cross-entropy": cross_entropy, "focal": focal, "bce": one_versus_all}
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
@@ -108,12 +109,12 @@ class Classify(Task):
                 )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Cross-entropy; targets (B,) class indices or (B, num_classes) probabilities.
+        """The loss of a batch; targets (B,) class indices or (B, num_classes) probabilities.
 
         Heads with margins see the targets while training.
         """
         outputs = call(model, inputs, **seen_targets(model, targets)).float()
-        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing), outputs
+        return self.objective(model, outputs, targets, label_smoothing), outputs
 
 
 def class_range(targets: Tensor) -> tuple[int, int] | None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
-from zoo.tasks.base import Task, call, check_names, seen_targets
+from zoo.tasks.base import call, check_names, seen_targets
+from zoo.tasks.losses import GAMMA, Weighted, tags_of
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -71,13 +72,27 @@ class MeanAveragePrecision:
         return float(average_precision(scores, targets).nanmean())
 
 
-@register_task("multilabel")
-class MultiLabel(Task):
-    """Any number of the head's classes for each item: binary cross-entropy; mean average precision ("map").
+def yes_or_no(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(B, K), (B, K) -> (B, K)."""
+    wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
 
-    Targets are (num_classes,) of 0 and 1 (or probabilities).
+
+def focal_yes_or_no(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(B, K), (B, K) -> (B, K): the terms of a yes and of a no, each times (1 - p)^2 of its own probability p."""
+    wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
+    yes, no = F.logsigmoid(outputs), F.logsigmoid(-outputs)
+    return -(wanted * no.exp() ** GAMMA * yes + (1 - wanted) * yes.exp() ** GAMMA * no)
+
+
+@register_task("multilabel")
+class MultiLabel(Weighted):
+    """Any number of the head's classes for each item: binary cross-entropy, or focal loss; mean average precision ("map").
+
+    Targets are (num_classes,) of 0 and 1 (or probabilities). Class weights are those of a yes.
     """
 
+    losses = {"bce": yes_or_no, "focal": focal_yes_or_no}
     monitor, on_head, labels = "map", True, "tags"
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
@@ -109,10 +124,24 @@ class MultiLabel(Task):
             )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy; smoothed targets are t (1 - e) + e / 2."""
+        """The mean over items and classes; smoothed targets are t (1 - e) + e / 2."""
         outputs = call(model, inputs, **seen_targets(model, targets)).float()
-        wanted = targets.float() * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(outputs, wanted), outputs
+        return self.objective(model, outputs, targets, label_smoothing), outputs
+
+    def weight_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, K): of a yes the class's weight, of a no 1."""
+        assert self.weights is not None
+        return 1 + targets.to(outputs) * (self.weights.to(outputs) - 1)
+
+    def weighs(self, loss: Tensor, outputs: Tensor) -> bool:
+        """Whether a loss is one number for each item and class."""
+        return loss.shape == outputs.shape
+
+    def balanced(self, dataset: ImageDataset, count: int) -> list[float]:
+        """The weights "balanced": noes for each yes of a class; 1 of a class that no item has."""
+        found = tags_of(dataset)
+        yes = found.sum(0)
+        return [float((len(found) - n) / n) if 0 < n < len(found) else 1.0 for n in yes]
 
     def metrics(self, model: Host) -> Mapping[str, Any]:
         """Mean average precision."""

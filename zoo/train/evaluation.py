@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, TEXT, Kind, instance, one_of, typed, whole
+from zoo.arguments import (
+    DEVICE,
+    FLAG,
+    FUNCTION,
+    NAMES,
+    NOTHING,
+    TEXT,
+    Kind,
+    instance,
+    mapping,
+    number,
+    one_of,
+    typed,
+    whole,
+)
 from zoo.data.dataset import ImageDataset
 from zoo.data.open import SPLITS
 from zoo.errors import ConfigError, DataError, ZooError
-from zoo.tasks import Classify, Task, resolve
+from zoo.tasks import Classify, Task, objective, of_classes
 from zoo.tasks.metrics import named_metrics
 from zoo.train.aids import make_aids
 from zoo.train.batches import BatchPlan, make_loader
@@ -55,9 +69,20 @@ def _metrics(value: Any) -> Any:
     return [value] if isinstance(value, str) else NAMES.take(value)
 
 
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError
+    return [number(0).take(one) for one in value]
+
+
+_NUMBERS = Kind("a list of numbers", _numbers)
 METRICS = Kind("names of metrics, or a dict of names with objects that have update, compute and reset", _metrics)
 MODEL = Kind("a model of zoo.load", _model)
 TASK = TEXT | instance("an object of zoo.Task", Task)
+WEIGHTS = Kind(
+    "'balanced', a list of numbers, or a dict of them by class",
+    lambda v: v if isinstance(v, str) else (mapping("", number(0), least=1) | _NUMBERS).take(v),
+)
 WORKERS = whole(0, 256) | NOTHING
 
 
@@ -69,7 +94,7 @@ WORKERS = whole(0, 256) | NOTHING
     per_class=FLAG,
     metrics=METRICS | NOTHING,
     task=TASK | NOTHING,
-    loss=FUNCTION | NOTHING,
+    loss=FUNCTION | TEXT | NOTHING,
     precision=one_of(*PRECISIONS),
     workers=WORKERS,
     device=DEVICE | NOTHING,
@@ -85,7 +110,7 @@ def evaluate(
     per_class: bool = False,
     metrics: Mapping[str, Any] | Sequence[str] | None = None,
     task: str | Task | None = None,
-    loss: Loss | None = None,
+    loss: str | Loss | None = None,
     precision: str = "fp32",
     workers: int | None = None,
     device: str | torch.device | None = None,
@@ -101,7 +126,7 @@ def evaluate(
         metrics: further ones: names (`zoo.tasks.metrics`: "top3", "f1", "miou", "recall@1"), or names with objects of
             torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
         task: what the model is measured at (`zoo.tasks`); by default what `zoo.fit` would train it for.
-        loss: (outputs, targets) -> mean loss, instead of a task.
+        loss: a name, or (outputs, targets) -> mean loss, as in `zoo.fit`.
         precision: "fp32", "bf16" or "fp16".
 
     Returns:
@@ -113,8 +138,11 @@ def evaluate(
         DataError, MismatchError: labels outside the model's classes, or other classes than the model's.
     """
     processes = Processes(device, model)
-    what = resolve(model, task, loss)
+    what = objective(model, task, loss)
     dataset = what.open(model, data, train=False, split=split)
+    if (classification := of_classes(what, model, dataset)) is not what:
+        what = classification
+        dataset = what.open(model, data, train=False, split=split)
     what.check(model, dataset)
     further = named_metrics(metrics, model.num_classes)
     model.to(processes.device)

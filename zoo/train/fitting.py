@@ -10,14 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, PATH, typed, whole
+from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, PATH, TEXT, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
-from zoo.tasks import Classify, Task, call, resolve
+from zoo.tasks import Classify, Task, Weighted, call, objective, of_classes
 from zoo.tasks.metrics import named_metrics
-from zoo.train.evaluation import METRICS, MODEL, TASK, WORKERS, autocast, input_dtype, split_of, supplied, to_device
+from zoo.train.evaluation import (
+    METRICS,
+    MODEL,
+    TASK,
+    WEIGHTS,
+    WORKERS,
+    autocast,
+    input_dtype,
+    split_of,
+    supplied,
+    to_device,
+)
 from zoo.train.failing import Before
 from zoo.train.hooks import HOOKS
 from zoo.train.optimizers import MakeOptimizer
@@ -39,7 +50,8 @@ __all__ = ["fit"]
     **{name: kind for name, kind in KINDS.items() if name not in ("keep", "monitor", "optimizer_options")},
     model=MODEL,
     task=TASK | NOTHING,
-    loss=FUNCTION | NOTHING,
+    loss=FUNCTION | TEXT | NOTHING,
+    class_weights=WEIGHTS | NOTHING,
     optimizer_options=KINDS["optimizer_options"] | NOTHING,
     monitor=KINDS["monitor"] | NOTHING,
     keep=KINDS["keep"] | NOTHING,
@@ -71,7 +83,8 @@ def fit(
     accumulate: int = 1,
     precision: str = "fp32",
     task: str | Task | None = None,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: str | Callable[[Any, Any], Tensor] | None = None,
+    class_weights: str | Sequence[float] | Mapping[str, float] | None = None,
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
@@ -117,7 +130,9 @@ def fit(
         accumulate: compute a batch in so many parts, for less memory.
         precision: "fp32", "bf16" or "fp16" (autocast; trained weights stay in their own precision).
         task: what to train for (`zoo.tasks`): by default to classify if the model has a head, else what its family is for.
-        loss: (outputs, targets) -> mean loss, instead of a task.
+        loss: by name ("focal"; `zoo.tasks.losses`), or (outputs, targets) -> mean loss. On data of classes that the head has it
+            is a classification by that loss, with its accuracy; on others the whole task.
+        class_weights: "balanced", one for each class, or {"rare": 5.0} by name: how much an item of a class counts in training.
         label_smoothing: of the classification's cross-entropy.
         mixup, cutmix: alpha of their beta distributions; 0 is off.
         augment: of the default preprocessing in training: "crop-flip", "crop" or "none".
@@ -150,7 +165,7 @@ def fit(
         DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
         TrainingError: the loss became NaN or infinite.
     """
-    what = resolve(model, task, loss)
+    what = objective(model, task, loss, class_weights)
     keep = keep or ("best" if val is not None or patience is not None else "last")
     settings = Settings(
         epochs=epochs,
@@ -190,6 +205,9 @@ def fit(
             "scales the loss, or load the model in float32 or bfloat16."
         )
     train_set = what.open(model, train, train=True, augment=augment)
+    if (classification := of_classes(what, model, train_set)) is not what:
+        what, settings.monitor = classification, monitor or classification.monitor
+        train_set = what.open(model, train, train=True, augment=augment)
     val_set = what.open(model, val, train=False) if val is not None else None
     if val_set is None and (patience is not None or keep == "best"):
         own = getattr(train, "transform", None) is not None
@@ -197,6 +215,8 @@ def fit(
         if not own and train_set.transform is not None:
             val_set = val_set.with_transform(what.open(model, train_set.with_transform(None), train=False).transform)
     what.check(model, train_set, "training data")
+    if isinstance(what, Weighted):
+        what.weigh(model, train_set)
     if val_set is not None:
         what.check(model, val_set, "validation data")
         if isinstance(what, Classify):
