@@ -1,6 +1,6 @@
 """Clips with the embeddings of their text, from a folder. No video codec is needed:
 
-    clips/cat/000.png, 001.png ...      a folder of frames, in the order of their names
+    clips/cat/000.png, 001.png ...      a folder of frames, in the order of their names (numbers in that of numbers)
     clips/dog.gif                       or one animated image (GIF, WebP, PNG)
     clips/cat.txt, clips/dog.txt        what is to be seen
     clips/cat.safetensors ...           "text": its embeddings (L, d_text), as the model's text encoder makes them
@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from multimodal.data.pixels import Pixels
+from zoo.data.folders import visible
 from zoo.data.images import colours
+from zoo.data.labels import natural
 from zoo.errors import ConfigError, DataError
 
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -42,8 +44,8 @@ class ClipRows:
         self.folder, self.name = folder, folder.resolve().name
         if not folder.is_dir():
             raise DataError(f"There is no folder '{folder}' of clips.")
-        visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-        self.clips = [p for p in visible if p.is_dir() or p.suffix.lower() in ANIMATED]
+        there = sorted(p for p in folder.iterdir() if visible(p.name))
+        self.clips = [p for p in there if p.is_dir() or p.suffix.lower() in ANIMATED]
         if not self.clips:
             raise DataError(
                 f"'{folder}' holds no clips: folders of frames, or animated images ({', '.join(ANIMATED)})."
@@ -79,7 +81,8 @@ class ClipRows:
     @staticmethod
     def _frames(clip: Path) -> list[Image.Image]:
         if clip.is_dir():
-            files = sorted(p for p in clip.iterdir() if p.suffix.lower() in FRAMES)
+            named = {p.stem: p for p in clip.iterdir() if p.suffix.lower() in FRAMES and visible(p.name)}
+            files = [named[stem] for stem in natural(list(named))]
             return [_frame(p) for p in files]
         with Image.open(clip) as image:
             return [colours(frame) for frame in ImageSequence.Iterator(image)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,8 @@ from zoo.cli.options import (
     OUTPUT,
     Device,
     Json,
+    LabelColumn,
+    LabelKind,
     Precision,
     Quiet,
     SkipBroken,
@@ -50,6 +51,8 @@ def evaluate(
     workers: Workers = None,
     skip_broken: SkipBroken = False,
     truncate: Truncate = False,
+    labels: LabelKind = "auto",
+    label_column: LabelColumn = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also each class.", rich_help_panel=OUTPUT)] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Write the numbers into the folder's card.", rich_help_panel=OUTPUT)
@@ -74,7 +77,10 @@ def evaluate(
     what = resolve(model, task)
     set_truncate(what, truncate)
     on_error: Any = "skip" if skip_broken else "raise"
-    dataset = (partial(_dataset, what.labels) if what.on_head else partial(opened, what))(model, data, split, on_error)
+    if what.on_head:
+        dataset = _dataset(label_options(what, labels, label_column), model, data, split, on_error)
+    else:
+        dataset = opened(what, model, data, split, on_error)
     result = zoo.evaluate(
         model,
         dataset,
@@ -135,6 +141,15 @@ def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backb
         return zoo.load(target, pretrained=pretrained, seed=seed).eval()
 
 
+def label_options(what: Task, labels: str, label_column: str | None) -> dict[str, Any]:
+    """What a task wants of the labels, or what is asked for instead, for the family's `open_dataset`."""
+    options: dict[str, Any] = {"labels": what.labels if labels == "auto" else labels}
+    if label_column is not None:
+        names = [name.strip() for name in label_column.split(",")]
+        options["label_column"] = names if len(names) > 1 else names[0]
+    return options
+
+
 def set_truncate(what: Task, truncate: bool) -> None:
     """Have a task cut texts; raises ConfigError for one that reads none."""
     if truncate and not hasattr(what, "truncate"):
@@ -158,11 +173,11 @@ def opened(
     return dataset
 
 
-def _dataset(labels: str, model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
+def _dataset(options: dict[str, Any], model: Model, data: str, split: str | None, on_error: Any) -> ImageDataset:
     """The data set; if it lacks some of the model's classes, with the model's labels."""
     open_dataset = model.family.open_dataset
-    dataset = open_dataset(data, split=split, on_error=on_error, labels=labels)
+    dataset = open_dataset(data, split=split, on_error=on_error, **options)
     names = model.classes
     if names and dataset.classes and dataset.classes != names and set(dataset.classes) <= set(names):
-        return open_dataset(data, split=split, on_error=on_error, classes=names, labels=labels)
+        return open_dataset(data, split=split, on_error=on_error, classes=names, **options)
     return dataset

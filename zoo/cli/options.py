@@ -32,6 +32,20 @@ TrustBackbone = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+LabelKind = Annotated[
+    str,
+    typer.Option(
+        "--labels",
+        help="What the labels are: auto, classes, tags or numbers; auto: as the task wants.",
+        rich_help_panel=DATA,
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the labels in a table, Parquet files or shards; several with commas.", rich_help_panel=DATA
+    ),
+]
 WhatFor = Annotated[
     str | None,
     typer.Option(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from zoo.cli.common import console, count, print_json, settings, size, table
-from zoo.cli.evaluate import opened, set_truncate
+from zoo.cli.evaluate import label_options, opened, set_truncate
 from zoo.cli.options import (
     OUTPUT,
     Device,
     Json,
+    LabelColumn,
+    LabelKind,
     Precision,
     Quiet,
     SkipBroken,
@@ -46,6 +48,8 @@ def fit(
     shots: Annotated[int | None, data_option("Train on so many items of every class.")] = None,
     skip_broken: SkipBroken = False,
     truncate: Truncate = False,
+    labels: LabelKind = "auto",
+    label_column: LabelColumn = None,
     workers: Workers = None,
     setting: Annotated[
         list[str] | None,
@@ -73,7 +77,10 @@ def fit(
     label_smoothing: Annotated[float, training_option("From 0 to below 1.")] = 0.0,
     mixup: Annotated[float, training_option("Alpha of mixup; 0 is off.")] = 0.0,
     cutmix: Annotated[float, training_option("Alpha of CutMix; 0 is off.")] = 0.0,
-    augment: Annotated[str | None, training_option("crop-flip, crop or none; of sounds mask, shift or none.")] = None,
+    balanced: Annotated[bool, training_option("Draw all classes equally often.", "--balanced")] = False,
+    augment: Annotated[
+        str | None, training_option("crop-flip, crop, none, +randaugment ...; of sounds mask, shift.")
+    ] = None,
     patience: Annotated[int | None, training_option("Stop after so many epochs without improvement.")] = None,
     keep: Annotated[str | None, training_option("best or last; default: best if there are validation data.")] = None,
     seed: Annotated[int, training_option("Of initial values, order and augmentation.")] = 0,
@@ -125,7 +132,7 @@ def fit(
     others = ((val, val_split), (test, test_split))
     classes: list[str] | None = None
     if what.on_head:
-        options: dict[str, Any] = {"seed": seed, "on_error": on_error, "labels": what.labels}
+        options: dict[str, Any] = {"seed": seed, "on_error": on_error, **label_options(what, labels, label_column)}
         train_set = cls.open_dataset(data, split=split, shots=shots, **options)
         if not (classes := train_set.classes):
             raise DataError(
@@ -165,6 +172,7 @@ def fit(
         mixup=mixup,
         cutmix=cutmix,
         augment=augment,
+        sampler="balanced" if balanced else None,
         patience=patience,
         keep=keep,
         seed=seed,

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from zoo.data.augment import Called, is_albumentations
 from zoo.errors import ConfigError, DataError
 
 __all__ = ["ImageDataset", "OnError", "Rows", "Skipped", "Transform", "collate"]
@@ -79,7 +80,7 @@ class ImageDataset(Dataset[Any]):
             raise ConfigError(f"on_error is {on_error!r}; expected 'raise' or 'skip'.")
         self.rows = rows
         self.classes = list(classes) if classes is not None else None
-        self.transform = transform
+        self.transform = Called(transform) if is_albumentations(transform) else transform
         self.on_error: OnError = on_error
         self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices, dtype=np.int64)
 

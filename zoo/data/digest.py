@@ -29,7 +29,7 @@ FILES = 100_000  # of which the sizes are looked at
 
 def content(dataset: ImageDataset) -> dict[str, Any]:
     """What makes data these and no others, as JSON: "items", "labels", "classes", "contents", "transform"."""
-    labels = dataset.labels
+    labels = dataset.labels if dataset.targets is None else dataset.targets
     return {
         "items": len(dataset),
         "labels": None if labels is None else _short(hashlib.blake2b(np.ascontiguousarray(labels).tobytes())),

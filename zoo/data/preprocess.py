@@ -20,10 +20,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from zoo.data.augment import Augment, Called, parse
 from zoo.data.images import colours, describe, picture, size_of
 from zoo.errors import ConfigError, DataError, nearest
 
-AUGMENTS = ("crop-flip", "crop", "none")
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 TINY = 64  # pixels; up to here images are moved instead of randomly resized
@@ -31,14 +31,15 @@ SCALE = (0.08, 1.0)  # share of the image's area that a random crop keeps; timm'
 RATIO = (3 / 4, 4 / 3)  # its aspect
 
 
-def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: str = "crop-flip") -> ImageTransform:
+def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: Any = "crop-flip") -> ImageTransform:
     """The preprocessing of a backbone: PIL image, or uint8 tensor of C bands -> float tensor (C, H, W).
 
     Args:
         config: `input_size` (C, H, W), and optionally `mean` and `std` (C values each), `interpolation`, `crop_pct`,
             `crop_mode`, as in timm's data configuration, and `scale`, the share of the area that a random crop keeps.
         train: augment; False gives the evaluation view.
-        augment: of training: "crop-flip", "crop" (nothing is mirrored: digits, letters, left and right hands), "none".
+        augment: of training: "crop-flip", "crop" (nothing is mirrored: digits, letters, left and right hands), "none", and
+            policies by name (`zoo.data.augment`), or a function of an image, which then gets the evaluation view.
 
     Raises:
         ConfigError: `config` has no image size, or a setting that is not known.
@@ -49,7 +50,7 @@ def image_transform(config: Mapping[str, Any], train: bool = False, *, augment: 
 class ImageTransform:
     """See `image_transform`. Settings are plain attributes, so an instance can be sent to worker processes."""
 
-    def __init__(self, config: Mapping[str, Any], train: bool, augment: str) -> None:
+    def __init__(self, config: Mapping[str, Any], train: bool, augment: Any) -> None:
         size = config.get("input_size")
         if not isinstance(size, Sequence) or len(size) != 3 or min(size) < 1:
             raise ConfigError(
@@ -67,7 +68,6 @@ class ImageTransform:
         for what, value, known in (
             ("interpolation", name, INTERPOLATIONS),
             ("crop_mode", self.crop_mode, CROP_MODES),
-            ("augment", augment, AUGMENTS),
         ):
             if value not in known:
                 raise ConfigError(f"{what} '{value}' is unknown. {nearest(value, known)}")
@@ -76,8 +76,14 @@ class ImageTransform:
         if min(self.std) <= 0:
             raise ConfigError(f"std is {self.std}; expected positive numbers.")
         self.interpolation = INTERPOLATIONS[name]
-        self.train = train and augment != "none"
-        self.flip = self.train and augment == "crop-flip"
+        self.before = Called(augment) if callable(augment) else None
+        named = "none" if self.before is not None else augment
+        size = (self.channels, self.height, self.width)
+        self.augment = parse(named, size, self.mean, self.std, name)
+        if not train:
+            self.before, self.augment = None, Augment("none", "none", (), 0.0)
+        self.train = self.augment.geometry != "none"
+        self.flip = self.augment.geometry == "crop-flip"
 
     def __call__(self, image: Any) -> Tensor:
         """The image as a normalised float tensor (C, H, W).
@@ -86,6 +92,8 @@ class ImageTransform:
             DataError: it is no PIL image and no uint8 tensor, or has another number of bands than the backbone takes.
         """
         image = self._colours(image)
+        if self.before is not None:
+            image = self._colours(self.before.image(image))
         if not self.train:
             image = self._centre(image)
         elif max(self.height, self.width) <= TINY:
@@ -95,8 +103,9 @@ class ImageTransform:
             image = TF.resized_crop(image, *area, [self.height, self.width], self.interpolation, antialias=True)
         if self.flip and bool(torch.rand(()) < 0.5):
             image = TF.hflip(image)
+        image = self.augment.on_image(image)
         values = image.float() / 255 if isinstance(image, Tensor) else TF.to_tensor(image)
-        return TF.normalize(values, list(self.mean), list(self.std))
+        return self.augment.on_tensor(TF.normalize(values, list(self.mean), list(self.std)))
 
     def _colours(self, image: Any) -> Any:
         """A PIL image of as many channels as the backbone takes, or a tensor of that many bands."""
@@ -152,7 +161,8 @@ class ImageTransform:
         return TF.crop(padded, top, left, self.height, self.width)
 
     def __repr__(self) -> str:
-        steps = "evaluation" if not self.train else "training, flipped" if self.flip else "training"
+        own = self.augment.name if self.before is None else repr(self.before)
+        steps = "evaluation" if own == "none" else f"training, {own}"
         return (
             f"ImageTransform({self.height} x {self.width}, {steps}, crop {self.crop_pct} {self.crop_mode}, "
             f"{self.interpolation.value}, mean {self.mean}, std {self.std})"

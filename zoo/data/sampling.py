@@ -10,7 +10,7 @@ from zoo.data.dataset import ImageDataset, Skipped
 from zoo.data.labels import read_labels
 from zoo.errors import ConfigError, DataError
 
-__all__ = ["class_counts", "class_weights", "few_shot", "known_labels", "split_train_val"]
+__all__ = ["class_weights", "few_shot", "known_labels", "split_train_val", "tag_weights"]
 
 
 def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
@@ -101,31 +101,24 @@ def known_labels(dataset: ImageDataset) -> np.ndarray:
     return labels
 
 
-def class_counts(dataset: ImageDataset) -> np.ndarray:
-    """(K,) how many items each class has; of tags, how many have each.
+def class_weights(dataset: ImageDataset, count: int | None = None) -> Tensor:
+    """(K,) float32, "balanced" as scikit-learn has it: n / (K n_c) of the K classes that occur, and 1 of the others.
+
+    So all classes weigh equally in sum, and 1 on average over the items. Of tags it is how many items lack each for one
+    that has it, the `pos_weight` of torch's binary cross-entropy.
 
     Raises:
         DataError: the items have no classes.
     """
     if dataset.targets is not None and dataset.targets.ndim == 2 and dataset.classes is not None:
-        return dataset.targets.sum(0)
-    labels = known_labels(dataset)
-    return np.bincount(labels, minlength=len(dataset.classes or ()))
+        return torch.from_numpy(tag_weights(dataset.targets)).float()
+    found = np.bincount(known_labels(dataset), minlength=count or len(dataset.classes or ()))
+    share = found.sum() / (found > 0).sum()
+    return torch.from_numpy(np.where(found > 0, share / np.maximum(found, 1), 1.0)).float()
 
 
-def class_weights(dataset: ImageDataset) -> Tensor:
-    """(K,) float32, n / (K n_c): equal in sum for every class, 1 if all are equally large (scikit-learn's "balanced").
-
-    Of tags it is how many items lack a class for each one that has it, the `pos_weight` of torch's binary cross-entropy.
-
-    Raises:
-        DataError: the items have no classes, or a class has no items.
-    """
-    counts = class_counts(dataset)
-    names = dataset.classes or [str(i) for i in range(len(counts))]
-    if len(empty := np.flatnonzero(counts == 0)):
-        listed = ", ".join(names[c] for c in empty[:8])
-        raise DataError(f"{dataset.name}: no {dataset.noun} of {listed}, so that these classes have no weight.")
-    if dataset.targets is not None:
-        return torch.from_numpy((len(dataset) - counts) / counts).float()
-    return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
+def tag_weights(targets: np.ndarray) -> np.ndarray:
+    """(n, K) of 0 and 1 -> (K,) noes for each yes; 1 of a class that no item has, or every one."""
+    yes = targets.sum(0)
+    mixed = (yes > 0) & (yes < len(targets))
+    return np.where(mixed, (len(targets) - yes) / np.maximum(yes, 1), 1.0)

@@ -137,8 +137,7 @@ def _check_normalised(model: Host, dataset: ImageDataset) -> None:
         scale = "0..1, as torchvision's ToTensor makes them" if largest <= 1 else f"0..{largest:g}"
         warnings.warn(
             f"The images of '{dataset.name}' are not normalised: their values are {scale}, and '{model.backbone_name}' was "
-            f"trained "
-            f"with mean {mean} and std {std}. Give PIL images or uint8 tensors, which are preprocessed; or end the "
+            f"trained with mean {mean} and std {std}. Give PIL images or uint8 tensors, which are preprocessed; or end the "
             "transform with torchvision.transforms.Normalize(model.mean, model.std).",
             stacklevel=5,
         )
@@ -154,7 +153,7 @@ def check_names(model: Host, dataset: ImageDataset, what: str) -> None:
             f"The model names {len(known)} classes, and the {what} '{dataset.name}' has {len(own)}. Name those of the head in "
             "use: model.classes = [...], or None."
         )
-    first = next((i for i, (a, b) in enumerate(zip(known, own)) if a != b), 0)
+    first = next(i for i, (a, b) in enumerate(zip(known, own, strict=True)) if a != b)
     raise MismatchError(
         f"Class {first} is '{known[first]}' for the model, '{own[first]}' in the {what} '{dataset.name}'. Open "
         "the data with classes=model.classes, so that equal labels mean equal classes."

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.dataset import Skipped
-from zoo.data.sampling import known_labels
+from zoo.data.sampling import class_weights
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.tasks.base import Task
 
@@ -117,9 +117,7 @@ class Weighted(Task):
 
     def balanced(self, dataset: ImageDataset, count: int) -> list[float]:
         """The weights "balanced": n / (K n_c) of the K classes that occur, 1 of the others."""
-        found = np.bincount(known_labels(dataset), minlength=count)
-        share = found.sum() / (found > 0).sum()
-        return [float(share / n) if n else 1.0 for n in found]
+        return class_weights(dataset, count).tolist()
 
     def objective(self, model: Host, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """The mean loss of a batch."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.data.sampling import tag_weights
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
 from zoo.tasks.base import call, check_names, seen_targets
@@ -139,9 +140,7 @@ class MultiLabel(Weighted):
 
     def balanced(self, dataset: ImageDataset, count: int) -> list[float]:
         """The weights "balanced": noes for each yes of a class; 1 of a class that no item has."""
-        found = tags_of(dataset)
-        yes = found.sum(0)
-        return [float((len(found) - n) / n) if 0 < n < len(found) else 1.0 for n in yes]
+        return [float(weight) for weight in tag_weights(tags_of(dataset))]
 
     def metrics(self, model: Host) -> Mapping[str, Any]:
         """Mean average precision."""

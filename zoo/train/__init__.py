@@ -6,11 +6,12 @@ from zoo.train.fitting import fit
 from zoo.train.hooks import Hooks, training_hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.report import Report
-from zoo.train.samplers import Mixed, OnePart, PerClass, Sampler
+from zoo.train.samplers import Balanced, Mixed, OnePart, PerClass, Sampler
 from zoo.train.step import TrainingError
 from zoo.train.streams import Stream
 
 __all__ = [
+    "Balanced",
     "Hooks",
     "Mixed",
     "MovingAverage",

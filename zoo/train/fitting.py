@@ -35,7 +35,7 @@ from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.report import Report
-from zoo.train.samplers import Sampler
+from zoo.train.samplers import as_sampler
 from zoo.train.settings import KINDS, Settings
 from zoo.train.streams import Stream
 from zoo.train.trainer import Trainer
@@ -88,7 +88,7 @@ def fit(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    augment: str | None = None,
+    augment: Any = None,
     seed: int = 0,
     patience: int | None = None,
     metrics: Mapping[str, Any] | Sequence[str] | None = None,
@@ -96,7 +96,7 @@ def fit(
     keep: str | None = None,
     val_fraction: float = 0.1,
     drop_last: bool = False,
-    sampler: Sampler | None = None,
+    sampler: Any = None,
     streams: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -135,7 +135,8 @@ def fit(
         class_weights: "balanced", one for each class, or {"rare": 5.0} by name: how much an item of a class counts in training.
         label_smoothing: of the classification's cross-entropy.
         mixup, cutmix: alpha of their beta distributions; 0 is off.
-        augment: of the default preprocessing in training: "crop-flip", "crop" or "none".
+        augment: of the default preprocessing in training: "crop-flip", "crop" or "none", and policies by name, such as
+            "crop+randaugment+erasing" or timm's "rand-m9-mstd0.5-inc1" (`zoo.data.augment`); or a function of an image.
         patience: stop after so many epochs without a better `monitor`.
         metrics: what is measured on `val` besides, as `zoo.evaluate` takes it: names, or names with objects of torchmetrics.
         monitor: "accuracy", "loss" or another number of `zoo.evaluate`, one of `metrics` too; by default the task's. Less is
@@ -143,7 +144,8 @@ def fit(
         keep: "best" or "last" weights; by default best if there is `val` or `patience`.
         val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
         drop_last: leave out a last batch that is not full.
-        sampler: which items make a batch, instead of a shuffle: `zoo.train.samplers`.
+        sampler: which items make a batch, instead of a shuffle: one of `zoo.train.samplers`, "balanced" (all classes equally
+            often), or a sampler of torch over the items of `train`.
         streams: further data beside the training data, by name, for methods and tasks that want a batch of it in a step
             (`optimizer.stream("replay")`): what `zoo.open_dataset` takes, or a `zoo.train.Stream` of it. A stream that ends
             begins again, in another order, or is refused beforehand (`Stream(..., ends="refuse")`).
@@ -167,6 +169,7 @@ def fit(
     """
     what = objective(model, task, loss, class_weights)
     keep = keep or ("best" if val is not None or patience is not None else "last")
+    sampler = as_sampler(sampler)
     settings = Settings(
         epochs=epochs,
         steps=steps,
@@ -193,7 +196,7 @@ def fit(
         drop_last=drop_last,
         sampler=sampler,
     )
-    _check_given(streams, sampler, callbacks)
+    _check_given(streams, callbacks)
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
         raise ConfigError(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
@@ -245,7 +248,7 @@ def fit(
             )
             trainer.prepare(resume)
             trainer.fit()
-            if train_set.classes is not None and isinstance(what, Classify):
+            if train_set.classes is not None and what.on_head:
                 model.classes = list(train_set.classes)
             report = trainer.report()
     except BaseException as error:
@@ -302,12 +305,10 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
                 record["saved_bytes"] = {getattr(model, "memory", "default"): call(model.saved_bytes, inputs)}
 
 
-def _check_given(streams: Any, sampler: Any, callbacks: Any) -> None:
-    """Raise ConfigError for what is no dict of data, no sampler, and no list of callbacks."""
+def _check_given(streams: Any, callbacks: Any) -> None:
+    """Raise ConfigError for what is no dict of data, and no list of callbacks."""
     if streams is not None and not isinstance(streams, Mapping):
         raise ConfigError(f"streams is a {type(streams).__name__}; expected data by name, {{'replay': ...}}.")
-    if sampler is not None and not isinstance(sampler, Sampler):
-        raise ConfigError(f"sampler is {sampler!r}; expected one of zoo.train: PerClass, Mixed, OnePart.")
     if not isinstance(callbacks, (list, tuple)):
         raise ConfigError(f"callbacks is a {type(callbacks).__name__}; expected a list.")
     for callback in callbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ KINDS: dict[str, Kind] = {
     "label_smoothing": number(0, below=1),
     "mixup": number(0),
     "cutmix": number(0),
-    "augment": TEXT | NOTHING,
+    "augment": TEXT | FUNCTION | NOTHING,
     "seed": whole(0),
     "patience": whole(1) | NOTHING,
     "monitor": TEXT,
@@ -89,7 +90,7 @@ class Settings:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    augment: str | None = None
+    augment: Any = None
     seed: int = 0
     patience: int | None = None
     monitor: str = "accuracy"
@@ -108,6 +109,8 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON types."""
         values = asdict(self)
+        if callable(self.augment):
+            values["augment"] = re.sub(r" at 0x[0-9a-f]+", "", repr(self.augment))
         values["sampler"] = None if self.sampler is None else repr(self.sampler)
         if callable(self.optimizer):
             values["optimizer"] = getattr(self.optimizer, "__name__", type(self.optimizer).__name__)

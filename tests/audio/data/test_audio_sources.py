@@ -70,17 +70,25 @@ def test_the_library_datasets() -> None:
     check(held.to_iterable_dataset())
 
 
+def test_names_of_tags_are_kept_with_the_head(tmp_path: Path) -> None:
+    """They were those of a classification only; and other tags of the same number were measured as these."""
+    file = table(tmp_path / "p", "x.parquet", audio=[encoded(w) for w in WAVES], label=[["a"], ["b"], ["a", "b"], []])
+    model = zoo.load("ast-micro", "linear", pretrained=False, num_classes=2, **SMALL)
+    zoo.fit(model, file, task="multilabel", epochs=1, progress=False)
+    assert model.classes == ["a", "b"]
+    with pytest.raises(zoo.ZooError, match="Class 0 is 'a' for the model, 'b' in the data set"):
+        zoo.evaluate(model, open_audio(file, classes=["b", "a"]), task="multilabel", progress=False)
+
+
 def test_regression_of_sounds(tmp_path: Path) -> None:
     file = table(tmp_path / "p", "x.parquet", audio=[encoded(w) for w in WAVES], loudness=[0.5, -1.0, 2.0, 0.0])
     data = open_audio(file, label_column="loudness")
     assert data.targets is not None and data.targets.tolist() == [0.5, -1.0, 2.0, 0.0]
     model = zoo.load("ast-micro", "linear", pretrained=False, num_classes=1, **SMALL)
 
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return (outputs[:, 0] - targets).square()
-
-    report = zoo.fit(model, data, loss=loss, epochs=1, progress=False)
-    assert np.isfinite(report.history[0]["loss"])
+    for source in (data, [(wave, i - 2) for i, wave in enumerate(WAVES)]):
+        report = zoo.fit(model, source, task="regress", epochs=1, progress=False)
+        assert np.isfinite(report.history[0]["loss"]) and report.data["classes"] == 1
     with pytest.raises(DataError, match="regress"):
         zoo.fit(model, data, epochs=1, progress=False)
 
@@ -153,3 +161,20 @@ def test_a_pipe_among_the_sounds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2\.wav: is a pipe"):
         open_audio(tmp_path)[1]
     assert isinstance(open_audio(tmp_path, on_error="skip")[1], Skipped)
+
+
+def test_functions_as_augmentation() -> None:
+    """As those of audiomentations: (samples, sample rate) -> samples, on the whole sound at 16 kHz, in training only."""
+    seen: list[Any] = []
+
+    def louder(samples: np.ndarray, rate: int) -> np.ndarray:
+        seen.append((samples.dtype, rate))
+        return samples * 2
+
+    model = zoo.load("ast-micro", "linear", pretrained=False, num_classes=2, **SMALL)
+    transform = model.family.preprocess(True, augment=louder)
+    assert torch.equal(transform(WAVES[0]), model.preprocess()(WAVES[0] * 2)) and seen == [(np.float32, 16_000)]
+    zoo.fit(model, [(w, i % 2) for i, w in enumerate(WAVES)], augment=louder, epochs=1, progress=False)
+    assert len(seen) >= 5
+    with pytest.raises(DataError, match="item 0: what augment gives: an array of shape"):
+        open_audio([(WAVES[0], 0)], transform=model.family.preprocess(True, augment=lambda w, rate: w[None]))[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from image_data import encoded
 from PIL import Image
 from typer.testing import CliRunner
@@ -78,6 +79,23 @@ def test_questions_by_name() -> None:
     with pytest.raises(DataError, match="item 0: the question is 3"):
         open_questions([{**rows[0], "question": 3}])[0]
     assert open_questions([(picture(0), "a caption")])[0][0].answers == ("a caption",)
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """10 came before 9, and hidden copies between them."""
+    from multimodal.data.clips import ClipRows, embed_texts
+
+    folder = tmp_path / "clips"
+    (folder / "a").mkdir(parents=True)
+    for i in range(12):
+        (folder / "a" / f"{i}.png").write_bytes(encoded(20 * i))
+    (folder / "a" / "._0.png").write_bytes(encoded(255))
+    (folder / "__MACOSX").mkdir()
+    (folder / "a.txt").write_text("grey")
+    embed_texts(folder, lambda text: torch.zeros(2, 4))
+    rows = ClipRows(folder)
+    assert len(rows) == 1
+    assert [frame.getpixel((0, 0))[0] for frame in rows.read(0)[0]] == [20 * i for i in range(12)]
 
 
 # -- captions beyond the context --------------------------------------------------------------------------------------------
