@@ -5,8 +5,9 @@
         -> scores of all words (B, T, V)
 
 All from `visual_features` on may be left out: then it is the library's text network. `decoder_input_ids` are the answer, one
-place to the right (`shift`). Names: the aliases, which have a visual embedding and the released files' vocabulary, or
-`transformers:<repository or folder>`, which has them if its configuration says so or `feat_dim=` is given.
+place to the right (`shift`); `labels=` in their place is the answer itself. Names: the aliases, which have a visual embedding and
+the released files' vocabulary, or `transformers:<repository or folder>`, which has them if its configuration says so or
+`feat_dim=` is given.
 
 Tables of embeddings are no points: words, positions, the order of images (`visual_embedding.img_order_embedding`). They are
 neither projections nor norms, so only `full` trains them; the visual embedding as a whole is the condition `encoder.visual`.
@@ -237,12 +238,20 @@ class Seq2Seq(Backbone):
         image_ids: Tensor | None = None,
         object_ids: Tensor | None = None,
         visual_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Scores (B, T, V) of the word behind each of `decoder_input_ids`; see the top of this file.
+        """Scores (B, T, V) of the word behind each of `decoder_input_ids`, or at each of `labels`; see the top of this file.
+
+        `labels` (B, T), -100 where there is none, are the answer itself, and are shifted here, as the library does it.
 
         Raises:
-            ConfigError: no decoder input, or visual input to a text network or of another width.
+            ConfigError: neither decoder input nor labels, or both; visual input to a text network or of another width.
         """
+        if labels is not None:
+            if decoder_input_ids is not None:
+                raise ConfigError("Give either decoder_input_ids or labels=..., which are shifted here.")
+            decoder_input_ids = self.shift(labels)
         visual = {
             "visual_features": visual_features,
             "boxes": boxes,
@@ -262,8 +271,8 @@ class Seq2Seq(Backbone):
     def _run(self, module: Any, ids: Any, mask: Tensor | None, answer: Tensor | None, visual: dict[str, Any]) -> Tensor:
         if answer is None:
             raise ConfigError(
-                "decoder_input_ids are missing: give the answer's tokens shifted to the right (model.family.shift(labels)), or "
-                "generate one with multimodal.tasks.generate."
+                "decoder_input_ids are missing: give the answer's tokens shifted to the right (model.family.shift(labels)), the "
+                "tokens themselves as labels=..., or generate an answer with multimodal.tasks.generate."
             )
         self.check_visual(visual["visual_features"])
         given = {k: v for k, v in visual.items() if v is not None}
@@ -299,6 +308,10 @@ class Seq2Seq(Backbone):
     def shift(self, labels: Tensor) -> Tensor:
         """Labels (B, T), -100 where there is none -> decoder input (B, T): the start word, then all but the last."""
         return self.module.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator, no-any-return]
+
+    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean over all labels of -log p, as the library's `loss`: scores (B, T, V) of `model(..., labels=labels)`."""
+        return nn.functional.cross_entropy(scores.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
     @property
     def tokenizer(self) -> Any:
