@@ -190,8 +190,9 @@ class Carried:
 
 
 def batch_of(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor among a call's inputs: its rows are the samples."""
-    return next((x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+    """The first tensor among a call's inputs, dicts of tensors included: its rows are the samples."""
+    given = (each for x in (*inputs, *kwargs.values()) for each in (x.values() if isinstance(x, Mapping) else (x,)))
+    return next((x for x in given if isinstance(x, Tensor) and x.dim()), None)
 
 
 def make_frame(
