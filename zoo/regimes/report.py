@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.disk import write_file
+from zoo.train.report import finite
 
 __all__ = ["RunReport"]
 
@@ -56,9 +57,8 @@ class RunReport:
     def to_json(self) -> str:
         """Everything as JSON."""
         parts = {"regime": self.regime.name, "settings": self.regime.config(), "summary": self.summary}
-        return json.dumps(
-            {**parts, "phases": self.phases, "values": self.values, "seconds": self.seconds}, indent=2, default=str
-        )
+        whole = {**parts, "phases": self.phases, "values": self.values, "seconds": self.seconds}
+        return json.dumps(finite(whole), indent=2, default=str, allow_nan=False)
 
     def table(self) -> str:
         """The regime's table, as Markdown."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from zoo.arguments import (
     FUNCTION,
     NAMES,
     NOTHING,
+    PATH,
     TEXT,
     Kind,
     instance,
@@ -28,8 +30,10 @@ from zoo.arguments import (
 )
 from zoo.data.dataset import ImageDataset
 from zoo.data.open import SPLITS
+from zoo.disk import write_file
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.tasks import Classify, Task, objective, of_classes
+from zoo.tasks.confusion import confusion_matrix, draw
 from zoo.tasks.metrics import named_metrics
 from zoo.train.aids import make_aids
 from zoo.train.batches import BatchPlan, make_loader
@@ -93,6 +97,7 @@ WORKERS = whole(0, 256) | NOTHING
     record=TEXT | NOTHING,
     per_class=FLAG,
     metrics=METRICS | NOTHING,
+    confusion=FLAG | PATH,
     task=TASK | NOTHING,
     loss=FUNCTION | TEXT | NOTHING,
     precision=one_of(*PRECISIONS),
@@ -109,6 +114,7 @@ def evaluate(
     record: str | None = None,
     per_class: bool = False,
     metrics: Mapping[str, Any] | Sequence[str] | None = None,
+    confusion: bool | str | Path = False,
     task: str | Task | None = None,
     loss: str | Loss | None = None,
     precision: str = "fp32",
@@ -125,6 +131,7 @@ def evaluate(
         per_class: also the accuracy of each class.
         metrics: further ones: names (`zoo.tasks.metrics`: "top3", "f1", "miou", "recall@1"), or names with objects of
             torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
+        confusion: True for the confusion matrix in the result; a path (.png, .pdf, .svg) draws it there, too.
         task: what the model is measured at (`zoo.tasks`); by default what `zoo.fit` would train it for.
         loss: a name, or (outputs, targets) -> mean loss, as in `zoo.fit`.
         precision: "fp32", "bf16" or "fp16".
@@ -132,7 +139,7 @@ def evaluate(
     Returns:
         "accuracy" (0..1) and "top5" (with more than five classes) of a classification, "loss", "images" (items of any kind),
         "seconds", "images_per_second", what the task measures, each of `metrics`, "per_class" if asked for (None for a class
-        without images), "skipped" if items could not be read.
+        without images), "confusion" (rows: the true classes), "skipped" if items could not be read.
 
     Raises:
         DataError, MismatchError: labels outside the model's classes, or other classes than the model's.
@@ -145,6 +152,11 @@ def evaluate(
         dataset = what.open(model, data, train=False, split=split)
     what.check(model, dataset)
     further = named_metrics(metrics, model.num_classes)
+    picture = Path(confusion) if not isinstance(confusion, bool) else None
+    if confusion:
+        further["confusion"] = confusion_matrix(model.num_classes if isinstance(what, Classify) else 0)
+        if picture is not None:
+            draw([[0]], [""], picture.suffix[1:])  # what cannot be written is told now
     model.to(processes.device)
     if what.own is None:
         make_aids(what, model, processes.device, 0)
@@ -164,6 +176,9 @@ def evaluate(
             metrics=further,
             bar=bar,
         )
+    if picture is not None and processes.main:
+        names = model.classes or dataset.classes or [str(i) for i in range(model.num_classes)]
+        write_file(picture, draw(result["confusion"], names, picture.suffix[1:]))
     found = split_of(dataset.name) if record is None else record
     kept = {"testing": "test", "eval": "test", "valid": "val", "validation": "val", "dev": "val"}.get(found, found)
     if kept and not (record is None and kept in ("train", "training")):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from zoo.train.evaluation import (
 )
 from zoo.train.failing import Before
 from zoo.train.hooks import HOOKS
+from zoo.train.loggers import LOGGERS, Logger, make_loggers
 from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -63,6 +65,7 @@ __all__ = ["fit"]
     workers=WORKERS,
     device=DEVICE | NOTHING,
     progress=FLAG,
+    loggers=LOGGERS | NOTHING,
 )
 def fit(
     model: Model,
@@ -96,6 +99,7 @@ def fit(
     keep: str | None = None,
     val_fraction: float = 0.1,
     drop_last: bool = False,
+    ema: float | None = None,
     sampler: Any = None,
     streams: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
@@ -105,6 +109,7 @@ def fit(
     workers: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    loggers: Any = None,
     callbacks: Sequence[Any] = (),
 ) -> Report:
     """Train what `model.parameters_to_train()` lists; the backbone stays frozen, in eval mode.
@@ -144,6 +149,7 @@ def fit(
         keep: "best" or "last" weights; by default best if there is `val` or `patience`.
         val_fraction: if the best is wanted and `val` is None, this part of `train` is set aside (stratified) to choose on.
         drop_last: leave out a last batch that is not full.
+        ema: 0.999, say: the model is measured, chosen and left with a moving average of what is trained (`zoo.train.ema`).
         sampler: which items make a batch, instead of a shuffle: one of `zoo.train.samplers`, "balanced" (all classes equally
             often), or a sampler of torch over the items of `train`.
         streams: further data beside the training data, by name, for methods and tasks that want a batch of it in a step
@@ -157,6 +163,7 @@ def fit(
         out: folder for report.json and curves.png.
         workers: processes that load images; by default none beside a CPU model, up to 8 beside a GPU.
         device: by default where the model is if that is a GPU, else what accelerate chooses.
+        loggers: "tensorboard", "wandb", "mlflow" ..., or trackers of accelerate (`zoo.train.loggers`); files go to `out`.
         callbacks: objects with any of the hooks of `zoo.train.Hooks`, or functions that are called with each epoch's record.
 
     Returns:
@@ -195,6 +202,7 @@ def fit(
         val_fraction=val_fraction,
         drop_last=drop_last,
         sampler=sampler,
+        ema=ema,
     )
     _check_given(streams, callbacks)
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
@@ -229,7 +237,8 @@ def fit(
     folder = Path(checkpoint) if checkpoint is not None else None
     before = Before(model, folder)
     try:
-        with kept_generators(), Progress(progress and processes.main) as bar:
+        told = make_loggers(loggers, Path(out) if out is not None else folder) if processes.main else []
+        with kept_generators(), Progress(progress and processes.main, processes.main) as bar, _ended(told):
             trainer = Trainer(
                 model,
                 train_set,
@@ -245,8 +254,13 @@ def fit(
                 streams=further,
                 metrics=named_metrics(metrics, model.num_classes),
                 before=before,
+                loggers=told,
             )
             trainer.prepare(resume)
+            for logger in told:
+                logger.begin(
+                    {**settings.to_json(), "backbone": model.backbone_name, "adapters": ", ".join(model.active)}
+                )
             trainer.fit()
             if train_set.classes is not None and what.on_head:
                 model.classes = list(train_set.classes)
@@ -258,6 +272,15 @@ def fit(
     if out is not None and processes.main:
         report.save(out)
     return report
+
+
+@contextmanager
+def _ended(loggers: Sequence[Logger]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.end()
 
 
 def _same_classes(train: ImageDataset, val: ImageDataset) -> None:

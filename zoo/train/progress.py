@@ -1,20 +1,26 @@
-"""Progress on the terminal: a bar for what runs, a line for each epoch."""
+"""Progress on the terminal: a bar for what runs, a line for each epoch. The lines go to the logger `zoo.train`, too.
+
+logging.basicConfig(level=logging.INFO)          # or: logging.getLogger("zoo").addHandler(...)
+zoo.fit(model, train, val, progress=False)
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 __all__ = ["Progress"]
 
+_LOG = logging.getLogger("zoo.train")
 T = TypeVar("T")
 
 
 class Progress:
     """`with Progress(shown) as bar: for x in bar.over(xs, "training", n): ...`. Without a terminal only lines are printed."""
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
+    def __init__(self, shown: bool, logged: bool = False) -> None:
+        self.shown, self.logged = shown, logged
         self._bars: Any = None
 
     def __enter__(self) -> Progress:
@@ -67,5 +73,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays."""
+        if self.logged:
+            _LOG.info("%s", text)
         if self._bars is not None:
             self._bars.console.print(text, highlight=False, soft_wrap=True)

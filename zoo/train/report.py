@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.disk import write_file
 
-__all__ = ["Report"]
+__all__ = ["Report", "finite"]
 
 TRAIN, VAL, CHOSEN = "#8a8f98", "#1f6feb", "#d1242f"
 
@@ -59,7 +59,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON as the standard has it: NaN and infinities, which it does not know, are null."""
-        return json.dumps(_finite({k: v for k, v in asdict(self).items() if k != "out"}), indent=2, allow_nan=False)
+        return json.dumps(finite({k: v for k, v in asdict(self).items() if k != "out"}), indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `curves.png`; returns the folder."""
@@ -122,9 +122,10 @@ class Report:
         )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, as JSON can hold it."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

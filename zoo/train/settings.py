@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "keep": one_of("best", "last"),
     "val_fraction": number(above=0, below=1),
     "drop_last": FLAG,
+    "ema": number(0, below=1) | NOTHING,
 }
 
 # what a run that goes on may be given anew, if it is asked for (`zoo.train.resuming`)
@@ -98,6 +99,7 @@ class Settings:
     val_fraction: float = 0.1
     drop_last: bool = False
     sampler: Any = None
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():

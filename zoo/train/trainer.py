@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from zoo.train.batches import Batch, BatchPlan, make_loader
 from zoo.train.calibration import Calibration
 from zoo.train.checkpoint import Run, Saved, Snapshot, Store, parameters_of, restore, restore_plans, snapshot
 from zoo.train.choice import NO_METRICS, score_of
+from zoo.train.ema import Ema
 from zoo.train.failing import Before
 from zoo.train.hooks import HOOKS, Hooks
 from zoo.train.identity import identity
+from zoo.train.loggers import Logger
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -60,6 +63,7 @@ class Trainer:
         streams: Mapping[str, Stream] | None = None,
         metrics: Mapping[str, Any] | None = None,
         before: Before | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
@@ -68,9 +72,12 @@ class Trainer:
         # a task's own modules: the first, whatever callbacks a run goes on with
         self.aids = make_aids(task, model, processes.device, settings.seed)
         callbacks = callbacks if self.aids is None else [self.aids, *callbacks]
+        self.ema = Ema(model, settings.ema) if settings.ema is not None else None
+        callbacks = callbacks if self.ema is None else [self.ema, *callbacks]
         self.store, self.every, self.callbacks = Store(folder, processes.main, callbacks), every, callbacks
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
-        self.listeners = [c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)]
+        self.loggers = list(loggers)
+        self.listeners = [*(c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)), *loggers]
         self.streams = dict(streams or {})
         sampler = settings.sampler.over(train, settings.batch_size, settings.seed) if settings.sampler else None
         self.plan = BatchPlan(
@@ -204,6 +211,8 @@ class Trainer:
             self._save()
         if self.chosen is not None:
             restore(self.model, self.chosen, self.callbacks)
+        elif self.ema is not None:
+            self.ema.put()
         self.service.unfreeze(
             self.service.parameters
         )  # what a method froze for the last step is still a parameter to train
@@ -260,7 +269,8 @@ class Trainer:
         if labelled:
             record["accuracy"] = hits / labelled
         if self.val is not None:
-            result = self._evaluate()
+            with self._averaged():
+                result = self._evaluate()
             record |= {f"val_{k}": result[k] for k in result if k not in NO_METRICS}
         record["seconds"] = run.epoch_seconds
         record["images_per_second"] = images / run.epoch_seconds if run.epoch_seconds else 0.0
@@ -273,6 +283,9 @@ class Trainer:
         self.bar.line(_line(record, self.epochs, best, self.items))
         for listener in self.listeners:
             getattr(listener, "log", listener)(dict(record))
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.inside()
 
     def _evaluate(self) -> dict[str, Any]:
         assert self.val is not None
@@ -301,7 +314,8 @@ class Trainer:
         if former is None or score > former["score"]:
             run.best = {**record, "score": score}
             if settings.keep == "best":
-                self.chosen = snapshot(self.model, self.callbacks)
+                with self._averaged():
+                    self.chosen = snapshot(self.model, self.callbacks)
         run.waited = 0 if former is None or score[0] > former["score"][0] else run.waited + 1
         run.stopped = settings.patience is not None and run.waited >= settings.patience
 
