@@ -284,15 +284,22 @@ def saved(tmp_path_factory):
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "only LORA"),
-        ({"bias": "lora_only"}, "bitfit"),
+        ({"bias": "some"}, "one of none, all"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "use_qalora"),
-        ({"init_lora_weights": "pissa"}, "path_initial_model"),
+        ({"init_lora_weights": "pissa_niter_4"}, "random.*path_initial_model"),
+        ({"init_lora_weights": "corda"}, "path_initial_model"),
+        ({"init_lora_weights": ["pissa"]}, "path_initial_model"),
         ({"layer_replication": [[0, 2]]}, "depth"),
         ({"kasa_config": {"x": 1}}, "diagonal"),
         ({"r": 3}, "says 3"),
         ({"r": "2"}, "a whole number"),
         ({"rank_pattern": {"(": 2}}, "regular expression"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "for ever"),
+        ({"alpha_pattern": {"(.*a|b*)*x": 2}}, "for ever"),
+        ({"alpha_pattern": {".*" * 40 + "x": 2}}, "for ever"),
+        ({"alpha_pattern": {"a" * 5000: 2}}, "at most 2,000"),
+        ({"alpha_pattern": {str(i): 2 for i in range(5000)}}, "at most 4,096"),
         ({"use_dora": True, "lora_dropout": 0.1}, "no dropout"),
         ({"use_dora": True}, "lacks its magnitude"),
     ],
@@ -323,7 +330,8 @@ def test_weights_that_are_refused(saved, tmp_path):
 
     refused({**good, name: torch.full_like(good[name], torch.nan)}, "finite")
     refused({k: v for k, v in good.items() if k != name}, "shapes none and")
-    refused({**good, "base_model.model.norm.weight": torch.ones(32)}, "whole modules of the backbone .norm.")
+    refused({**good, "base_model.model.norm.weight": torch.ones(32)}, "holds weight of 'norm'")
+    refused({**good, "base_model.model.blocks.0.mlp.fc1.weight": torch.ones(2, 2)}, "whole modules of the backbone")
     refused({**good, "base_model.model.blocks.0.attn.qkv.lora_C.weight": torch.ones(2)}, "whole modules|no part")
     refused({**good, "base_model.model.head.weight": torch.ones(5, 31)}, "does not fit the features")
     moved = {k.replace("blocks.1", "blocks.2"): v for k, v in good.items()}

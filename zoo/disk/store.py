@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
     from zoo.host import Host
 
-__all__ = ["SavedAdapter", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
+__all__ = ["SavedAdapter", "alone", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
 
 RESOLUTIONS = (
     "img_size",

@@ -7,9 +7,11 @@ peft wraps whole modules of the library and knows no slices. So, for a fused q/k
           and alpha is adapted, so that the scale stays what it was. A slice without an adapter gets rows of zeros in B.
     in:   each slice gets a copy of A and its own rows of B, which gives the same function; the copies are trained apart.
 
-DoRA works on rows of the weight, so it splits and joins in the same way. The head goes along as `modules_to_save`. The same
-module of the library, with the same weights, is to be loaded on the other side; peft does not check that, but a folder that
-was written here also carries the fingerprint of the weights, which is checked when it comes back.
+DoRA works on rows of the weight, so it splits and joins in the same way. What peft trained beside A and B comes in as methods
+of its own (`peft_extras`: biases, normalisations), and starts that change the frozen weight as plain LoRA (`peft_starts`).
+The head goes along as `modules_to_save`. The same module of the library, with the same weights, is to be loaded on the other
+side; peft does not check that, but a folder that was written here also carries the fingerprint of the weights, which is
+checked when it comes back.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA, LowRank
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
-from zoo.errors import ConfigError, MismatchError, UnknownNameError, nearest
+from zoo.errors import ConfigError, MismatchError, SaveError, UnknownNameError, nearest
+from zoo.exchange.peft_extras import extras
+from zoo.exchange.peft_head import fits
 from zoo.exchange.peft_reader import NOTE, PREFIX, PeftAdapter, read_peft
 from zoo.exchange.peft_translate import translate
 from zoo.points import LinearPoint
@@ -52,8 +56,6 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
         ConfigError: the adapter is not a LoRA, several are active, or the folder is in use.
         MismatchError: a point or head that peft's format cannot name. SaveError: writing failed; old files stay whole.
     """
-    from zoo.disk import write_file
-
     name = choose(model, adapter)
     lora: LoRA = model.adapters[name]  # type: ignore[assignment]
     folder = Path(folder)
@@ -74,24 +76,44 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     own_head = name if name in model.heads else "default"
     head, head_path = model.heads[own_head], model.family.head_path()
     if not isinstance(head, nn.Identity):
-        if head_path is None or not isinstance(head, nn.Linear) or head.in_features != model.family.feature_dim:
+        if head_path is None or not fits(model, head):
             raise MismatchError(
-                f"The head of '{name}' ({type(head).__name__}) is not one nn.Linear on the backbone's own features, so the "
-                "library's module has no place for it. Save this adapter with model.save_adapter."
+                f"The head of '{name}' ({type(head).__name__}) is not of the library's kind on the backbone's own features, so "
+                "the library's module has no place for it. Save this adapter with model.save_adapter."
             )
         tensors.update({f"{PREFIX}{head_path}.{key}": value for key, value in head.state_dict().items()})
     modules = [path for path, _ in model.backbone.named_modules()]
-    config = _config(model, lora, ranks, alphas, modules, head_path if isinstance(head, nn.Linear) else None)
+    config = _config(model, lora, ranks, alphas, modules, None if isinstance(head, nn.Identity) else head_path)
     note = {
         "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint, "kwargs": model.backbone_kwargs},
         "config": {**lora.config(), "learn_scale": False},
-        "classes": model.classes_of(own_head) if isinstance(head, nn.Linear) else None,
+        "classes": None if isinstance(head, nn.Identity) else model.classes_of(own_head),
     }
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    metadata = {"format": "pt", NOTE: json.dumps(note)}
-    write_file(folder / WEIGHTS, dump_safetensors(plain, metadata))
-    write_file(folder / CONFIG, to_json(config, "the config").encode())
+    metadata = {"format": "pt", NOTE: json.dumps({**note, CONFIG: config})}
+    _replace(folder, dump_safetensors(plain, metadata), to_json(config, "the config").encode())
     return folder
+
+
+def _replace(folder: Path, weights: bytes, config: bytes) -> None:
+    """Write both files so that no reader joins those of two saves, whenever this one is killed.
+
+    peft's format is two files that do not know each other. So a config that is going to change goes first: without one peft
+    refuses the folder, and `from_peft` takes the copy in the weights file.
+    """
+    from zoo.disk import alone, write_file
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != config:
+                (folder / CONFIG).unlink()
+            write_file(folder / WEIGHTS, weights)
+            write_file(folder / CONFIG, config)
+    except OSError as error:
+        raise SaveError(
+            f"Could not save to '{folder}': {error.strerror or error}. Choose a folder that you may write to, and save again."
+        ) from error
 
 
 def choose(model: Model, wanted: str | None) -> str:
@@ -262,7 +284,7 @@ def from_peft(
         backbone: build this backbone (as `zoo.load` does, with `options`) and return the model; may be left out if the
             folder was written by `to_peft`.
         model: attach to this model instead, and return the adapter's name there.
-        name: of the adapter; by default "lora".
+        name: of the adapter; by default "lora". Biases and normalisations that were trained too become adapters beside it.
         trust_backbone: as of `zoo.load`, where the folder names the backbone.
 
     Raises:
@@ -299,17 +321,22 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             f"model's is {model.fingerprint}. Load the weights that it was trained on ('{saved.backbone_name}')."
         )
     lora, parts, head = translate(saved, model)
+    beside = extras(saved, model)
     shared = bool(model.adapters)  # then the head belongs to the new adapter alone
     before = set(model.adapters)
     with model.all_or_nothing():
-        model.add_adapter(lora, name, num_classes=len(head["weight"]) if head and shared else None)
+        model.add_adapter(lora, name, num_classes=head.num_classes if head and shared else None)
         added = next(n for n in model.adapters if n not in before)
         for point, values in parts.items():
             model.adapters[added].get_submodule(point).load_state_dict(values)
+        for method, state in beside:
+            known = set(model.adapters)
+            model.add_adapter(method)
+            model.adapters[next(n for n in model.adapters if n not in known)].load_state_dict(state)
         if head:
             if not shared:  # a new one: the old one is put back if anything fails
-                model.heads["default"] = model._new_head(len(head["weight"]), model.family.feature_dim)
-            model.head.load_state_dict(head)
+                model.heads["default"] = model._new_head(head.num_classes, model.family.feature_dim)
+            model.head.load_state_dict(head.state)
             model.classes = saved.classes
             model.train(model.training)
     return added

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ from torch import Tensor
 from zoo.disk.layout import CONFIG, FLOATS, WEIGHTS, parse
 from zoo.disk.saved import read_config_file, read_weights_file
 from zoo.errors import ConfigError, WeightsError
+from zoo.exchange.patterns import safe_pattern
 
+_LOG = logging.getLogger("zoo")
 PREFIX = "base_model.model."
 NOTE = "zoo"  # of the weights file's metadata: what peft's config has no place for
 
@@ -32,14 +36,17 @@ _REFUSED = {
     "loftq_config": "its backbone is a quantised one, changed together with the adapter",
 }
 _KNOWN_FLAGS = ("use_rslora", "use_dora")
-_KEEPS_BACKBONE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights
+# Values of init_lora_weights that leave the frozen weights as they are; "pissa" and "olora" change them (`peft_starts`)
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
+_BIASES = ("none", "all", "lora_only")
+_MANY = 4096  # entries of a table of patterns
 
 
 @dataclass
 class PeftModule:
     """The tensors of one wrapped module, and its settings."""
 
-    a: Tensor | None = None  # (R, in)
+    a: Tensor | None = None  # (R, in); of a convolution (R, channels * its size)
     b: Tensor | None = None  # (out, R)
     magnitude: Tensor | None = None  # (out,)
     alpha: float = 0.0
@@ -59,6 +66,7 @@ class PeftAdapter:
     settings: dict[str, Any]
     modules: dict[str, PeftModule]
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # modules_to_save: path -> state
+    biases: dict[str, Tensor] = field(default_factory=dict)  # biases of the backbone that were trained: path -> (out,)
     note: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,12 +102,20 @@ def read_peft(folder: Path) -> PeftAdapter:
     """
     if not folder.is_dir():
         raise ConfigError(f"There is no folder '{folder}'. Name one that holds peft's {CONFIG} and {WEIGHTS}.")
-    config = read_config_file(folder)
-    if "format_version" in config and "peft_type" not in config:
-        raise ConfigError(f"'{folder}' holds an adapter in our own format: zoo.load(adapter={str(folder)!r}) reads it.")
-    _check_settings(config, folder / CONFIG)
     path = folder / WEIGHTS
-    tensors, metadata = parse(read_weights_file(folder), path)
+    if os.path.lexists(folder / CONFIG):
+        config = read_config_file(folder)
+        _check_format(config, folder)
+        tensors, metadata = parse(read_weights_file(folder), path)
+    else:
+        tensors, metadata = parse(read_weights_file(folder), path)
+        config = _note(metadata).get(CONFIG, {})
+        if not isinstance(config, dict) or not config:
+            raise ConfigError(
+                f"'{folder}' has no {CONFIG}, so it is not a saved adapter. Name a folder that holds one."
+            )
+        _LOG.warning("The last save to '%s' was cut off; using the complete copy in %s.", folder, WEIGHTS)
+        _check_format(config, folder)
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
@@ -108,11 +124,22 @@ def read_peft(folder: Path) -> PeftAdapter:
     saved = PeftAdapter(folder, config, {}, note=_note(metadata))
     for key, tensor in tensors.items():
         _sort(saved, key, tensor, path)
+    if config.get("bias", "none") == "all":  # then a bias without its weight was not saved whole, but trained alone
+        alone = [name for name, state in saved.whole.items() if set(state) == {"bias"}]
+        saved.biases |= {name: saved.whole.pop(name)["bias"] for name in alone}
+        # of a module that was trained whole, peft saves the bias of the one that it stands for, too
+        saved.biases = {name: value for name, value in saved.biases.items() if not name.endswith(".original_module")}
     for name, module in saved.modules.items():
         _check_module(saved, name, module, path)
     if not saved.modules:
         raise WeightsError(f"'{path}' holds no LoRA tensors ('{PREFIX}<module>.lora_A.weight'). Get another copy.")
     return saved
+
+
+def _check_format(config: dict[str, Any], folder: Path) -> None:
+    if "format_version" in config and "peft_type" not in config:
+        raise ConfigError(f"'{folder}' holds an adapter in our own format: zoo.load(adapter={str(folder)!r}) reads it.")
+    _check_settings(config, folder / CONFIG)
 
 
 def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -135,15 +162,15 @@ def _check_settings(config: dict[str, Any], path: Path) -> None:
     for key, value in config.items():
         if key.startswith("use_") and value and key not in _KNOWN_FLAGS:
             raise ConfigError(f"'{path}' sets {key}, a variant of LoRA that is not known here. It cannot be imported.")
-    if config.get("bias", "none") != "none":
-        raise ConfigError(
-            f"'{path}' has bias={config['bias']!r}: it trains biases of the backbone, which is the method 'bitfit' here. "
-            "It cannot be imported as a LoRA."
-        )
+    if config.get("bias", "none") not in _BIASES:
+        raise ConfigError(f"'{path}' has bias={config['bias']!r}; expected one of {', '.join(_BIASES)}.")
     start = config.get("init_lora_weights", True)
-    if start not in _KEEPS_BACKBONE:
+    if isinstance(start, (dict, list)) or start not in _STARTS:
+        why = (
+            "drew random numbers that are not saved" if "niter" in str(start) else "also changed the backbone's weights"
+        )
         raise ConfigError(
-            f"'{path}' has init_lora_weights={start!r}, which also changed the weights of the backbone. Save it in peft with "
+            f"'{path}' has init_lora_weights={start!r}, which {why}. Save it in peft with "
             "path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
         )
     checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
@@ -153,14 +180,14 @@ def _check_settings(config: dict[str, Any], path: Path) -> None:
         (
             "rank_pattern",
             {},
-            lambda v: isinstance(v, dict) and all(type(n) is int for n in v.values()),
-            "names and ranks",
+            lambda v: isinstance(v, dict) and len(v) <= _MANY and all(type(n) is int for n in v.values()),
+            f"at most {_MANY:,} names and ranks",
         ),
         (
             "alpha_pattern",
             {},
-            lambda v: isinstance(v, dict) and all(_number(n) for n in v.values()),
-            "names and numbers",
+            lambda v: isinstance(v, dict) and len(v) <= _MANY and all(_number(n) for n in v.values()),
+            f"at most {_MANY:,} names and numbers",
         ),
     )
     for key, default, fits, expected in checks:
@@ -189,6 +216,9 @@ def _sort(saved: PeftAdapter, key: str, tensor: Tensor, path: Path) -> None:
         if match := re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", name):
             saved.modules.setdefault(match[1], PeftModule()).magnitude = tensor
             return
+        if match := re.fullmatch(r"(.+)\.base_layer\.bias", name):
+            saved.biases[match[1]] = tensor
+            return
         if match := re.fullmatch(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)", name):
             saved.whole.setdefault(match[1], {})[match[2]] = tensor
             return
@@ -197,11 +227,13 @@ def _sort(saved: PeftAdapter, key: str, tensor: Tensor, path: Path) -> None:
 
 def _check_module(saved: PeftAdapter, name: str, module: PeftModule, path: Path) -> None:
     a, b, config = module.a, module.b, saved.settings
+    if a is not None and b is not None and a.dim() == b.dim() > 2 and b.shape[2:].numel() == 1:  # of a convolution
+        a, b = module.a, module.b = a.flatten(1), b.flatten(1)
     if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         shapes = [tuple(t.shape) if t is not None else "none" for t in (a, b)]
         raise WeightsError(
             f"'{path}': A and B of '{name}' have shapes {shapes[0]} and {shapes[1]}; expected (r, in) and (out, r) of an "
-            "nn.Linear. LoRA on convolutions and embeddings cannot be imported."
+            "nn.Linear, or those of a convolution. LoRA on embeddings cannot be imported."
         )
     rank = _pattern(config["rank_pattern"], name, config["r"], saved.folder)
     if rank != len(a):
@@ -219,9 +251,6 @@ def _check_module(saved: PeftAdapter, name: str, module: PeftModule, path: Path)
 def _pattern(table: Mapping[str, Any], name: str, default: Any, folder: Path) -> Any:
     """peft's rule: the first key that, as a regular expression, matches the end of the name."""
     for key, value in table.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise ConfigError(f"'{folder / CONFIG}': '{key}' is no regular expression ({error}).") from error
+        if key == name or safe_pattern(rf"(.*\.)?({key})$", f"'{folder / CONFIG}'").match(name):
+            return value
     return default

@@ -10,29 +10,32 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA
-from zoo.errors import ConfigError, MismatchError, ZooError, nearest
+from zoo.errors import MismatchError, ZooError, nearest
+from zoo.exchange.peft_head import SavedHead, head_of
 from zoo.exchange.peft_reader import PeftAdapter, PeftModule
+from zoo.exchange.peft_starts import plain
 from zoo.points import LinearPoint, Points
+from zoo.points.rows import is_conv
 
 if TYPE_CHECKING:
     from zoo.model import Model
 
 
-def translate(saved: PeftAdapter, model: Model) -> tuple[LoRA, dict[str, dict[str, Tensor]], dict[str, Tensor] | None]:
-    """What to attach to this model: the settings, the tensors of each point, and the state of the head (or None).
+def translate(saved: PeftAdapter, model: Model) -> tuple[LoRA, dict[str, dict[str, Tensor]], SavedHead | None]:
+    """What to attach to this model: the settings, the tensors of each point, and the head (or None).
 
     Raises:
         MismatchError: a module that this backbone lacks, or of another shape; settings that do not go together.
     """
     by_path: dict[str, list[LinearPoint]] = {}
     for point in model.points:
-        if isinstance(point, LinearPoint) and isinstance(point.module, nn.Linear):
+        if isinstance(point, LinearPoint) and (isinstance(point.module, nn.Linear) or is_conv(point.module)):
             by_path.setdefault(point.path, []).append(point)
-    head = _head(saved, model)
+    head = head_of(saved, model)
     parts: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     ours = _own_settings(saved, model.points)
-    for path, module in saved.modules.items():
+    for path, module in list(saved.modules.items()):
         if path == model.family.head_path():
             continue
         points = sorted(by_path.get(path, []), key=lambda p: p.start)
@@ -43,12 +46,14 @@ def translate(saved: PeftAdapter, model: Model) -> tuple[LoRA, dict[str, dict[st
             )
         assert module.a is not None and module.b is not None
         shape = (len(module.b), module.a.shape[1])
-        own = tuple(points[0].module.weight.shape)  # type: ignore[union-attr,arg-type]
+        weight: Tensor = points[0].module.weight  # type: ignore[union-attr,assignment]
+        own = tuple(weight.flatten(1).shape)
         if shape != own or points[-1].stop != shape[0]:
             raise MismatchError(
                 f"The LoRA on '{path}' in '{saved.folder}' is for a weight of shape {shape}; that of '{model.backbone_name}' has "
                 f"{own}. It was trained on another width."
             )
+        module = saved.modules[path] = plain(saved, path, module, weight.flatten(1))
         split = _split(module, points, ours)
         parts |= split
         alphas |= dict.fromkeys(split, module.alpha)
@@ -130,49 +135,6 @@ def _split(module: PeftModule, points: list[LinearPoint], ours: _Own | None) -> 
         if module.magnitude is not None:
             found[point.name]["magnitude"] = module.magnitude.reshape(-1)[point.start : point.stop]
     return found
-
-
-def _head(saved: PeftAdapter, model: Model) -> dict[str, Tensor] | None:
-    """The state of the head that was saved whole, or of the model's own head with its LoRA folded in."""
-    path = model.family.head_path()
-    state = saved.whole.get(path) if path else None
-    others = sorted(saved.whole.keys() - {path})
-    if others:
-        raise ConfigError(
-            f"'{saved.folder}' trains whole modules of the backbone ({', '.join(others)}); only the head"
-            f"{f' ({path!r})' if path else ''} can be imported whole."
-        )
-    if state is not None:
-        weight = state.get("weight")
-        if (
-            weight is None
-            or weight.dim() != 2
-            or weight.shape[1] != model.family.feature_dim
-            or set(state) != {"weight", "bias"}
-        ):
-            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in state.items())
-            raise MismatchError(
-                f"The head in '{saved.folder}' ({shapes}) does not fit the features of '{model.backbone_name}', which have width "
-                f"{model.family.feature_dim}; expected a weight (classes, width) and a bias."
-            )
-        return state
-    delta = saved.modules.get(path or "")
-    if delta is None:
-        return None
-    # peft's "all-linear" on a timm model adapts the classifier too, and does not save the classifier that it adapts.
-    assert delta.a is not None and delta.b is not None
-    own = model.head
-    if (
-        not isinstance(own, nn.Linear)
-        or own.weight.shape != (len(delta.b), delta.a.shape[1])
-        or delta.magnitude is not None
-    ):
-        raise MismatchError(
-            f"'{saved.folder}' has a LoRA on the classifier '{path}', and does not hold the classifier itself. Give a model that "
-            "has it (a checkpoint's own: num_classes=None), or train in peft with modules_to_save=['head']."
-        )
-    weight = own.weight.detach() + saved.scale(delta) * (delta.b.to(own.weight) @ delta.a.to(own.weight))
-    return {**own.state_dict(), "weight": weight}
 
 
 def _selectors(points: Points, names: Iterable[str]) -> list[str]:
