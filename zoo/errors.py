@@ -45,6 +45,10 @@ class ConfigError(ZooError, ValueError):
     """A setting is missing, unknown, of the wrong type or out of range."""
 
 
+class AbsentError(ConfigError, AttributeError):
+    """A property that this model does not have (the image size of a network of sounds); `hasattr` is false there."""
+
+
 class ContextError(ZooError, ValueError):
     """A value that an adapter needs for a forward pass is missing, or not one for each sample."""
 

@@ -1,4 +1,4 @@
-"""wav2vec 2.0 and HuBERT, as transformers builds them (`Wav2Vec2ForSequenceClassification`, `HubertForSequenceClassification`).
+"""wav2vec 2.0, HuBERT and data2vec-audio, as transformers builds them (`Wav2Vec2ForSequenceClassification` and so on).
 
 A waveform (B, n) at 16 kHz goes through seven convolutions (one step of 20 ms each) and a projection; a wide convolution over the
 steps is added for their positions; then come transformer blocks on tokens (B, N, d) without any class token. The mean over
@@ -11,7 +11,10 @@ the head here has the same parameters and works on the mean of the steps; it agr
 `seconds` (of `zoo.load`, by default 5) says how much of a sound the preprocessing hands over: a longer one is cut, a
 shorter one filled up with silence. The model itself takes any length.
 
-Sources: Baevski et al., "wav2vec 2.0", NeurIPS 2020; Hsu et al., "HuBERT", IEEE/ACM TASLP 2021 (facebookresearch/fairseq).
+The convolutions have norms, too: a group norm behind the first one (base models), or a layer norm behind each.
+
+Sources: Baevski et al., "wav2vec 2.0", NeurIPS 2020; Hsu et al., "HuBERT", IEEE/ACM TASLP 2021; Baevski et al., "data2vec", ICML
+2022 (facebookresearch/fairseq).
 """
 
 from __future__ import annotations
@@ -24,19 +27,17 @@ from torch import Tensor, nn
 
 from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import AttachError, ConfigError, DataError, MismatchError
-from zoo.points import Layout, NormPoint, Point
-from zoo.points.rows import Row, make_linear
+from zoo.points import Layout, Point
+from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
 SHORTEST = 400  # samples that the convolutions need
+WIDE: Fields = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 LARGE: Fields = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
+    **WIDE,
     "do_stable_layer_norm": True,
     "feat_extract_norm": "layer",
     "conv_bias": True,
@@ -99,12 +100,13 @@ def _table(stable: bool) -> tuple[Row, ...]:
 
 @register_backbone
 class Wav2Vec2(TransformersAudio):
-    """`wav2vec2-b`, `hubert-b` and larger ones, or `transformers:<repository or folder>` of these model types."""
+    """`wav2vec2-b`, `hubert-b`, `data2vec-audio-b`, larger ones, or `transformers:<repository or folder>` of these types."""
 
     family = "wav2vec2"
     library_classes = {
         "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification"),
         "hubert": ("HubertConfig", "HubertForSequenceClassification"),
+        "data2vec-audio": ("Data2VecAudioConfig", "Data2VecAudioForSequenceClassification"),
     }
     configs = {
         "facebook/wav2vec2-base": ("wav2vec2", {}),
@@ -112,6 +114,8 @@ class Wav2Vec2(TransformersAudio):
         "facebook/wav2vec2-large-xlsr-53": ("wav2vec2", LARGE),
         "facebook/hubert-base-ls960": ("hubert", {}),
         "facebook/hubert-large-ll60k": ("hubert", LARGE),
+        "facebook/data2vec-audio-base": ("data2vec-audio", {}),
+        "facebook/data2vec-audio-large": ("data2vec-audio", WIDE),
     }
     head_parts = ("projector", "classifier")
     aliases = {
@@ -120,6 +124,8 @@ class Wav2Vec2(TransformersAudio):
         "wav2vec2-xlsr53": "transformers:facebook/wav2vec2-large-xlsr-53",
         "hubert-b": "transformers:facebook/hubert-base-ls960",
         "hubert-l": "transformers:facebook/hubert-large-ll60k",
+        "data2vec-audio-b": "transformers:facebook/data2vec-audio-base",
+        "data2vec-audio-l": "transformers:facebook/data2vec-audio-large",
     }
     elementwise = ("feed_forward.intermediate_act_fn",)
     plain_blocks = True
@@ -163,16 +169,7 @@ class Wav2Vec2(TransformersAudio):
         Raises:
             ConfigError: an unknown field, or weights that cannot be had.
         """
-        options = {k: v for k, v in kwargs.items() if v is not None and k != "seconds"}
-        device, attention = options.pop("device", None), options.pop("attn_implementation", None)
-        source = name.removeprefix("transformers:")
-        model_type, fields = cls.described(source)
-        cls.check_options(model_type, options)
-        if not pretrained:
-            module = cls.random(model_type, {**fields, **options}, attention)
-        else:
-            module = cls.load(source, options, attention)
-        return module if device is None else module.to(device)  # type: ignore[no-any-return]
+        return super().build(name, pretrained=pretrained, **{k: v for k, v in kwargs.items() if k != "seconds"})
 
     def configure(self, **options: Any) -> None:
         """`seconds` of a sound that the preprocessing hands over."""
@@ -196,26 +193,31 @@ class Wav2Vec2(TransformersAudio):
         return self.module.get_submodule(self.body_path)
 
     @property
+    def attention_site(self) -> Any:
+        """The site of an attention whose keys are extended."""
+        from zoo.families.split_attention import SplitAttention
+
+        return SplitAttention
+
+    def masked(self, block: Any) -> tuple[nn.Module, ...]:
+        """Attentions whose bias must grow with prompts that come in at a block."""
+        return ()
+
+    @property
     def stable(self) -> bool:
         """Whether blocks are pre-norm."""
-        return bool(self.body.config.do_stable_layer_norm)
+        return bool(getattr(self.body.config, "do_stable_layer_norm", False))
 
     def points(self) -> list[Point]:
-        """Points of the projection of the convolutions' features, of every block, and of the norm around the blocks."""
+        """Points of the convolutions' norms, of the projection behind them, of every block, and of the norm around the blocks."""
         body, path, dim = self.body, self.body_path, self.feature_dim
         found: list[Point] = []
-        feature = f"{path}.feature_projection"
-        norm = getattr(body.feature_projection, "layer_norm", None)
-        if norm is not None:
-            found.append(self._norm("patch_embed.norm", f"{feature}.layer_norm", norm))
-        projection = body.feature_projection.projection
-        common = {"name": "patch_embed", "role": "patch", "path": f"{feature}.projection", "module": projection}
-        patch = make_linear(projection, None, "", 0, common)
-        found += [] if patch is None else [patch]
-        around = self._norm(
-            "norm" if self.stable else "norm_pre", f"{path}.encoder.layer_norm", body.encoder.layer_norm
-        )
-        found += [] if self.stable else [around]
+        for i in range(len(body.feature_extractor.conv_layers)):
+            found += self.norm_at(f"patch_embed.conv.{i}.norm", f"{path}.feature_extractor.conv_layers.{i}.layer_norm")
+        found += self.norm_at("patch_embed.norm", f"{path}.feature_projection.layer_norm")
+        found += self.linear_at("patch_embed", "patch", f"{path}.feature_projection.projection")
+        around = self.norm_at("norm" if self.stable else "norm_pre", f"{path}.encoder.layer_norm")
+        found += [] if self.stable else around
         table = _table(self.stable)
         for i, layer in enumerate(body.encoder.layers):
             found += self.points_of_block(
@@ -230,12 +232,7 @@ class Wav2Vec2(TransformersAudio):
                 attention={"head_dim": layer.attention.head_dim},
                 tokens={"num_prefix": 0, "first": i == 0},
             )
-        return [*found, around] if self.stable else found
-
-    @staticmethod
-    def _norm(name: str, path: str, module: nn.Module) -> NormPoint:
-        width = len(module.weight)  # type: ignore[arg-type]
-        return NormPoint(name=name, role="norm", path=path, module=module, dim_in=width, dim_out=width)
+        return [*found, *around] if self.stable else found
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
         """Waveforms (B, n), n >= 400 -> (B, d), the mean over the steps.
@@ -309,6 +306,8 @@ class Wav2Vec2(TransformersAudio):
             norm=block.layer_norm if self.stable else None,
             leave=None if pooled else leave,
             options=options,
+            kind=self.attention_site,
+            masked=self.masked(block),
         )
 
     # -- data -------------------------------------------------------------------------------------------------------

@@ -289,7 +289,8 @@ class TransformersBackbone(Backbone):
             return []
         width = norm_dim(module)
         common: dict[str, Any] = {"name": name, "role": "norm", "path": path, "module": module, **place}
-        return [NormPoint(**common, dim_in=width, dim_out=width)]
+        first = isinstance(module, nn.GroupNorm)  # of convolutions: (B, channels, steps)
+        return [NormPoint(**common, dim_in=width, dim_out=width, channels_first=first)]
 
     def linear_at(self, name: str, role: str, path: str, **place: Any) -> list[Point]:
         """The point of a projection, if it is there."""

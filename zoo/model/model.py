@@ -15,7 +15,7 @@ from zoo.backbone import WRAPPED, Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
-from zoo.errors import ConfigError
+from zoo.errors import AbsentError, ConfigError
 from zoo.library import only_tensors
 from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, apart, named_outputs
@@ -24,6 +24,9 @@ from zoo.model.fingerprint import Watched, at_any_resolution, fingerprint
 from zoo.model.routing import Route, forward_routed, routed_parameters
 from zoo.points import Points
 from zoo.points.merger import Merger
+
+# Properties that come of the backbone's data configuration: its word there, and ours
+OF_DATA = {"image_size": ("input_size", "image size"), "mean": ("mean", "mean"), "std": ("std", "std")}
 
 
 class Model(Contextual):
@@ -377,7 +380,7 @@ class Model(Contextual):
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the images that the backbone takes. Raises ConfigError if it takes none."""
-        _, height, width = self._of_data("input_size", "image size")
+        _, height, width = self._of_data(*OF_DATA["image_size"])
         return height, width
 
     @property
@@ -399,11 +402,17 @@ class Model(Contextual):
         if key not in config:
             shapes = ", ".join(str(tuple(x.shape)) for x in self.family.example_batch(1))
             known = f", model.family.data_config() has {', '.join(config)}" if config else ""
-            raise ConfigError(
+            raise AbsentError(
                 f"'{self.backbone_name}' ({self.family.modality}) has no {what}. It takes inputs of the shapes {shapes} "
                 f"(model.example_batch()){known}."
             )
         return config[key]
+
+    def __getattr__(self, name: str) -> Any:
+        """As torch's; a property that is absent gives its own reason."""
+        if name in OF_DATA:  # it has raised an AttributeError, which Python follows up by asking here
+            self._of_data(*OF_DATA[name])
+        return super().__getattr__(name)
 
     def example_batch(self, size: int = 2) -> tuple[Tensor, ...]:
         """Inputs of the shapes that the model is made for, on its device and in its precision: model(*model.example_batch())."""
