@@ -202,4 +202,11 @@ def _one_stream(points: Points) -> list[Point]:
             f"'ladder' reads tokens alone, and the blocks of {points.backbone} depend on a condition (points of kind "
             "'condition') that a side block would not know."
         )
+    inside = tuple(f"{p.name}." for p in blocks)
+    behind = next((p.name for p in points if p.kind == "attention" and not p.name.startswith(inside)), None)
+    if behind is not None:
+        raise AttachError(
+            f"'ladder' ends with the tokens of the last block, and those of {points.backbone} are read by another attention "
+            f"behind it ('{behind}'). Use a backbone whose blocks give its tokens."
+        )
     return blocks
