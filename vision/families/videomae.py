@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vision.families.parts.transformers_family import IMAGENET, Places, TransformersVision
+from zoo.backbone import told
 from zoo.errors import DataError
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -174,6 +175,11 @@ class VideoMAE(TransformersVision):
             return torch.stack(found)
 
         return clip
+
+    def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
+        """As `Backbone.usage`, from a folder of frames."""
+        lines = ['clip = model.preprocess()([Image.open(p) for p in sorted(Path("frames").iterdir())])']
+        return ["from pathlib import Path", "from PIL import Image"], [*lines, told("clip", self, num_classes)]
 
     def hub_task(self, num_classes: int) -> str | None:
         """The Hub's word for it."""

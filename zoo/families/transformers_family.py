@@ -79,10 +79,10 @@ class TransformersBackbone(Backbone):
         if isinstance(config, str):
             return config
         kind = config.get("model_type")
-        if kind in cls.library_classes:
-            return True
         if not isinstance(kind, str):
             return f"'config.json' of '{source}' names no model_type, by which transformers' networks are known."
+        if kind in cls.library_classes:
+            return True
         return f"'{source}' is of the type '{kind}', which no family describes; described are {', '.join(described_types())}."
 
     @classmethod

@@ -255,6 +255,15 @@ def test_the_head_is_that_of_the_library() -> None:
     assert torch.equal(plain(x).logits, bare(x))
 
 
+def test_a_merged_ast_names_its_classes(tmp_path: Path) -> None:
+    """`save_pretrained` wrote LABEL_0, LABEL_1 ..., though the names are known."""
+    model = make(double=False)
+    model.reset_head(2, ["bark", "meow"])
+    model.merge().save_pretrained(tmp_path)  # type: ignore[operator]
+    config = transformers.ASTForAudioClassification.from_pretrained(tmp_path).config
+    assert config.id2label == {0: "bark", 1: "meow"} and config.label2id == {"bark": 0, "meow": 1}
+
+
 # -- other lengths and strides --------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -220,6 +221,11 @@ class TimmBackbone(Backbone):
         for classifier in own if isinstance(own, tuple) else (own,):
             classifier.load_state_dict(head.state_dict())
             classifier.to(device=head.weight.device, dtype=head.weight.dtype)
+
+    def name_classes(self, module: nn.Module, classes: Sequence[str]) -> None:
+        """Write the names of the classes where timm's `save_for_hf` and `push_to_hf_hub` look for them."""
+        named = {"num_classes": len(classes), "label_names": list(classes)}
+        module.pretrained_cfg = {**(getattr(module, "pretrained_cfg", None) or {}), **named}  # type: ignore[assignment]
 
     def head_path(self) -> str | None:
         """Where timm keeps the classifier: `head`, or `head.fc`."""

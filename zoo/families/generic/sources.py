@@ -51,6 +51,8 @@ def accepts(name: str) -> bool | str:
         if isinstance(config, str):
             return config
         known = config.get("model_type")
+        if not isinstance(known, str):
+            return f"'config.json' of '{source}' names no model_type, by which transformers' networks are known."
         auto = library("transformers", "multimodal").CONFIG_MAPPING
         return True if known in auto else f"transformers has no model type '{known}' (config.json of '{source}')."
     if kind == "diffusers":
