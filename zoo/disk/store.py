@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from zoo import registry
 from zoo.backbone import WRAPPED
@@ -57,6 +58,7 @@ from zoo.disk.record import check_record
 from zoo.disk.saved import SavedAdapter, contents, read
 from zoo.errors import ConfigError, MismatchError, SaveError, nearest
 from zoo.heads import kind_of
+from zoo.heads.folded import folded
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -106,6 +108,12 @@ def save(
     folder = Path(folder)
     names = _select(model, adapters)
     methods = [cast("Adapter", model.adapters[name]) for name in names]
+    for name, method in zip(names, methods, strict=True):
+        if any(is_parametrized(part) for part in method.modules()):
+            raise ConfigError(
+                f"the adapter '{name}' has parameters that torch.nn.utils.parametrize computes; they have no names of ours. Fold "
+                "them first: torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+            )
     parts = [method.saved() for method in methods]
     tensors: dict[str, Tensor] = {}
     for name, (_, state) in zip(names, parts, strict=True):
@@ -114,7 +122,7 @@ def save(
     own_head = model.head_for(names)
     num_classes = int(getattr(model.heads[own_head], "out_features", 0))
     if num_classes:
-        tensors.update({f"{HEAD}/{key}": value for key, value in model.heads[own_head].state_dict().items()})
+        tensors.update({f"{HEAD}/{key}": value for key, value in folded(model.heads[own_head]).state_dict().items()})
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     named = model.classes_of(own_head)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
     """`Backbone.outputs` with the active adapters, memory recorded as in `features`."""
-    risen = model._state.rise()
+    risen = model._enter()
     try:
         if torch.compiler.is_compiling():
             return _outputs(model, inputs, want, kwargs)

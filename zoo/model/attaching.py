@@ -153,7 +153,10 @@ class AdapterHost(Sited):
             raise
         self.adapters[name] = fresh
         if head is not None:
+            known = self.classes or self._classes.get("default")
             self.heads[name] = head
+            if num_classes is None and known is not None and len(known) == width:
+                self._classes[name] = list(known)  # a head of another kind or width of features, for the same classes
         self._install(name, session)
         mixed = mixing.mixed_by(session.ops) if activate else ()
         self.set_active(*(n for n in self._state.active if n not in mixed), *([name] if activate else []))

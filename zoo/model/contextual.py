@@ -70,7 +70,7 @@ class Contextual(AdapterHost):
         Raises:
             ContextError: a value that an active adapter needs is missing.
         """
-        risen = self._state.rise()
+        risen = self._enter()
         try:
             return self._framed(run, (), {}, call=(inputs, kwargs)) if self._needs_frame(None) else run()
         finally:

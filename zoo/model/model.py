@@ -16,6 +16,7 @@ from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
 from zoo.errors import AbsentError, ConfigError
+from zoo.heads.folded import folded
 from zoo.library import only_tensors
 from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, apart, named_outputs
@@ -169,7 +170,7 @@ class Model(Contextual):
         return self._pooled(*inputs, **kwargs)
 
     def _pooled(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        risen = self._state.rise()
+        risen = self._enter()
         try:
             if torch.compiler.is_compiling():
                 return self._features(*inputs, **kwargs)
@@ -321,7 +322,7 @@ class Model(Contextual):
             plain.get_submodule(paths[id(module)])._parameters[name].data.copy_(parameter.data)  # type: ignore[union-attr]
         Merger(plain, self.points, self.family.fold_shift).run(active)
         if not isinstance(head, nn.Identity):
-            self.family.put_head(plain, copy.deepcopy(head).to(dtype=self.dtype))
+            self.family.put_head(plain, copy.deepcopy(folded(head)).to(dtype=self.dtype))
             if self.classes is not None:
                 self.family.name_classes(plain, self.classes)
         return self.family.restore(plain).requires_grad_(True).eval()

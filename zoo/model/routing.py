@@ -55,6 +55,7 @@ def forward_routed(
         )
     route.check(model)
     state, rows = model._state, route.rows
+    state.settle(model._enter())
     if torch.is_grad_enabled():
         train_also(model, route.named)
     here = state.here()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from zoo.engine.sites import BlockSite, Op, Place, Site
-from zoo.engine.swaps import ByHand, Swap
+from zoo.engine.swaps import ByHand, Risen, Swap
+from zoo.errors import ConfigError
 from zoo.model.headed import HALVES, Headed
 from zoo.points import Points
+
+_LOG = logging.getLogger("zoo")
+# how timm and open_clip, and how transformers and diffusers call the switch
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
 class Sited(Headed):
@@ -21,6 +28,7 @@ class Sited(Headed):
     _ops: dict[str, list[tuple[Site, Op]]]
     _swaps: dict[str, list[Swap]]
     _memory: str
+    memory: Any
     _resting: dict[str, set[str]]
     _by_hand: list[Any]
 
@@ -85,6 +93,43 @@ class Sited(Headed):
             hooks = ByHand(self._state)
             self._by_hand.append(module.register_forward_pre_hook(hooks.before, prepend=True))
             self._by_hand.append(module.register_forward_hook(hooks.after))
+
+    # -- passes -----------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Risen | None:
+        """A pass of the backbone begins; what it returns goes to `_state.settle` when the pass is over."""
+        if self.adapters and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._take_over()
+        return self._state.rise()
+
+    def _take_over(self) -> None:
+        """The library's own checkpointing would run blocks again with whatever adapters are in use by then: ours, instead.
+
+        Raises:
+            ConfigError: this family's blocks are not known, so that there is nothing to checkpoint instead.
+        """
+        on = [(m, flag) for m in self._checkpointing for flag in CHECKPOINTING if getattr(m, flag, False) is True]
+        if not on:
+            return
+        if not any(p.kind == "block" for p in self.points):
+            raise ConfigError(
+                f"The library's checkpointing is on in '{self.family.name}', and adapters are attached: blocks would run again "
+                "with whatever adapters are in use by then, and gradients could be wrong. Switch it off; there is no "
+                "memory='min' in its place, since the blocks of this network are not known."
+            )
+        for module, flag in on:
+            setattr(module, flag, False)
+        self.memory = "min"
+        _LOG.warning(
+            "The library's own checkpointing of '%s' is off, and memory='min' is on instead: it runs blocks again with the "
+            "adapters of their forward pass. Set model.memory yourself to choose.",
+            self.family.name,
+        )
+
+    @functools.cached_property
+    def _checkpointing(self) -> list[nn.Module]:
+        """Modules of the backbone that have a switch for checkpointing."""
+        return [m for m in self.backbone.modules() if any(hasattr(m, flag) for flag in CHECKPOINTING)]
 
     # -- precision --------------------------------------------------------------------------------------------------
 

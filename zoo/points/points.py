@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,6 +136,8 @@ class Points(Sequence[Point]):
                         f"with {key}={value!r}; it has {', '.join(have) or 'none'}."
                     )
             pool = [p for p in pool if getattr(p, key) in values]
+        if tower is None:
+            self._both_have(kind)
         if selector is None:
             return list(pool)
         chosen: set[int] = set()
@@ -160,8 +163,41 @@ class Points(Sequence[Point]):
                             f"'{single}'{part} matches no{among} point of {self.backbone}. {nearest(single, set(known))} "
                             "`zoo points` lists them."
                         )
+                    if tower is None:
+                        self._both_hit(single, hits)
                     chosen.update(id(p) for p in hits)
         return [p for p in pool if id(p) in chosen]
+
+    @functools.cached_property
+    def _towers(self) -> tuple[str, ...]:
+        """Towers side by side that each have blocks; an encoder and a decoder that reads it are one network."""
+        if any(p.role == "cross" for p in self._points):
+            return ()
+        found = tuple(dict.fromkeys(p.tower for p in self._points if p.tower and p.block is not None))
+        return found if len(found) > 1 else ()
+
+    def _both_have(self, kind: str | Sequence[str] | None) -> None:
+        """Raise SelectionError if one tower has no point of a kind that another has: a method would leave it out in silence."""
+        for one in [kind] if isinstance(kind, str) else kind or ():
+            having = {p.tower for p in self._points if p.kind == one}
+            lacking = [t for t in self._towers if t not in having]
+            if having & set(self._towers) and lacking:
+                self._left_out(f"{one} points", lacking[0], next(t for t in self._towers if t in having))
+
+    def _both_hit(self, single: str, hits: Sequence[Point]) -> None:
+        """Raise SelectionError if a selector that names no tower matches inside of the blocks of one alone."""
+        if not self._towers or single.partition(".")[0] in self._towers:
+            return
+        inside = {p.tower for p in hits if p.block is not None}
+        lacking = [t for t in self._towers if t not in inside]
+        if inside and lacking:
+            self._left_out(f"point for '{single}'", lacking[0], next(t for t in self._towers if t in inside))
+
+    def _left_out(self, what: str, lacking: str, having: str) -> None:
+        raise SelectionError(
+            f"the {lacking} tower of {self.backbone} has no {what}, so it would be left out while the {having} tower is adapted. "
+            f"Name the tower ('{having}.**'), or load it alone (tower='{having}')."
+        )
 
     def _reachable(self, pattern: str, match: Callable[[str], Any]) -> None:
         """Raise SelectionError if a pattern names a projection that is no point."""

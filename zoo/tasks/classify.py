@@ -70,6 +70,12 @@ class Classify(Weighted):
                 f"{dataset.where(0)}: the target is {dataset.targets[0].tolist()!r:.60}; to classify, an item has one class "
                 f"(a whole number or a text), or probabilities that sum to 1. These data are for a task of {kind}: pass task=..."
             )
+        if model.num_classes == 1:
+            raise ConfigError(
+                "The model's head has one output, and of one class there is nothing to learn: the loss is 0 whatever it says. "
+                "For numbers pass task='regress', for one yes or no task='multilabel', or load the model with num_classes=2 or "
+                "more."
+            )
         check_names(model, dataset, what)
         if isinstance(head := getattr(model, "head", None), Head) and "text" in head.needs and head.classes is None:
             numbers = all(str(name).isdigit() for name in dataset.classes or ())

@@ -210,6 +210,12 @@ def fit(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "
             "train with precision='fp16' or 'bf16'."
         )
+    if loose := [n for n, p in model.backbone.named_parameters() if p.requires_grad]:
+        raise ConfigError(
+            f"'{loose[0]}' and {len(loose) - 1} more parameters of the backbone require gradients, and zoo.fit trains adapters "
+            "and heads: they would neither be trained nor saved. Add the adapter 'full', 'norm' or 'bitfit', which train the "
+            "backbone's own parameters, or freeze it again: model.backbone.requires_grad_(False)."
+        )
     if precision == "fp32" and next(model.backbone.parameters()).dtype == torch.float16:
         raise ConfigError(
             "The backbone is float16, too coarse for small gradients on their way through it. Train with precision='fp16', which "
