@@ -282,14 +282,14 @@ class TransformersBackbone(Backbone):
 
     # -- points outside of the blocks -------------------------------------------------------------------------------
 
-    def norm_at(self, name: str, path: str, **place: Any) -> list[Point]:
-        """The point of a norm with a scale of its own, if it is there."""
+    def norm_at(self, name: str, path: str, first: bool = False, **place: Any) -> list[Point]:
+        """The point of a norm with a scale of its own, if it is there; `first`: channels stand in front of the places."""
         module = find(self.module, path)
         if module is None or not isinstance(getattr(module, "weight", None), Tensor):
             return []
         width = norm_dim(module)
         common: dict[str, Any] = {"name": name, "role": "norm", "path": path, "module": module, **place}
-        first = isinstance(module, nn.GroupNorm)  # of convolutions: (B, channels, steps)
+        first = first or isinstance(module, nn.GroupNorm)  # of convolutions: (B, channels, steps)
         return [NormPoint(**common, dim_in=width, dim_out=width, channels_first=first)]
 
     def linear_at(self, name: str, role: str, path: str, **place: Any) -> list[Point]:
