@@ -25,6 +25,8 @@ MICRO: dict[str, dict[str, Any]] = {
 TIMM: dict[str, dict[str, Any]] = {
     "timm": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 32},
     "timm pooling": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear", "image_size": 32},
+    "timm eva02": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "linear"},
+    "timm pe": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map", "timm_proj": "linear"},
 }
 
 
@@ -33,7 +35,7 @@ def make(kind: str = "plain", *adapters: Any, **options: Any) -> zoo.Model:
     torch.manual_seed(0)
     if kind in TIMM:
         options = {
-            "vision_cfg": TIMM[kind],
+            "vision_cfg": {"image_size": 32, **TIMM[kind]},
             "text_cfg": TEXT,
             "embed_dim": 24,
             "image_size": 32,

@@ -22,10 +22,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vision.families.parts import vit_blocks
-from vision.families.parts.flat_vit import pool_points
 from vision.families.parts.timm_family import OPTIONS, TimmBackbone, at_size
 from zoo.engine.attention import FusedAttention, recorder
 from zoo.errors import AttachError, MismatchError, UndescribedError
+from zoo.families.timm_parts import pool_points
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
 from zoo.registry import register_backbone

@@ -15,9 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision.families.parts import vit_blocks
-from vision.families.parts.timm_family import TimmBackbone, pool_points, stem_norms
+from vision.families.parts.timm_family import TimmBackbone
 from vision.heads.distilled import DistilledHead
 from zoo.errors import UndescribedError
+from zoo.families.timm_parts import pool_points, stem_norms
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear
 from zoo.registry import register_backbone
@@ -133,7 +134,11 @@ class ViT(TimmBackbone):
             common = {"name": "patch_embed", "role": "patch", "path": "patch_embed.proj", "module": projection}
             point = make_linear(projection, None, "", 0, common)
             found += [] if point is None else [point]
-        found = [*stem_norms(self.module), *found, *self._norms(("patch_embed.norm", "norm_pre"), dim)]
+        found = [
+            *stem_norms(self.module, "patch_embed.backbone", "patch_embed.backbone"),
+            *found,
+            *self._norms(("patch_embed.norm", "norm_pre"), dim),
+        ]
         token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
         for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
             found += vit_blocks.points_of(

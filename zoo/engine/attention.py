@@ -175,7 +175,7 @@ class AttentionSite(Site):
 
     # evaluation: the state of all tensors that the pairs depend on, those tensors, and the pairs
     _kept: tuple[Any, list[Tensor], list[Pair]] | None = None
-    _slots: list[tuple[nn.Module, str]] | None = None  # where these tensors stand
+    _slots: list[tuple[nn.Module, dict[str, Any], str]] | None = None  # where these tensors stand
     watchers: tuple[Op, ...] = ()  # "watch_keys": `fn(k, v)` sees the keys and values that all tokens are going to use
 
     def refresh(self) -> None:
@@ -254,9 +254,9 @@ class AttentionSite(Site):
         """Every parameter and buffer that the pairs depend on."""
         if self._slots is None:
             self._slots = list(self._places())
-        return [getattr(part, name) for part, name in self._slots]
+        return [part.__dict__.get(name, place[name]) for part, place, name in self._slots]  # a trained copy stands in
 
-    def _places(self) -> Iterator[tuple[nn.Module, str]]:
+    def _places(self) -> Iterator[tuple[nn.Module, dict[str, Any], str]]:
         modules = [m for op in self.sources for m in op.modules]
         sources: list[Source] = [op.fn for op in self.sources]  # type: ignore[misc]
         for passed in dict.fromkeys(m for source in sources for m in source.through):
@@ -267,7 +267,7 @@ class AttentionSite(Site):
         for module in modules:
             for part in module.modules():
                 for place in (part._parameters, part._buffers):
-                    yield from ((part, name) for name, tensor in place.items() if tensor is not None)
+                    yield from ((part, place, name) for name, tensor in place.items() if tensor is not None)
 
     # -- the product ------------------------------------------------------------------------------------------------
 

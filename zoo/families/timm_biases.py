@@ -20,6 +20,8 @@ from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 
+from zoo.engine.swaps import held
+
 __all__ = ["close_biases", "open_biases"]
 
 
@@ -32,8 +34,8 @@ class OpenProjection(nn.Linear):
     def bias(self) -> Tensor:  # type: ignore[override]
         """[q_bias, 0, v_bias]."""
         (attention,) = self.owner
-        held: dict[str, Any] = {**attention._parameters, **attention._buffers}
-        return torch.cat((held["q_bias"], held["k_bias"], held["v_bias"]))
+        own: dict[str, Any] = {**held(attention), **attention._buffers}
+        return torch.cat((own["q_bias"], own["k_bias"], own["v_bias"]))
 
 
 class _Open:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from zoo.engine.attention import (
     AttentionSite,
-    FusedAttention,
     FusedKeys,
     Given,
     Prompts,
@@ -218,9 +217,14 @@ def record(
     Raises:
         AttachError: the blocks have an attention whose product is not described here.
     """
+    if verb in ("extend", "gate", "prompt") and tower.timm:
+        from zoo.families import timm_attention
+
+        passed = (tower.blocks, tower.end, tower.averaged, keep, pooled, replace)
+        timm_attention.record(session, point, verb, module, *passed)
+        return
     block: Any = tower.blocks[point.block]  # type: ignore[index]
     attention = block.attn
-    kind: type[AttentionSite] = PackedSite if isinstance(attention, PackedAttention) else FusedAttention
     op = recorder(session, point, verb, module)
     if verb == "words":
         assert isinstance(point, TokensPoint) and point.embedding is not None
@@ -233,7 +237,7 @@ def record(
     # Where one token alone is read, prompts that leave the last block are read by nobody.
     pooled = pooled and tower.averaged
     if verb in ("extend", "gate"):
-        op(attention, kind, "forward", Given(module))
+        op(attention, PackedSite, "forward", Given(module))
     elif replace:
         op(block, BlockSite, "input", Overwrite(module, *kept(session, point, tower.blocks)), per_row=False)
     elif keep or (pooled and block is tower.blocks[-1]):
@@ -242,12 +246,12 @@ def record(
         op(block, BlockSite, "input", insert, per_row=False)
         if tower.causal:  # the mask is that of the words alone
             for each in tower.blocks:
-                op(each.attn, kind, "forward", None, "flow", per_row=False)
+                op(each.attn, PackedSite, "forward", None, "flow", per_row=False)
         if not pooled and tower.end_side == "input":
             op(tower.end, Site, "input", insert.strip, per_row=False)
         elif not pooled:
             op(tower.end, Site, "output", OnOutput(insert.strip), per_row=False)
     else:
-        through = tower.through(block)
+        through = (block.ln_1, attention.in_proj, attention.ln_k)
         project = FusedKeys(*through, attention.num_heads)
-        op(attention, kind, "forward", Prompts(session.owner, module, through, project))
+        op(attention, PackedSite, "forward", Prompts(session.owner, module, through, project))

@@ -160,7 +160,7 @@ def _options(open_clip: Any, architecture: str, tag: str, pretrained: bool, give
 
 
 def swap(module: nn.Module) -> None:
-    """Our attention in place of open_clip's in every block.
+    """Our attention in place of open_clip's in every block; biases of timm's that stand beside a projection, opened.
 
     Raises:
         MismatchError: an attention with options that ours does not describe.
@@ -172,3 +172,7 @@ def swap(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
             block.attn = PackedAttention(block.attn)
+    if hasattr(module.visual, "trunk"):
+        from zoo.families.timm_biases import open_biases
+
+        open_biases(module)

@@ -25,6 +25,7 @@ from multimodal.families.clip import towers as clip_towers
 from multimodal.families.clip.towers import linear_points, norm_points
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
+from zoo.families.timm_parts import fold_shift, pool_points
 from zoo.library import library
 from zoo.points import ConditionPoint, Layout, Point
 from zoo.points.rows import find
@@ -132,10 +133,17 @@ class CLIPBackbone(Backbone):
             for name, child in parent._modules.items():
                 if isinstance(child, PackedAttention):
                     parent._modules[name] = child.library()
+        if hasattr(module.visual, "trunk"):
+            from zoo.families.timm_biases import close_biases
+
+            close_biases(module)
         return module
 
     def fold_shift(self, module: Any, point: Point, shift: Tensor) -> bool:
         """The patch embedding of open_clip's own tower has no bias; the positions of the patches take its place."""
+        trunk = "visual.trunk."
+        if point.path.startswith(trunk):
+            return fold_shift(module.visual.trunk, point, point.path.removeprefix(trunk), shift)
         positions = getattr(module.visual, "positional_embedding", None)
         if point.path != "visual.conv1" or positions is None:
             return False
@@ -194,7 +202,10 @@ class CLIPBackbone(Backbone):
                         **(self._words(tower) if i == 0 else {}),
                     },
                 )
-            found += norm_points(self.module, tower, tower.behind)
+            found += norm_points(self.module, tower, tower.behind[:1])
+            if tower.timm:
+                found += pool_points(self, f"{tower.timm}.attn_pool", f"{tower.name}.attn_pool", tower=tower.name)
+            found += norm_points(self.module, tower, tower.behind[1:])
             found += linear_points(self.module, tower, "proj", "proj", tower.proj)
         return found
 

@@ -3,10 +3,11 @@
 | tower | open_clip's class | blocks |
 | --- | --- | --- |
 | image | `VisionTransformer` | `visual.transformer.resblocks` |
-| image | `TimmModel` around timm's `VisionTransformer` or `Eva` | `visual.trunk.blocks` |
+| image | `TimmModel` around timm's `VisionTransformer` or `Eva` (tables: `zoo.families.timm_tables`) | `visual.trunk.blocks` |
 | text | parts of `CLIP` itself, or a `TextTransformer` in `CustomTextCLIP` | `[text.]transformer.resblocks` |
 
-Blocks of all of them are pre-norm: `u = x + S(Attn(LN1 x))`, `y = u + S(MLP(LN2 u))` with S a layer scale, if there is one.
+Blocks are pre-norm, `u = x + S(Attn(LN1 x))`, `y = u + S(MLP(LN2 u))` with S a layer scale, if there is one; those of EVA-02-E
+have their norms behind the branches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import DataError
+from zoo.families.timm_parts import stem_norms
+from zoo.families.timm_tables import POST_NORM, PRE_NORM
 from zoo.points import NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 
@@ -40,30 +43,6 @@ OPEN_CLIP = (
     Row("norm", "norm", "mlp.norm", "mlp.ln"),
     Row("linear", "down", "mlp.down", "mlp.c_proj"),
     Row("sublayer", "mlp", "mlp", "mlp", entry="ln_2", exit="ls_2:output"),
-    Row("block", "block", "", ""),
-)
-TIMM = (
-    Row("tokens", "tokens", "tokens", ""),
-    Row("norm", "norm", "norm1", "norm1"),
-    Row("linear", "q", "attn.q", "attn.qkv", part=(0, 3)),
-    Row("linear", "k", "attn.k", "attn.qkv", part=(1, 3)),
-    Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
-    Row("linear", "q", "attn.q", "attn.q_proj"),
-    Row("linear", "k", "attn.k", "attn.k_proj"),
-    Row("linear", "v", "attn.v", "attn.v_proj"),
-    Row("attention", "attn", "attn.product", "attn"),
-    Row("linear", "o", "attn.o", "attn.proj"),
-    Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
-    Row("norm", "norm", "norm2", "norm2"),
-    Row("norm", "norm", "mlp.norm", "mlp.norm"),
-    Row("linear", "up", "mlp.up", "mlp.fc1"),
-    Row("linear", "gate", "mlp.gate", "mlp.fc1_g"),
-    Row("linear", "up", "mlp.up", "mlp.fc1_x"),
-    Row("linear", "gate", "mlp.gate", "mlp.w0"),
-    Row("linear", "up", "mlp.up", "mlp.w1"),
-    Row("linear", "down", "mlp.down", "mlp.fc2"),
-    Row("linear", "down", "mlp.down", "mlp.w2"),
-    Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
     Row("block", "block", "", ""),
 )
 
@@ -92,13 +71,7 @@ class Tower:
     norms: tuple[tuple[str, str], ...] = ()  # names of points and paths
     behind: tuple[tuple[str, str], ...] = ()  # those behind the blocks
     proj: str = ""  # path of the projection to the common space, where that is a module
-
-    def through(self, block: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """What a token passes on its way to a key in a block: norm, packed projection, norm of keys."""
-        attention = block.attn
-        if hasattr(attention, "in_proj"):
-            return block.ln_1, attention.in_proj, attention.ln_k
-        return block.norm1, attention.qkv, attention.k_norm
+    timm: str = ""  # path of timm's network, if the tower is one
 
 
 def half(block: Any, role: str, x: Tensor, **kwargs: Any) -> Tensor:
@@ -110,13 +83,9 @@ def half(block: Any, role: str, x: Tensor, **kwargs: Any) -> Tensor:
         if hasattr(block, "ln_attn"):
             return x + block.ls_1(block.ln_attn(block.attn(hidden, **kwargs)))
         return x + block.ls_1(block.attention(q_x=hidden, **kwargs))
-    path = block.drop_path1 if role == "attn" else block.drop_path2
-    change = block.attn(block.norm1(x), **kwargs) if role == "attn" else block.mlp(block.norm2(x))
-    number = "1" if role == "attn" else "2"
-    gamma = getattr(block, f"gamma_{number}", None)  # timm's EvaBlock; its Block has a module `ls1`
-    change = change if gamma is None else gamma * change
-    scale = getattr(block, f"ls{number}", None)
-    return x + path(change if scale is None else scale(change))
+    from zoo.families.timm_attention import half as of_timm
+
+    return of_timm(block, role, x, **kwargs)
 
 
 def towers(module: Any) -> dict[str, Tower | str]:
@@ -208,26 +177,20 @@ def _image(visual: Any) -> Tower | str:
 
 
 def _timm(visual: Any) -> Tower | str:
-    from timm.layers.attention import Attention
-    from timm.models.eva import Eva, EvaBlock
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+    from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
     trunk = visual.trunk
     if not isinstance(trunk, (VisionTransformer, Eva)):
         return f"is timm's {type(trunk).__name__}, and no vision transformer that is described here"
-    if reason := _blocks_reason(trunk.blocks, Block, EvaBlock):
+    behind = (EvaBlockPostNorm, ResPostBlock)
+    if reason := _blocks_reason(trunk.blocks, Block, EvaBlock, *behind):
         return reason
-    attention: Any = trunk.blocks[0].attn
-    table: Sequence[Row] = TIMM
-    if type(attention) is not Attention:  # positions turn queries and keys: more keys are not described
-        table = [row for row in table if row.kind not in ("attention", "tokens")]
-        if getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate:
-            table = [row for row in table if row.path != "attn.qkv"]  # its weight is read past the module
     return Tower(
         name="image",
         path="visual.trunk.blocks",
         blocks=trunk.blocks,
-        table=table,
+        table=POST_NORM if isinstance(trunk.blocks[0], behind) else PRE_NORM,
         dim=trunk.embed_dim,
         num_prefix=trunk.num_prefix_tokens,
         causal=False,
@@ -239,6 +202,7 @@ def _timm(visual: Any) -> Tower | str:
         norms=(("patch_embed.norm", "visual.trunk.patch_embed.norm"), ("norm_pre", "visual.trunk.norm_pre")),
         behind=(("norm", "visual.trunk.norm"), ("fc_norm", "visual.trunk.fc_norm")),
         proj="visual.head.proj" if hasattr(visual.head, "proj") else "visual.trunk.head",
+        timm="visual.trunk",
     )
 
 
@@ -282,8 +246,11 @@ def linear_points(backbone: nn.Module, tower: Tower, name: str, role: str, path:
 
 
 def norm_points(backbone: nn.Module, tower: Tower, places: Sequence[tuple[str, str]]) -> list[Point]:
-    """The points of norms outside of the blocks, (name, path), of those that are there."""
+    """The points of norms outside of the blocks, (name, path), of those that are there, and of a convolutional stem."""
     found: list[Point] = []
+    if tower.timm and places is tower.norms:
+        stem = "patch_embed.backbone"
+        found += stem_norms(backbone, f"{tower.timm}.{stem}", f"{tower.name}.{stem}", tower=tower.name)
     for name, path in places:
         norm = find(backbone, path)
         weight = getattr(norm, "weight", None)

@@ -34,7 +34,7 @@ def reference(model: zoo.Model, kind: str) -> nn.Module:
             "ViT-B-16-SigLIP",
             embed_dim=24,
             force_image_size=32,
-            vision_cfg=TIMM[kind],
+            vision_cfg={"image_size": 32, **TIMM[kind]},
             text_cfg={**config, **TEXT},
         )
     else:

@@ -75,29 +75,46 @@ def test_what_is_not_described_is_refused() -> None:
         make("plain", "vqt")
 
 
-@pytest.mark.parametrize(
-    ("trunk", "packed"), [("vit_pe_core_tiny_patch16_384", False), ("eva02_tiny_patch14_224", True)]
-)
-def test_towers_with_rotary_positions(trunk: str, packed: bool) -> None:
-    """Their queries and keys are turned: projections, sublayers and norms are points, the product is none."""
-    model = zoo.load(
-        "open_clip:EVA02-B-16",
-        zoo.adapter("lora", rank=2, targets="all-linear"),
-        pretrained=False,
-        vision_cfg={"timm_model_name": trunk},
-        text_cfg=TEXT,
-        embed_dim=24,
-        image_size=64 if "16" in trunk else 28,
-    )
+@pytest.mark.parametrize("trunk", ["vit_pe_core_tiny_patch16_384", "eva02_tiny_patch14_224"])
+def test_towers_with_rotary_positions(trunk: str) -> None:
+    """Their queries and keys are turned, and EVA's biases stand beside the projection: there are points of every kind, and what
+    is asked of both towers is done in both (vpt left the image tower out, LoRA on q and v that of EVA01-g)."""
+    options: dict[str, Any] = {
+        "pretrained": False,
+        "vision_cfg": {"timm_model_name": trunk},
+        "text_cfg": TEXT,
+        "embed_dim": 24,
+        "image_size": 64 if "16" in trunk else 28,
+    }
+    model = zoo.load("open_clip:EVA02-B-16", **options).double()
     points = model.points.select(tower="image")
-    assert {p.kind for p in points} == {"linear", "sublayer", "norm", "block"}
-    # a packed weight is read past its module
-    assert ("q" in {p.role for p in points}) == (not packed)
-    assert model.probe(*batch(model.double())) == []
-    model.add_adapter(zoo.adapter("adapter", form="houlsby", rank=2))
-    assert model.probe(*batch(model)) == []
-    split = zoo.load("open_clip:EVA02-B-16", device="meta").points.select(tower="image", kind="linear")
-    assert {p.role for p in split} == {"patch", "proj", "gate", *LINEARS}
+    assert {p.kind for p in points} == {"linear", "sublayer", "norm", "block", "attention", "tokens"}
+    assert {"q", "k", "v", "o", "up", "down"} <= {p.role for p in points}
+    for method in ("lora", "vpt", "prefix", "bitfit", "norm"):
+        model.add_adapter(method)
+        named = [key for key, _ in model.adapters[method].named_parameters()]
+        assert {key.split(".")[0] for key in named} == {"image", "text"}
+        assert model.probe(*batch(model)) == []
+        model.remove_adapter(method)
+
+
+@pytest.mark.parametrize(
+    "name", ["EVA01-g-14", "EVA02-E-14", "EVA02-B-16", "PE-Core-B-16", "ViT-B-16-SigLIP2", "MobileCLIP-B"]
+)
+def test_every_kind_of_points_in_both_towers(name: str) -> None:
+    """At full size; every normalisation and every linear layer of the library's module is a point."""
+    model = zoo.load(f"open_clip:{name}", device="meta")
+    for tower in ("image", "text"):
+        kinds = {p.kind for p in model.points if p.tower == tower}
+        assert kinds >= {"linear", "sublayer", "norm", "block", "attention", "tokens"}
+    norms = {
+        id(m) for m in model.backbone.modules() if "Norm" in type(m).__name__ and list(m.parameters(recurse=False))
+    }
+    assert {id(p.module) for p in model.points if p.kind == "norm"} == norms
+    linears = {id(m) for m in model.backbone.modules() if isinstance(m, torch.nn.Linear)}
+    assert linears <= {id(p.module) for p in model.points if p.kind == "linear"}
+    split = {p.role for p in model.points if p.tower == "image" and p.kind == "linear"}
+    assert split >= set(LINEARS) and ("gate" in split) == (name == "EVA02-B-16")
 
 
 # -- names, weights, preprocessing ----------------------------------------------------------------------------------------

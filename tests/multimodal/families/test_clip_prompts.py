@@ -91,12 +91,17 @@ def test_prompts_in_towers_of_timm(kind: str, deep: bool) -> None:
     own: Any = library(model).visual
     trunk, prefix = own.trunk, own.trunk.num_prefix_tokens
     prompts = [p for k, p in model.adapters["vpt"].named_parameters() if k.endswith("prompt")]
-    x, count = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images))), 0
+    placed = trunk._pos_embed(trunk.patch_embed(images))
+    further = (
+        {"rope": placed[1]} if isinstance(placed, tuple) else {}
+    )  # timm counts what is not turned in each attention
+    x, count = trunk.norm_pre(placed[0] if further else placed), 0
     for i, block in enumerate(trunk.blocks):
+        block.attn.num_prefix_tokens = prefix + 3
         if deep or i == 0:
             x = torch.cat([x[:, :prefix], prompts[i].expand(3, -1, -1), x[:, prefix + count :]], dim=1)
             count = 3
-        x = block(x)
+        x = block(x, **further)
     x = trunk.norm(torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1))
     torch.testing.assert_close(model(images), own.head(trunk.forward_head(x)), rtol=1e-9, atol=1e-9)
 

@@ -145,14 +145,29 @@ def test_bitfit_trains_the_biases_beside_the_projection() -> None:
     model = wrapped("dinov3-biases", "bitfit")
     names = [k for k in model.parameters_to_train() if ".attn." in k]
     assert [n.removeprefix("bitfit/blocks.0.attn.") for n in names[:3]] == ["q.bias", "v.bias", "o.bias"]
-    attention = model.backbone.blocks[0].attn
+    frozen = library("dinov3-biases")
     with torch.no_grad():
-        model.adapters["bitfit"].get_parameter("blocks.0.attn.q.bias").add_(1.0)
-    assert (attention._parameters["q_bias"] - library("dinov3-biases").blocks[0].attn.q_bias).ge(0.5).all()
-    plain = model.merge()
-    assert torch.equal(plain.blocks[0].attn.q_bias, attention._parameters["q_bias"])
-    with model.disable():
-        assert torch.equal(attention._parameters["q_bias"], library("dinov3-biases").blocks[0].attn.q_bias)
+        trained = model.adapters["bitfit"].get_parameter("blocks.0.attn.q.bias").add_(1.0)
+        plain = model.merge()
+        assert torch.equal(plain.blocks[0].attn.q_bias, trained)
+        torch.testing.assert_close(plain(images()), model(images()))
+        with model.disable():
+            assert torch.equal(model(images()), frozen(images()))
+
+
+def test_prompts_kept_for_evaluation_notice_a_bias_that_was_trained() -> None:
+    model = wrapped("dinov3-biases", zoo.adapter("vpt", num_tokens=4))
+    model.add_adapter("bitfit")
+    model.eval()
+    with torch.no_grad():
+        before = model(images())
+        assert torch.equal(model(images()), before)
+        model.adapters["bitfit"].get_parameter("blocks.1.attn.v.bias").add_(0.5)
+        after = model(images())
+        model.memory = "off"  # nothing that was kept before is left
+        model.train().eval()
+        torch.testing.assert_close(after, model(images()))
+    assert not torch.allclose(after, before)
 
 
 def test_a_copy_has_biases_of_its_own() -> None:

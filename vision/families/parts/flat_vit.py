@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vision.families.parts.timm_family import TimmBackbone, pool_points
+from vision.families.parts.timm_family import TimmBackbone
 from zoo.families import timm_attention as flat
 from zoo.families.timm_biases import close_biases, open_biases
+from zoo.families.timm_parts import fold_shift, pool_points
 from zoo.families.timm_tables import POST_NORM, PRE_NORM
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
@@ -62,16 +63,8 @@ class FlatViT(TimmBackbone):
         return flat.half(block, role, x, *args, **kwargs)
 
     def fold_shift(self, module: nn.Module, point: Point, shift: Tensor) -> bool:
-        """Where there is no bias: that of patches goes into their positions; one of all keys changes no softmax."""
-        positions: Any = getattr(module, "pos_embed", None)
-        if point.role == "patch" and positions is not None:
-            grid: Any = module.patch_embed
-            positions.data[:, positions.shape[1] - grid.num_patches :] += shift.to(positions)
-            return True
-        attention = point.path.rpartition(".")[0]
-        if point.role != "k" or getattr(module, "rope", None) is not None:
-            return False
-        return find(module, f"{attention}.k_norm") is None
+        """Where there is no bias (`zoo.families.timm_parts`)."""
+        return fold_shift(module, point, point.path, shift)
 
     # -- points -----------------------------------------------------------------------------------------------------
 

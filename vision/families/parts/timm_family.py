@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError, UndescribedError
 from zoo.families.timm_names import architecture, image_config, resampled
-from zoo.families.timm_tables import POOL
-from zoo.points import NormPoint, Point
-from zoo.points.rows import find
+from zoo.points import Point
 
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
@@ -247,33 +245,3 @@ class TimmBackbone(Backbone):
     def _source(self) -> dict[str, Any]:
         config = (getattr(self.module, "pretrained_cfg", None) or {}) if self.pretrained else {}
         return {**config, "hf_hub_id": None} if self.name.startswith("timm:local-dir:") else config
-
-
-def pool_points(family: TimmBackbone, path: str, **place: Any) -> list[Point]:
-    """Points of timm's attention pooling at a path, if it is there; they are named `attn_pool.q` and so on."""
-    pool: Any = find(family.module, path)
-    if pool is None or not hasattr(pool, "kv"):
-        return []
-    return family.points_of_block(pool, "attn_pool", path, pool.kv.in_features, pool.num_heads, table=POOL, **place)
-
-
-def stem_norms(module: nn.Module) -> list[Point]:
-    """The norms of a convolutional stem (`patch_embed.backbone`), named as they are. Its convolutions are no points."""
-    found: list[Point] = []
-    stem = find(module, "patch_embed.backbone")
-    for path, norm in [] if stem is None else stem.named_modules(prefix="patch_embed.backbone"):
-        weight = norm._parameters.get("weight")
-        if weight is None or weight.dim() != 1 or "Norm" not in type(norm).__name__:
-            continue
-        common: dict[str, Any] = {"name": path, "role": "norm", "path": path, "module": norm}
-        acts = not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)
-        found.append(
-            NormPoint(
-                **common,
-                dim_in=len(weight),
-                dim_out=len(weight),
-                channels_first=isinstance(norm, (nn.BatchNorm2d, nn.GroupNorm)) or "2d" in type(norm).__name__,
-                unmergeable="its activation stands in the same module, behind it" if acts else "",
-            )
-        )
-    return found
