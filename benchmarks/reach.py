@@ -61,23 +61,47 @@ def open_clip_cases() -> Iterator[Case]:
 
 
 def diffusers_cases() -> Iterator[Case]:
-    """Transformer and UNet classes, as their own defaults build them."""
+    """The library's transformers that have public names, and its UNets, as their own defaults build them."""
     import diffusers
+    from diffusers.models import transformers as room
 
     import zoo
 
-    names = [n for n in dir(diffusers) if n.endswith(("TransformerModel", "Transformer2DModel", "Transformer3DModel"))]
-    names += [n for n in dir(diffusers) if n.endswith("Transformer1DModel")]
-    for name in sorted(set(names)):
-        yield name, 1, lambda name=name: loaded_class(zoo, diffusers, name)
+    classes = {n: c for n, c in vars(room).items() if isinstance(c, type) and issubclass(c, diffusers.ModelMixin)}
+    names = sorted(n for n in classes if hasattr(diffusers, n))
+    for name in (*names, "UNet2DConditionModel", "UNet2DModel", "UNet3DConditionModel"):
+        yield name, 1, lambda name=name: loaded_class(zoo, name)
 
 
-def loaded_class(zoo: Any, library: Any, name: str) -> Any:
+# Of classes whose defaults do not make a network: what a repository's configuration says at least
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DreamLiteTransformer2DModel": {"in_channels": 32},
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "caption_channels": [4096, 4096],
+        "llama_layers": list(range(32)),
+    },
+    "LatteTransformer3DModel": {
+        "in_channels": 4,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+    },
+    "OmniGenTransformer2DModel": {
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+    },
+    "Transformer2DModel": {"in_channels": 32},
+}
+
+
+def loaded_class(zoo: Any, name: str) -> Any:
     """A class of diffusers with its default settings, from a configuration file as a repository has it."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": name}))
+        settings = {"_class_name": name, **SETTINGS.get(name, {})}
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
         return zoo.load(f"diffusers:{folder}", "lora", device="meta")
 
 

@@ -19,6 +19,7 @@ from zoo.engine.memory import dropped, recomputable
 
 __all__ = ["ConvLowRank"]
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 Shape = tuple[Any, ...]  # what `_convolve` needs to know of the frozen convolution
 
 
@@ -53,13 +54,20 @@ class ConvLowRank(nn.Module):
         """The delta alone."""
         x = dropped(x, self.drop)
         hidden = recomputable(_convolve, x, self.lora_a, self.shape)
-        b = self.scale * (self.lora_b if self.lora_scale is None else self.lora_scale * self.lora_b)
-        return F.linear(hidden.movedim(1, -1), b.to(hidden.dtype)).movedim(-1, 1)
+        b = recomputable(_mixing, self.lora_b, self.lora_scale, self.scale, len(self.kernel))
+        function: Any = CONVOLUTIONS[len(self.kernel) - 2]
+        return function(hidden, b.to(hidden.dtype))  # type: ignore[no-any-return]
 
     @staticmethod
     def add_group(parts: tuple[tuple[ConvLowRank, int, int], ...], x: Tensor, y: Tensor) -> Tensor:
         """`y + delta(x)`; a convolution is one point, so there is one part."""
         return y + parts[0][0](x).to(y.dtype)
+
+
+def _mixing(b: Tensor, learned: Tensor | None, scale: float, axes: int) -> Tensor:
+    """s B as the weight of a convolution of one place, (o, r, 1, ...)."""
+    b = scale * (b if learned is None else learned * b)
+    return b[(..., *(None,) * (axes - 1))]
 
 
 def _convolve(x: Tensor, a: Tensor, shape: Shape) -> Tensor:
@@ -70,7 +78,7 @@ def _convolve(x: Tensor, a: Tensor, shape: Shape) -> Tensor:
         x = F.pad(x, _same(tuple(x.shape[2:]), kernel[1:], stride, dilation))
     elif mode != "zeros":
         x, padding = F.pad(x, reversed_padding, mode=mode), 0
-    function: Any = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 2]
+    function: Any = CONVOLUTIONS[len(kernel) - 2]
     return function(x, weight, None, stride, padding, dilation)  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ A small forward pass shows that every hook fires. What it does not reach is no p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,9 @@ from zoo.families.generic.watch import Pass, first_tensor, run, watching
 from zoo.points import Point
 from zoo.registry import register_backbone
 
-# Elementwise functions whose backward needs their input: their output can be computed again
-ACTIVATIONS = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.CELU, nn.SELU, nn.LogSigmoid)
+# Elementwise functions whose backward needs their input (their output can be computed again), by what libraries call them
+ACTIVATIONS = re.compile(r"\w*(gelu|silu|swish|mish|softplus|selu)\w*", re.IGNORECASE)
+LIBRARIES = ("torch", "timm", "transformers", "diffusers", "open_clip")
 
 
 @register_backbone
@@ -204,10 +206,9 @@ class Generic(Backbone):
         return [self.module.get_submodule(p.path) for p in found if p.kind == "block"]
 
     def elementwise_modules(self) -> list[nn.Module]:
-        """Activations of torch's own classes that ran, and do not write into their input."""
+        """Activations of the libraries' own that ran, and do not write into their input."""
         ran = [] if self._pass is None else self._pass.modules
-        modules = [self.module.get_submodule(path) for path in ran]
-        return [m for m in modules if type(m) in ACTIVATIONS and not getattr(m, "inplace", False)]
+        return [m for m in map(self.module.get_submodule, ran) if _activates(m)]
 
     @property
     def refused(self) -> dict[str, str]:
@@ -307,6 +308,14 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
+
+
+def _activates(module: nn.Module) -> bool:
+    """Whether a module is an elementwise function of a known kind, without parameters, that makes a tensor of its own."""
+    kind = type(module)
+    known = ACTIVATIONS.fullmatch(kind.__name__) and kind.__module__.split(".")[0] in LIBRARIES
+    state = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    return bool(known) and not state and not getattr(module, "inplace", False)
 
 
 def _told(value: Any) -> str:
