@@ -2,8 +2,8 @@
 
     python benchmarks/against_peft_reach.py            # half a minute; results/against_peft_reach.{json,md}
 
-Each network is small and of random weights; it is wrapped without being known (`zoo.load(module, lora, example=batch)`), and by peft
-with the paths of all of its projections. Both get the same random A and B, and one forward and backward pass on the same batch.
+Each network is small and of random weights; it is wrapped without being known (`zoo.load(module, lora, example=batch)`), and by
+peft with the paths of all of its projections. Both get the same random A and B, and one forward and backward pass on one batch.
 
 - *difference*: of the outputs, and of the gradients of all A and B, relative to the largest entry of each tensor; target 2e-6.
   In float64, so that the order in which sums are formed does not count.
@@ -285,7 +285,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def as_markdown(rows: list[Row]) -> str:
     """A table."""
     lines = [
-        "| network | projections | outputs differ by | gradients differ by | saved bytes, by peft's | dead tensors of peft | refused here |",
+        "| network | projections | outputs differ by | gradients differ by | saved bytes, by peft's | dead in peft | refused |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

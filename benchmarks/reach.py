@@ -76,7 +76,10 @@ def diffusers_cases() -> Iterator[Case]:
 # Of classes whose defaults do not make a network: what a repository's configuration says at least
 SETTINGS: dict[str, dict[str, Any]] = {
     "DreamLiteTransformer2DModel": {"in_channels": 32},
-    "EasyAnimateTransformer3DModel": {"in_channels": 16, "patch_size": 2},
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408},
+    "LuminaNextDiT2DModel": {"num_kv_heads": 8},
+    "TransformerTemporalModel": {"in_channels": 32},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,
         "caption_channels": [4096, 4096],
