@@ -127,6 +127,10 @@ class Backbone:
         """The options of `zoo.load` with those that follow from the width of the head; they are recorded as if given."""
         return given
 
+    def again(self, module: nn.Module, name: str) -> Backbone:
+        """This description, of a changed copy of the network."""
+        return type(self)(module, name)
+
     def configure(self, **options: Any) -> None:
         """Take up options that concern this description rather than the library's module."""
 

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.backbone import WRAPPED, Backbone
+from zoo.backbone import Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
 from zoo.errors import AbsentError, ConfigError
 from zoo.heads.folded import folded
-from zoo.library import only_tensors
 from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, apart, named_outputs
-from zoo.model.contextual import Contextual
-from zoo.model.fingerprint import Watched, at_any_resolution, fingerprint
+from zoo.model.fingerprint import Watched
 from zoo.model.routing import Route, forward_routed, routed_parameters
+from zoo.model.stamped import Stamped
 from zoo.points import Points
 from zoo.points.merger import Merger
 
@@ -30,7 +29,7 @@ from zoo.points.merger import Merger
 OF_DATA = {"image_size": ("input_size", "image size"), "mean": ("mean", "mean"), "std": ("std", "std")}
 
 
-class Model(Contextual):
+class Model(Stamped):
     """What `zoo.load` returns. Call it on a batch; train `parameters_to_train()`; `merge()` gives the plain module back.
 
     Args:
@@ -76,40 +75,6 @@ class Model(Contextual):
         self._memory = ""
         self.memory = memory
         self.train(False)
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Of the backbone's weights as they are now (`zoo.model.fingerprint`); None on the meta device."""
-        stand_ins = {id(s.trained): s.frozen for swaps in self._swaps.values() for s in swaps}
-        before, found = self._weights.own, self._weights.now(self.backbone, stand_ins)
-        if before and not self._weights.own:
-            self.family.pretrained = False  # they are the user's own from now on
-        return found
-
-    @fingerprint.setter
-    def fingerprint(self, value: str | None) -> None:
-        self._weights.text = value
-
-    @property
-    def fingerprint_at_any_resolution(self) -> str | None:
-        """As `fingerprint`, without the tables of positions, which libraries resample for another resolution."""
-        if self.fingerprint is None:
-            return None
-        with self._bare():
-            return at_any_resolution(self.backbone)
-
-    def fingerprint_as(self, options: dict[str, Any]) -> str | None:
-        """The fingerprint that this backbone's pretrained weights have when it is built with other options; None: not known."""
-        cls = type(self.family)
-        family = self.family
-        if not family.pretrained or family.own_weights is not None or self.backbone_name.startswith(WRAPPED):
-            return None
-        name = cls.aliases.get(self.backbone_name, self.backbone_name)
-        plain = {k: v for k, v in options.items() if k not in cls.point_options}
-        with only_tensors():
-            family = cls(cls.build(name, pretrained=True, **plain), self.backbone_name)
-        family.take_head()
-        return fingerprint(family.module)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 

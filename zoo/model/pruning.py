@@ -210,7 +210,7 @@ def changed(model: Model, edit: dict[str, Any], masks: Mapping[str, Tensor] | No
             linear: Any = plain.get_submodule(path)
             linear.weight_mask.logical_and_(mask)
             linear.weight.mul_(linear.weight_mask)
-    family = type(model.family)(plain, base)
+    family = model.family.again(plain, base)
     family.configure(**model.backbone_kwargs)
     new = wrap(type(model), family, recipe, memory=model.memory, kwargs=model.backbone_kwargs)
     new.heads = copy.deepcopy(model.heads)

@@ -11,6 +11,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 
 from zoo import registry
+from zoo.backbone import WRAPPED
 from zoo.disk import write_file
 from zoo.disk.trust import check_backbone, check_size
 from zoo.errors import ConfigError, WeightsError
@@ -36,6 +37,11 @@ def save_backbone(model: Model, folder: str | Path) -> Path:
         raise ConfigError(
             f"The backbone '{model.backbone_name}' was not changed: its name says all. Save the adapter (model.save_adapter), or "
             "what model.merge() gives."
+        )
+    if str(recipe["base"]).startswith(WRAPPED):
+        raise ConfigError(
+            f"'{model.backbone_name}' is a network that its user built, and nothing here builds it again. Save its weights "
+            "yourself: safetensors.torch.save_file(model.backbone.state_dict(), ...)."
         )
     folder = Path(folder)
     with model._bare():

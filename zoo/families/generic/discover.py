@@ -70,7 +70,7 @@ def discover(root: nn.Module, seen: Pass | None, head: nn.Module | None = None) 
 
 
 def _point(
-    root: nn.Module, module: nn.Module, path: str, shared: dict[int, str], refused: dict[str, str]
+    root: nn.Module, module: nn.Module, path: str, shared: dict[int, list[str]], refused: dict[str, str]
 ) -> Point | None:
     parent = root.get_submodule(path.rpartition(".")[0])
     weight = module._parameters.get("weight")
@@ -86,17 +86,21 @@ def _point(
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
             refused[path] = f"{what} keeps no (out, in) matrix of floats (a quantised projection?)"
         return None
-    if weight is None:
+    if weight is None and "int8" not in module._buffers:  # `zoo.quantise`: a projection, with nothing to merge into
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
-    if not weight.is_floating_point() or type(weight.data) is not Tensor or hasattr(weight, "quant_state"):
+    if weight is not None and _quantised(weight):
         refused[path] = f"the weight of this {what} is quantised ({str(weight.dtype).removeprefix('torch.')})"
         return None
-    if id(weight) in shared:
-        refused[path] = f"its weight is tied: it is that of '{shared[id(weight)]}', too"
-        return None
+    for name, parameter in module._parameters.items():
+        places = shared.get(id(parameter), ())
+        other = next((p for p in places if p != f"{path}.{name}"), None)
+        if other is not None:
+            refused[path] = f"its {name} is tied: it is '{other}', too"
+            return None
     common: dict[str, Any] = {"name": path, "path": path, "module": module}
     if not projection:
+        assert weight is not None
         width = len(weight)
         return NormPoint(
             **common,
@@ -114,14 +118,18 @@ def _point(
     return point
 
 
-def _shared(root: nn.Module) -> dict[int, str]:
-    """Parameters that stand in more than one module: identity -> the other place, as its path."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+def _shared(root: nn.Module) -> dict[int, list[str]]:
+    """Parameters that stand in more than one module: identity -> all of their places."""
+    owners: dict[int, list[str]] = {}
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, f"{path}.{name}".lstrip(".")))
-    return {key: places[-1][1] for key, places in owners.items() if len(places) > 1}
+                owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    return {key: places for key, places in owners.items() if len(places) > 1}
+
+
+def _quantised(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or type(weight.data) is not Tensor or hasattr(weight, "quant_state")
 
 
 _PLAIN: dict[type, str] = {}

@@ -21,7 +21,7 @@ from zoo.errors import AttachError, ConfigError
 from zoo.families.generic import sources
 from zoo.families.generic.conventions import Features, Plain, Timm, convention_of
 from zoo.families.generic.discover import Found, discover
-from zoo.families.generic.watch import Pass, first_tensor, run, watching
+from zoo.families.generic.watch import Pass, first_tensor, run, silent, watching
 from zoo.points import Point
 from zoo.registry import register_backbone
 
@@ -62,6 +62,7 @@ class Generic(Backbone):
         self._pass: Pass | None = None  # of the network as it stands now
         self._width: int | None = None
         self.proven = False
+        self._rows = False  # a pass has shown that rows belong to one sample each
         if name.startswith("diffusers:"):
             self.modality, self.pools = "diffusion-image", False
 
@@ -80,6 +81,19 @@ class Generic(Backbone):
     def configure(self, probe: bool = True, **options: Any) -> None:
         """Take up whether the pass is made."""
         self.probes = probe
+
+    def again(self, module: nn.Module, name: str) -> Generic:
+        """Of a changed copy: the same example and conventions; its classifier is off already."""
+        twin = Generic(
+            module, name, example=self.kwargs or self.inputs or None, features=self.convention.says, probe=self.probes
+        )
+        twin.convention.path, twin._width, twin.pools, twin.said = (
+            self.convention.path,
+            self._width,
+            self.pools,
+            self.said,
+        )
+        return twin
 
     # -- the pass ---------------------------------------------------------------------------------------------------------
 
@@ -140,8 +154,11 @@ class Generic(Backbone):
     def _check_place(self) -> None:
         device = next((p.device for p in self.module.parameters()), None)
         if device is None:
+            quantised = [p for p, m in self.module.named_modules() if hasattr(m, "in_features")]
+            why = f" (the weights of '{quantised[0]}' are quantised)" if quantised else ""
             raise ConfigError(
-                f"This {type(self.module).__name__} has no parameters, so there is nothing to adapt. Wrap the network itself."
+                f"This {type(self.module).__name__} has no parameters{why}, so there is nothing to adapt. Wrap the network "
+                "itself, in floating point."
             )
         tensors = [v for v in (*self.inputs, *self.kwargs.values()) if isinstance(v, Tensor)]
         elsewhere = next((t.device for t in tensors if t.device != device), None)
@@ -221,15 +238,18 @@ class Generic(Backbone):
         Raises:
             AttachError: the first batch shows that an adapter stands where nothing ever runs.
         """
-        if self.kwargs and inputs and not self.inputs:  # an example by names: further batches in the same order
-            kwargs = {**dict(zip(self.kwargs, inputs)), **kwargs}
-            inputs = ()
         if self.proven or torch.compiler.is_compiling():
-            return self._call(*inputs, **kwargs)
+            return self._named(*inputs, **kwargs)
         with watching(self.module) as seen:
-            output = self._call(*inputs, **kwargs)
+            output = self._named(*inputs, **kwargs)
         self._prove(seen)
         return output
+
+    def _named(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """An example by names: further batches, by position, in the same order."""
+        if self.kwargs and inputs and not self.inputs:
+            return self._call(**{**dict(zip(self.kwargs, inputs)), **kwargs})
+        return self._call(*inputs, **kwargs)
 
     def _prove(self, seen: Pass) -> None:
         """The first batch takes the place of the pass at attach."""
@@ -252,6 +272,36 @@ class Generic(Backbone):
         if self.convention.path is not None and isinstance(self.convention, Timm):
             return module(*inputs)  # type: ignore[no-any-return]
         return self.convention.call(module, *inputs)
+
+    def check_routed(self, *inputs: Any) -> None:
+        """Raise ConfigError unless the rows of what passes at points belong to one sample each, as a pass of two shows."""
+        batch = next((t.shape[0] for t in inputs if isinstance(t, Tensor)), None)
+        if batch is None:
+            raise ConfigError(
+                "Adapters for each sample need the batch by position: model(x, adapters=[...]); inputs by name come in the "
+                "order of the example."
+            )
+        if self._rows or batch < 2 or torch.compiler.is_compiling():
+            return
+        with silent(self.module), torch.no_grad():
+            both, one = (self._rows_of(inputs, batch, part) for part in (slice(0, 2), slice(1, 2)))
+        for point in self._found.points if self._found is not None else ():
+            first, second = (seen.modules.get(point.path) for seen in (both, one))
+            if first is None or second is None or first.entered is None or second.entered is None:
+                continue
+            x, y = first.entered, second.entered
+            if len(x) != 2 * len(y) or not torch.allclose(x[len(y) :].double(), y.double(), rtol=1e-3, atol=1e-4):
+                raise ConfigError(
+                    f"The rows at '{point.path}' do not belong to one sample each in this {type(self.module).__name__}, so "
+                    "adapters cannot be chosen for each sample. Call the model once for each adapter (model.set_active)."
+                )
+        self._rows = True
+
+    def _rows_of(self, inputs: tuple[Any, ...], batch: int, part: slice) -> Pass:
+        rows = tuple(v[part] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for v in inputs)
+        with watching(self.module) as seen:
+            self._named(*rows)
+        return seen
 
     # -- data -------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.sites import site_at
+
 LARGE = 50_000_000  # parameters beyond which a pass is made without numbers first
 
 
@@ -88,6 +90,20 @@ def watching(root: nn.Module) -> Iterator[Pass]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def silent(root: nn.Module) -> Iterator[None]:
+    """A context in which no adapter does anything."""
+    sites = [site for module in root.modules() if (site := site_at(module)) is not None]
+    running = [site.running() for site in sites]
+    for site in sites:
+        site.run_only(((), (), ()))
+    try:
+        yield
+    finally:
+        for site, ops in zip(sites, running):
+            site.run_only(ops)
 
 
 def run(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
