@@ -235,3 +235,69 @@ def test_a_table_beside_class_folders(tmp_path: Path) -> None:
     assert open_dataset(tmp_path).classes == ["a", "b"]
     (tmp_path / "metadata.csv").write_text("file_name,label\na/1.png,x\nb/2.png,y")
     assert open_dataset(tmp_path).classes == ["x", "y"]
+
+
+# -- what tables are like elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_tables_of_other_programs(photos: Path) -> None:
+    """Semicolons of Excel, paths of Windows, marks of byte order."""
+    text = "\ufefffile;label\n1.png;a\nmore\\3.png;b\n"
+    (photos / "labels.csv").write_text(text, encoding="utf-8")
+    data = open_dataset(photos)
+    assert data.classes == ["a", "b"] and data.where(1).endswith("more/3.png")
+
+
+def test_a_column_of_splits(photos: Path) -> None:
+    """All rows would be taken, those of the test too."""
+    (photos / "labels.csv").write_text("file,split,label\n1.png,train,a\n2.png,train,b\n3.png,test,a\n")
+    for source in (photos, photos / "labels.csv"):
+        with pytest.raises(DataError, match=r"has the splits test, train \(column 'split'\); choose one"):
+            open_dataset(source)
+        assert [len(open_dataset(source, split=split)) for split in ("train", "test")] == [2, 1]
+        with pytest.raises(DataError, match=r"no split 'tran'.*'train'"):
+            open_dataset(source, split="tran")
+    (photos / "labels.csv").write_text("file,label\n1.png,a\n2.png,b\n")
+    with pytest.raises(DataError, match=r"no split 'test'\. It has no column 'split'"):
+        open_dataset(photos / "labels.csv", split="test")
+
+
+def test_one_file_in_several_rows(photos: Path) -> None:
+    """Its tags; as classes the rows contradict each other."""
+    (photos / "labels.csv").write_text("file,label\n1.png,sea\n2.png,sea\n1.png,sky\n")
+    data = open_dataset(photos, labels="tags")
+    assert len(data) == 2 and data.targets.tolist() == [[1, 1], [1, 0]]  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=r"line 4: 1\.png has the label 'sky', and 'sea' in line 2.*task='multilabel'"):
+        open_dataset(photos)
+
+
+def test_a_split_that_cannot_be_chosen(tmp_path: Path) -> None:
+    """It was ignored."""
+    file = write_parquet(tmp_path / "x.parquet", [0, 1])
+    with pytest.raises(DataError, match="no Parquet file of the split 'test'"):
+        open_dataset(file, split="test")
+    assert len(open_dataset(write_parquet(tmp_path / "test-0.parquet", [0]), split="test")) == 1
+    with pytest.raises(DataError, match="a list is one data set"):
+        open_dataset([(encoded(0), 0)], split="test")
+
+
+def test_what_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"x\.zip: no Parquet file, no shard .* Unpack an archive"):
+        open_dataset(tmp_path / "x.zip")
+    for name in ("", "  "):
+        with pytest.raises(DataError, match="name of the data set is empty"):
+            open_dataset(name)
+
+
+def test_validation_data_that_lack_a_class(tmp_path: Path) -> None:
+    """Labels follow their names."""
+    put(tmp_path, *(f"train/{name}/{i}.png" for name in "abc" for i in range(2)))
+    put(tmp_path, "val/a/1.png", "val/c/1.png", value=200)
+    model = tiny_model(num_classes=3)
+    fit(model, tmp_path / "train", tmp_path / "val", epochs=1)
+    found = zoo.evaluate(model, tmp_path / "val", per_class=True, progress=False)
+    assert found["images"] == 2 and list(found["per_class"]) == ["a", "b", "c"] and found["per_class"]["b"] is None
+    put(tmp_path, "val/d/1.png")
+    with pytest.raises(zoo.ZooError, match="Class 1 is 'b' for the model, 'c' in the data set"):
+        zoo.evaluate(model, tmp_path / "val", progress=False)

@@ -316,6 +316,68 @@ def test_torch_data_sets_of_rows() -> None:
 def test_workers_have_a_bound(tmp_path: Path) -> None:
     """999 made 800 processes before the machine gave in."""
     file = write_parquet(tmp_path / "x.parquet", [0, 1])
-    for count in (999, -1):
+    for count in (999, 200, -1):
         with pytest.raises(zoo.ZooError, match=f"workers is {count}"):
             zoo.evaluate(tiny_model(num_classes=2), file, workers=count, **QUIET)
+
+
+# -- what else people hand over ---------------------------------------------------------------------------------------------
+
+
+def test_arrays_of_items_and_labels() -> None:
+    pixels = np.stack([np.full((8, 8, 3), i, np.uint8) for i in range(4)])
+    data = open_dataset((pixels, np.array(["b", "a", "b", "a"])))
+    assert data.classes == ["a", "b"] and [(grey(data[i][0]), data[i][1]) for i in range(2)] == [(0, 1), (1, 0)]
+    tensors = open_dataset((torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
+    assert tensors.labels is not None and tensors.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_tables_in_memory_and_classes_are_refused_with_a_way() -> None:
+    import pyarrow as pa
+
+    with pytest.raises(DataError, match=r"A Table of pyarrow is a table in memory.*to_pylist"):
+        open_dataset(pa.table({"image": [b""], "label": [0]}))
+    with pytest.raises(DataError, match="Map is a class; give a data set of it"):
+        open_dataset(Map)
+    for nothing in (None, 5):
+        with pytest.raises(DataError, match="expected a data set of pairs"):
+            open_dataset(nothing)
+
+
+def test_several_label_columns_of_rows_and_shards(tmp_path: Path) -> None:
+    rows = [{"image": picture(i), "sea": i % 2, "sky": 1} for i in range(3)]
+    data = open_dataset(rows, label_column=["sea", "sky"])
+    assert data.classes == ["sea", "sky"] and data[1][1].tolist() == [1, 1]
+    samples = [{"png": encoded(i), "json": json.dumps({"x": 0.5 * i, "y": -i}).encode()} for i in range(3)]
+    packed = open_dataset(shard(tmp_path / "x.tar", samples), label_column=["x", "y"])
+    assert packed.targets is not None and packed.targets.tolist() == [[0, 0], [0.5, -1], [1, -2]]
+
+
+class Broken(Dataset[Any]):
+    """As torchvision's: a file that cannot be read is an error of PIL."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        return (picture(index) if index != 1 else Image.open(io.BytesIO(b"no image"))), 0
+
+
+def test_items_that_cannot_be_read_are_named_or_skipped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Broken, item 1: UnidentifiedImageError"):
+        open_dataset(Broken())[1]
+    assert isinstance(open_dataset(Broken(), on_error="skip")[1], Skipped)
+    file = tmp_path / "half.png"
+    file.write_bytes(encoded(3, size=64)[:120])
+    with pytest.raises(DataError, match="item 0: the image is corrupt"):
+        open_dataset([(Image.open(file), 0)])[0]
+
+
+def test_image_folders_of_torchvision(image_folder: Path) -> None:
+    """Their classes are in alphabetical order: 0, 1, 10, 11, 2 ...; ours in that of numbers. They are matched."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    data = open_dataset(datasets.ImageFolder(str(image_folder / "train")))
+    assert data.classes == ["blue", "red"] and data.labels is not None and data.labels.tolist() == [0] * 12 + [1] * 12
+    model = tiny_model(num_classes=2)
+    fit(model, datasets.ImageFolder(str(image_folder / "train")), epochs=1)
+    assert model.classes == ["blue", "red"] and zoo.evaluate(model, image_folder / "test", **QUIET)["images"] == 12

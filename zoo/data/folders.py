@@ -18,7 +18,7 @@ from zoo.data.labels import Labelled, Labels, natural
 from zoo.data.medium import IMAGES, Medium
 from zoo.errors import DataError, nearest
 
-__all__ = ["SPLITS", "FolderRows", "files_below", "folders_in", "holds", "read_file", "shown", "visible"]
+__all__ = ["SPLITS", "FolderRows", "entries", "files_below", "folders_in", "holds", "read_file", "shown", "visible"]
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 SYSTEM = ("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
@@ -29,9 +29,21 @@ def visible(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in SYSTEM
 
 
+def entries(folder: Path) -> list[Path]:
+    """The files and folders in a folder that count, in order.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if visible(p.name))
+    except OSError as error:
+        raise DataError(f"{shown(folder)}: cannot be read ({error.strerror}).") from error
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the subfolders that count, in order; numbers in the order of numbers."""
-    return natural([p.name for p in folder.iterdir() if p.is_dir() and visible(p.name)])
+    return natural([p.name for p in entries(folder) if p.is_dir()])
 
 
 def shown(path: str | Path) -> str:

@@ -9,7 +9,7 @@ PIL decodes; what it leaves to its caller is done here, in one place for data se
   of 255, 65535 and 2^31 - 1 that holds its values; floats are shares of 1, or up to 255. Values below 0 have no black, and are
   refused.
 - Alpha and transparent colours are dropped; palettes, CMYK, LAB and the like become RGB.
-- Of several frames (GIF, TIFF, WebP) the first is taken, and that is said once.
+- Of several frames or pages (GIF, TIFF, WebP, PNG) the first is taken, and that is said once.
 
 Arrays are bands, and bands are bands: only a PIL image that says RGBA has alpha.
 """
@@ -31,7 +31,6 @@ __all__ = ["ADVICE", "colours", "decode", "describe", "picture", "size_of"]
 
 ADVICE = 'Repair or remove it, or open the data set with on_error="skip" to go on without it.'
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-STACKS = ("GIF", "TIFF", "WEBP")  # other formats with several frames (phones' MPO) hold one image that counts
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -47,14 +46,14 @@ def decode(data: bytes | bytearray | memoryview | None, where: str) -> Image.Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of palettes; neither matters here
             with Image.open(io.BytesIO(data)) as image:
-                frames = getattr(image, "n_frames", 1) if image.format in STACKS else 1
+                several = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # phones' previews
                 found = colours(image, 3)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError) as error:
         reason = "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{where}: the image is corrupt ({reason}). {ADVICE}") from error
-    if frames > 1:
+    if several:
         warnings.warn("An image of the data has several frames or pages; the first one is taken.", stacklevel=2)
     return found
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from zoo.data.dataset import ImageDataset
+from zoo.data.labels import bare
 from zoo.data.sampling import known_labels
 from zoo.errors import ConfigError, DataError, nearest
 
-__all__ = ["ConcatRows", "JoinedRows", "RelabelledRows", "by_class", "join", "with_classes"]
+__all__ = ["ConcatRows", "JoinedRows", "RelabelledRows", "by_class", "join", "matched", "with_classes"]
 
 
 class ConcatRows:
@@ -125,6 +126,14 @@ def with_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
         return dataset
     table = np.asarray([place.get(name, -1) for name in names], dtype=np.int64)
     return ImageDataset(RelabelledRows(dataset, table), classes, transform=dataset.transform, on_error=dataset.on_error)
+
+
+def matched(dataset: ImageDataset, names: Sequence[str] | None) -> ImageDataset:
+    """Data that lack some of these named classes with all of them, labels by name; other data as they are."""
+    own = dataset.classes
+    if names is None or not own or bare(own) or len(own) >= len(names) or not set(own) <= set(names):
+        return dataset
+    return with_classes(dataset, list(names)) if dataset.targets is None else dataset
 
 
 def by_class(

@@ -24,7 +24,18 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, nearest
 
-__all__ = ["KINDS", "Labelled", "Labels", "bare", "check_kind", "natural", "parsed", "probabilities", "read_labels"]
+__all__ = [
+    "KINDS",
+    "Labelled",
+    "Labels",
+    "bare",
+    "check_kind",
+    "natural",
+    "parsed",
+    "probabilities",
+    "read_labels",
+    "split_tags",
+]
 
 KINDS = ("auto", "classes", "tags", "numbers", "any")
 MOST = 100_000  # classes that are made of labels alone, unless there are as many rows
@@ -169,7 +180,7 @@ def _plain(value: Any, where: Where, row: int, inside: bool = False) -> Any:
 
 def _texts(values: list[str], where: Where, names: list[str] | None, kind: str) -> Labels:
     if kind == "tags":
-        return _lists([[t for t in _SEPARATORS.split(value.strip()) if t] for value in values], where, names, kind)
+        return _lists([split_tags(value) for value in values], where, names, kind)
     if kind == "numbers":
         return _numbers(
             np.asarray([_number(value, where, row) for row, value in enumerate(values)]), where, None, kind, False
@@ -182,6 +193,11 @@ def _texts(values: list[str], where: Where, names: list[str] | None, kind: str) 
                 f"{where(row)}: label '{value}' is not among the {len(names)} classes. {nearest(value, names)}"
             )
     return Labels(np.fromiter((positions[v] for v in values), np.int64, len(values)), None, names)
+
+
+def split_tags(text: str) -> list[str]:
+    """The names in "sea; sky"."""
+    return [name for name in _SEPARATORS.split(text.strip()) if name]
 
 
 def _number(value: str, where: Where, row: int) -> float:

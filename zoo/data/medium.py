@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zoo.data.images import decode, picture
+from zoo.data.images import ADVICE, decode, picture
 from zoo.errors import DataError
 
 __all__ = ["CAPTIONS", "IMAGES", "LABEL_COLUMNS", "Medium"]
@@ -66,7 +66,11 @@ class Medium:
 
 def _image(value: Any, where: str) -> Any:
     try:
+        if isinstance(value, Image.Image):
+            value.load()  # it may have been opened only
         return picture(value)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise DataError(f"{where}: the image is corrupt ({error}). {ADVICE}") from error
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -84,7 +88,31 @@ IMAGES = Medium(
     decode=decode,
     accept=_image,
     raw=_raw_image,
-    extensions=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    extensions=(
+        *(
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".png",
+            ".webp",
+            ".bmp",
+            ".gif",
+            ".tif",
+            ".tiff",
+            ".ppm",
+            ".pgm",
+            ".pbm",
+            ".pnm",
+        ),
+        *(
+            ".jp2",
+            ".tga",
+            ".avif",
+            ".heic",
+            ".heif",
+        ),  # what Pillow cannot read is named, where leaving it out would be silent
+    ),
     columns=("image", "img", "images", "jpg", "png", "picture", "photo", "pixels"),
     paths=("file_name", "filename", "file", "path", "filepath", "image_path", "image", "img", "image_id", "id"),
     feature="Image",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader
 
 from zoo.data.dataset import ImageDataset, OnError, Transform
-from zoo.data.folders import SPLITS, FolderRows, files_below, folders_in, holds, shown, visible
+from zoo.data.folders import SPLITS, FolderRows, entries, files_below, folders_in, holds, shown
 from zoo.data.hub import HubRows, is_hub, one_split
 from zoo.data.labels import check_kind
 from zoo.data.medium import IMAGES, Medium
@@ -124,6 +124,11 @@ def open_with(
     }
     rows: Any
     if not is_paths(source):
+        if split is not None:
+            raise DataError(
+                f"split='{split}' chooses among files or splits by name, and a {type(source).__name__} is one data set. "
+                "Choose its items, and leave split out."
+            )
         own_format = (getattr(source, "format", None) or {}).get("type") if is_hub(source) else "custom"
         rows = TorchRows(source, **options) if own_format == "custom" else HubRows(source, **options)
         return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
@@ -137,7 +142,7 @@ def open_with(
     elif found.kind == "table":
         if names is None:
             options["class_names"] = partial(_classes_json, Path(found.place).parent)
-        rows = ListedRows(Path(found.place), below=found.below, **options)
+        rows = ListedRows(Path(found.place), below=found.below, split=found.split, **options)
     elif found.kind == "shards":
         rows = ShardRows(found.files, name=short_name(found.files), **options)
     else:
@@ -160,6 +165,7 @@ class Found(NamedTuple):
     place: Any = None
     files: Sequence[Path] = ()
     below: Path | None = None
+    split: str | None = None  # of the rows of a table
 
 
 def locate(
@@ -185,11 +191,15 @@ def locate(
             raise DataError(f"No such file: {', '.join(missing[:3])}.")
         return _of_files(files)
     text = str(source)
+    if not text.strip():
+        raise DataError("The name of the data set is empty.")
     if text.startswith("hf:"):
         return Found("hub", text[3:].removeprefix("//").removeprefix("datasets/"))  # as the Hub's own addresses have it
     path = Path(text).expanduser()
     if path.is_file():
-        return Found("table", path) if path.suffix.lower() in TABLES else _of_files([path])
+        if path.suffix.lower() in TABLES:
+            return Found("table", path, split=split)
+        return _of_files(_of_split([path], split, text))
     if path.is_dir():
         return _in_folder(path, split, medium, classes)
     if any(c in text for c in "*?[") or _RANGE.search(text):
@@ -223,7 +233,23 @@ def _of_files(files: Sequence[Path]) -> Found:
     shards = [f.suffix.lower() == ".tar" or ".tar." in f.name.lower() for f in files]
     if any(shards) and not all(shards):
         raise DataError(f"{shown(files[0])} and others are tar files and Parquet files; give one kind.")
+    other = next(
+        (f for f in files if f.suffix.lower() not in ("", ".parquet", ".pq", ".tar") and ".tar." not in f.name), None
+    )
+    if other is not None and not _is_parquet(other):
+        raise DataError(
+            f"{shown(other)}: no Parquet file, no shard (.tar) and no table ({', '.join(TABLES)}). Unpack an archive, and "
+            f"name its folder."
+        )
     return Found("shards" if any(shards) else "parquet", files=files)
+
+
+def _is_parquet(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) == b"PAR1"
+    except OSError:
+        return True  # reading it will say why it cannot be read
 
 
 def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequence[str] | None) -> Found:
@@ -239,6 +265,9 @@ def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequenc
             return _leaf(folder / split, medium, folder)
         if split in tables:
             return Found("table", tables[split])
+        table = _leaf(folder, medium, None) if tables else None
+        if table is not None and table.kind == "table":
+            return table._replace(split=split)
         raise DataError(f"{shown(folder)}: no split '{split}'. {nearest(split, [*subfolders, *tables])}")
     splits = [name for name in subfolders if name.lower() in SPLITS]
     if splits and not set(splits) <= set(classes or ()) and _is_root(folder, splits, subfolders, medium):
@@ -266,9 +295,7 @@ def _is_root(folder: Path, splits: Sequence[str], subfolders: Sequence[str], med
 
 def _leaf(folder: Path, medium: Medium, above: Path | None) -> Found:
     """Class folders, or a table: of the folder itself, or of the folder above with paths into this one."""
-    loose = [
-        p for p in folder.iterdir() if p.name.lower().endswith(medium.extensions) and visible(p.name) and not p.is_dir()
-    ]
+    loose = [p for p in entries(folder) if p.name.lower().endswith(medium.extensions) and not p.is_dir()]
     classes = [n for n in folders_in(folder) if holds(folder / n, medium.extensions)]
     tables = tables_in(folder)
     if loose and tables:  # beside class folders there are none

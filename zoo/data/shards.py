@@ -117,7 +117,7 @@ class ShardRows(Labelled):
         *,
         medium: Medium = IMAGES,
         column: str | None = None,
-        label_column: str | None = None,
+        label_column: str | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         labels: str = "auto",
         name: str = "",
@@ -129,8 +129,13 @@ class ShardRows(Labelled):
         count = len(self.shards.samples)
         self._items = [self.shards.part(i, endings, medium.thing) for i in range(count)]
         first = self.shards.samples[0][1]
-        own = (label_column,) if label_column in first else (("json",) if label_column else self.label_parts)
-        texts = [self._label(i, own, label_column) for i in range(count)]
+        wanted = [label_column] if label_column is None or isinstance(label_column, str) else list(label_column)
+        named = len(wanted) == 1 and wanted[0] in first
+        own = tuple(wanted) if named else (("json",) if wanted[0] is not None else self.label_parts)
+        columns = [[self._label(i, own, name) for i in range(count)] for name in wanted]
+        texts = columns[0] if len(columns) == 1 else [list(row) for row in zip(*columns, strict=True)]
+        if len(wanted) > 1 and class_names is None:
+            class_names = [str(name) for name in wanted]
         self._know(texts, class_names, labels)
 
     def _know(self, texts: list[Any], names: Sequence[str] | None, labels: str) -> None:

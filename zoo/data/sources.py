@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,11 +43,14 @@ class TorchRows(Labelled):
         *,
         medium: Medium = IMAGES,
         column: str | None = None,
-        label_column: str | None = None,
+        label_column: str | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         labels: str = "auto",
         name: str = "",
     ) -> None:
+        _check_source(dataset)
+        if _arrays(dataset):
+            dataset = list(zip(*dataset, strict=True))
         self.medium, self.noun, self.kind = medium, medium.noun, labels
         self.column, self.label_column = column, label_column
         self.name = name or type(dataset).__name__
@@ -58,6 +61,8 @@ class TorchRows(Labelled):
         if len(self) == 0:
             raise DataError(f"{self.name}: the data set is empty.")
         self.class_names = list(class_names) if class_names is not None else _own_classes(dataset)
+        if self.class_names is None and isinstance(label_column, (list, tuple)) and len(label_column) > 1:
+            self.class_names = list(label_column)
         self._mapped = False
         self._know(labels_of(dataset), class_names is not None)
         self._positions = {name: i for i, name in enumerate(self.class_names or ())}
@@ -102,10 +107,23 @@ class TorchRows(Labelled):
             return None  # reading it will say what is wrong, with its place
 
     def _label_of(self, index: int) -> Any:
-        item = self.dataset[index]
+        return self._pair(self._item(index), index)[1]
+
+    def _item(self, index: int) -> Any:
+        """What the data set gives.
+
+        Raises:
+            DataError: it fails as images fail that cannot be read.
+        """
+        try:
+            item = self.dataset[index]
+        except DataError:
+            raise
+        except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.where(index)}: {type(error).__name__}: {error}") from error
         if isinstance(item, Skipped):
             raise DataError(f"{item.where}: {item.reason}")
-        return self._pair(item, index)[1]
+        return item
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -125,10 +143,7 @@ class TorchRows(Labelled):
 
     def read(self, index: int) -> tuple[Any, Any]:
         where = self.where(index)
-        item = self.dataset[index]
-        if isinstance(item, Skipped):
-            raise DataError(f"{item.where}: {item.reason}")
-        value, label = self._pair(item, index)
+        value, label = self._pair(self._item(index), index)
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value) and "array" not in value:
             data = value.get("bytes")
             value = read_file(value["path"]) if data is None and value.get("path") else (data or b"")
@@ -158,8 +173,9 @@ class TorchRows(Labelled):
 
     def _from_row(self, row: Mapping[str, Any], index: int) -> tuple[Any, Any]:
         names = list(row)
-        wanted = (self.column, self.label_column)
-        for name, setting in zip(wanted, (self.medium.setting, "label_column")):
+        wanted = self.label_column
+        several: list[str | None] = list(wanted) if isinstance(wanted, (list, tuple)) else [cast("str | None", wanted)]
+        for name, setting in ((self.column, self.medium.setting), *((n, "label_column") for n in several)):
             if name is not None and name not in row:
                 raise DataError(f"{self.where(index)}: no '{name}' ({setting}) in the row. {nearest(name, names)}")
         key = self.column or next((k for k in self.medium.keys if k in row), None)
@@ -169,7 +185,9 @@ class TorchRows(Labelled):
                 f"{', '.join(map(str, names))}."
             )
         others = [k for k in names if k != key and not str(k).startswith("__")]
-        label = self.label_column or next((k for k in self.medium.label_columns if k in others), None)
+        if len(several) > 1:
+            return row[key], [row[name] for name in several if name is not None]
+        label = several[0] or next((k for k in self.medium.label_columns if k in others), None)
         if label is None and len(others) == 1:
             label = others[0]
         if label is None:
@@ -204,6 +222,27 @@ class TorchRows(Labelled):
         if isinstance(label, list) and label and all(isinstance(v, (int, float)) for v in label):
             return torch.as_tensor(label, dtype=torch.float32)
         return label
+
+
+def _check_source(source: Any) -> None:
+    """Raise DataError for tables in memory, and for classes."""
+    if isinstance(source, type):
+        raise DataError(f"{source.__name__} is a class; give a data set of it: {source.__name__}(...).")
+    package = type(source).__module__.partition(".")[0]
+    if package in ("pandas", "polars", "pyarrow"):
+        rows = {"pandas": "to_dict('records')", "polars": "to_dicts()", "pyarrow": "to_pylist()"}[package]
+        raise DataError(
+            f"A {type(source).__name__} of {package} is a table in memory. Give its rows, with items that are images or "
+            f"pathlib.Path: table.{rows}; or write it as labels.csv beside the files."
+        )
+
+
+def _arrays(source: Any) -> bool:
+    """Whether it is a pair (items, labels) of arrays, as scikit-learn has data."""
+    if not isinstance(source, tuple) or len(source) != 2 or not all(hasattr(a, "shape") for a in source):
+        return False
+    items, labels = source
+    return len(items.shape) > 1 and len(labels.shape) in (1, 2) and len(items) == len(labels) and len(items) > 0
 
 
 def _digits(label: str | bytes) -> bool:

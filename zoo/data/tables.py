@@ -17,22 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.folders import files_below, read_file, shown, visible
-from zoo.data.labels import Labelled, parsed, read_labels
+from zoo.data.folders import SPLITS, entries, files_below, read_file, shown
+from zoo.data.labels import Labelled, parsed, read_labels, split_tags
 from zoo.data.medium import CAPTIONS, IMAGES, Medium
 from zoo.errors import DataError, nearest
 
 __all__ = ["NAMED", "TABLES", "ListedRows", "choose_column", "columns_of", "label_columns", "rows_of", "tables_in"]
 
 TABLES = (".csv", ".tsv", ".jsonl")
+SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 NAMED = ("labels", "metadata", "annotations")  # tables that are meant even beside class folders
 
 
 def tables_in(folder: Path) -> dict[str, Path]:
     """The tables of a folder by their names without ending."""
-    return {
-        p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in TABLES and visible(p.name) and p.is_file()
-    }
+    return {p.stem: p for p in entries(folder) if p.suffix.lower() in TABLES and p.is_file()}
 
 
 def rows_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -47,7 +46,12 @@ def rows_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                             raise DataError(f"{table}, line {line}: expected a JSON object.")
                         yield line, row
             else:
-                reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+                head = file.readline()
+                file.seek(0)
+                # of Excel in half of Europe: semicolons
+                reader = csv.DictReader(
+                    file, delimiter="\t" if table.suffix.lower() == ".tsv" else max(",;\t|", key=head.count)
+                )
                 for row in reader:
                     if None in row:
                         raise DataError(
@@ -108,6 +112,7 @@ class ListedRows(Labelled):
         column, label_column: those of the files and of the labels; guessed if there is one candidate. Several label columns make
             tags (of 0 and 1), named by the columns, or numbers.
         below: take only rows of files below this folder.
+        split: take only rows with this in a column "split"; needed where it holds several.
     """
 
     blocks: np.ndarray | None = None
@@ -123,6 +128,7 @@ class ListedRows(Labelled):
         class_names: Sequence[str] | Callable[[str], list[str] | None] | None = None,
         labels: str = "auto",
         below: Path | None = None,
+        split: str | None = None,
         name: str = "",
     ) -> None:
         self.table, self.medium, self.noun = table, medium, medium.noun
@@ -132,15 +138,25 @@ class ListedRows(Labelled):
             raise DataError(f"{table}: the table is empty.")
         there = list(rows[0][1])
         files = choose_column(table, column, medium.paths, there, there, medium.setting)
-        given = label_columns(table, label_column, medium.label_columns, [n for n in there if n != files], there)
+        given = label_columns(
+            table,
+            label_column,
+            medium.label_columns,
+            [n for n in there if n != files and n.lower() not in SPLIT_COLUMNS],
+            there,
+        )
         own_word = class_names is not None and not callable(class_names)
         if callable(class_names):
             class_names = class_names(given[0])
+        splits = next((n for n in there if n.lower() in SPLIT_COLUMNS and n not in (files, *given)), None)
+        self._choose_split(splits, split, [row for _, row in rows])
         self._paths, kept, lines = [], [], []
         find, missing = _Finder(table.parent, medium.extensions), []
         inside = None if below is None else shown(below.resolve()) + "/"
         for line, row in rows:
             text = row.get(files)
+            if splits is not None and split is not None and row.get(splits) != split:
+                continue
             if not isinstance(text, (str, int)) or not str(text).strip():
                 raise DataError(f"{table}, line {line}: no file in column '{files}'.")
             path = find(str(text).strip())
@@ -160,10 +176,16 @@ class ListedRows(Labelled):
             )
         if not self._paths:
             raise DataError(f"{table}: no row is of a file below {below}.")
+        kept, lines = self._together(kept, lines, labels)
         cells = [[row[i] for row in kept] for i in range(len(given))]
         if table.suffix.lower() != ".jsonl":
             known = set(map(str, class_names or ()))
-            cells = [c if known and set(c) <= known else parsed(c) for c in cells]
+            cells = [
+                c
+                if (known and all(isinstance(v, str) and v in known for v in c)) or any(isinstance(v, list) for v in c)
+                else parsed(c)
+                for c in cells
+            ]
         values = (
             cells[0]
             if isinstance(label_column, str) or len(given) == 1
@@ -171,6 +193,38 @@ class ListedRows(Labelled):
         )
         names = list(class_names) if class_names is not None else (given if len(given) > 1 else None)
         self.take(read_labels(values, lambda row: f"{table}, line {lines[row]}", names, labels, given=own_word))
+
+    def _choose_split(self, column: str | None, split: str | None, rows: Sequence[dict[str, Any]]) -> None:
+        """Raise DataError unless it is clear which rows are meant."""
+        there = [] if column is None else sorted({str(row.get(column)) for row in rows})
+        if split is not None and split not in there:
+            reason = nearest(split, there) if there else "It has no column 'split'."
+            raise DataError(f"{self.table}: no split '{split}'. {reason}")
+        if split is None and len(there) > 1 and {name.lower() for name in there} & set(SPLITS):
+            raise DataError(
+                f"{self.table}: has the splits {', '.join(there)} (column '{column}'); choose one with open_dataset(..., "
+                "split=...)"
+            )
+
+    def _together(self, kept: list[list[Any]], lines: list[int], labels: str) -> tuple[list[list[Any]], list[int]]:
+        """Rows of one file: its tags if these are wanted; else they must not contradict each other."""
+        first: dict[Path, int] = {}
+        for row, path in enumerate(self._paths):
+            former = first.setdefault(path, row)
+            if former != row and labels != "tags" and kept[former] != kept[row]:
+                raise DataError(
+                    f"{self.table}, line {lines[row]}: {shown(path.name)} has the label {kept[row][0]!r}, and "
+                    f"{kept[former][0]!r} in line {lines[former]}. Several classes for each item are tags: task='multilabel', or "
+                    "labels='tags'."
+                )
+        if labels != "tags" or len(first) == len(self._paths) or len(kept[0]) > 1:
+            return kept, lines
+        tags: dict[Path, list[Any]] = {path: [] for path in first}
+        for path, (found,) in zip(self._paths, kept, strict=True):
+            own = split_tags(found) if isinstance(found, str) else found
+            tags[path] += own if isinstance(own, list) else [own]
+        self._paths = list(first)
+        return [[names] for names in tags.values()], [lines[row] for row in first.values()]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -191,6 +245,9 @@ class _Finder:
 
     def __call__(self, text: str) -> Path | None:
         path = self.folder / text
+        if "\\" in text and not path.exists():
+            text = text.replace("\\", "/")  # of Windows
+            path = self.folder / text
         if path.is_file() or (path.exists() and not path.is_dir()):
             return path
         if self._index is None:

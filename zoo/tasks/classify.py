@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zoo.data.joined import with_classes
+from zoo.data.joined import matched, with_classes
 from zoo.data.labels import bare, probabilities
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
@@ -42,7 +42,7 @@ class Classify(Weighted):
             return with_classes(dataset, list(known))
         if not train and bare(own) and len(own) < model.num_classes:
             return dataset._like(classes=[str(i) for i in range(model.num_classes)])
-        return dataset
+        return dataset if train or known is None or len(known) != model.num_classes else matched(dataset, known)
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same classes."""

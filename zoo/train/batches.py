@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.dataset import ImageDataset, Skipped, stack
 from zoo.data.seeds import kept_generators, mixed_seed, seed_everything
+from zoo.errors import ConfigError
 
 __all__ = ["Batch", "BatchPlan", "make_loader"]
 
 Key = tuple[int, int]  # (epoch, index)
+MOST_WORKERS = 16  # beside few cores
 
 
 @dataclass
@@ -135,8 +137,12 @@ def make_loader(
     dataset: ImageDataset, plan: BatchPlan, *, workers: int | None, device: torch.device, seed: int = 0
 ) -> DataLoader[Batch]:
     """A loader of `Batch`es in the order of `plan`. `workers` None: none beside a CPU model, up to 8 beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and workers > max(MOST_WORKERS, 4 * cores):
+        raise ConfigError(
+            f"workers is {workers}, processes that would share {cores} cores; expected at most {max(MOST_WORKERS, 4 * cores)}."
+        )
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if device.type == "cpu" else min(8, max(1, cores // plan.world - 1))
     if workers and hasattr(dataset.rows, "load"):
         dataset.rows.load()

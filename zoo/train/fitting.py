@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, PATH, TEXT, typed, whole
 from zoo.data.dataset import ImageDataset
+from zoo.data.joined import matched
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError
@@ -235,6 +236,7 @@ def fit(
     if isinstance(what, Weighted):
         what.weigh(model, train_set)
     if val_set is not None:
+        val_set = matched(val_set, train_set.classes)
         what.check(model, val_set, "validation data")
         if isinstance(what, Classify):
             _same_classes(train_set, val_set)

@@ -129,7 +129,7 @@ class OfTorch(Sampler):
                 try:
                     return self._indices(list(self.sampler), len(dataset))
                 finally:
-                    if own is not None:
+                    if own is not None and state is not None:
                         own.set_state(state)
 
         return Sampled(len(order(0)), order)
