@@ -11,7 +11,7 @@ from torch import nn
 from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.sites import State
-from zoo.errors import ConfigError
+from zoo.errors import AttachError, ConfigError
 from zoo.heads import Head, make_head
 from zoo.heads.growing import grown
 from zoo.registry import head_class
@@ -207,9 +207,14 @@ class Headed(nn.Module):
         return self.head_name
 
     def _feature_dim(self, adapters: Sequence[Adapter]) -> int:
-        dim = self.family.feature_dim
+        own = dim = self.family.feature_dim
         for adapter in adapters:
             dim = adapter.feature_dim(dim)
+            if dim != own and not self.family.pools:
+                raise AttachError(
+                    f"'{adapter.method}' puts features of its own beside pooled ones, and '{self.family.name}' pools nothing. "
+                    "Load it with a pooling (global_pool), or use another method."
+                )
         return dim
 
     def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None, kind: str = "linear") -> nn.Module:

@@ -182,6 +182,8 @@ def test_tokens_that_are_not_pooled_are_features_and_no_classifier_stands_on_the
             zoo.load(name, "lora", global_pool="", pretrained=False, num_classes=3)
         with pytest.raises(MismatchError, match="pooled"):
             model.outputs(x, want=("pooled",))
+        with pytest.raises(AttachError, match="beside pooled ones"):
+            zoo.load(name, "vqt", global_pool="", pretrained=False)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "packed", "vitamin", "gate"])
