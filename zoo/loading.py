@@ -310,8 +310,8 @@ def _resolve(source: str | Adapter | Path) -> Adapter | Path:
 def embedded_adapters() -> dict[str, Path]:
     """Trained adapters that come with the packages: name -> folder."""
     found: dict[str, Path] = {}
-    for name in registry.families():
-        folder = registry.family(name).weights_folder
+    for cls in registry.described():
+        folder = cls.weights_folder
         if folder is not None and folder.is_dir():
             found |= {p.name: p for p in sorted(folder.iterdir()) if (p / "adapter_config.json").is_file()}
     return found

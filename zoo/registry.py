@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,10 +33,10 @@ _regimes: dict[str, Any] = {}  # type[Regime]; regimes stand on floors above thi
 OURS = ("vision", "multimodal", "audio")
 
 
-def check_shadows() -> None:
+def check_shadows(names: Sequence[str] = OURS) -> None:
     """Raise ShadowError if another package named like one of ours would be, or was, imported instead."""
     root = Path(__file__).resolve().parent.parent
-    for name in OURS:
+    for name in names:
         module = sys.modules.get(name)
         origin: str | None
         if module is not None:
@@ -145,9 +147,9 @@ def _entry_points(group: str) -> dict[str, Any]:
 
 
 def _load(group: str, name: str) -> None:
-    check_shadows()
     entry = _entry_points(group)[name]
     if isinstance(entry, str):
+        check_shadows([package for package in OURS if entry.startswith(f"{package}.")])
         importlib.import_module(entry)
         return
     loaded = entry.load()
@@ -184,6 +186,19 @@ def family(name: str) -> type[Backbone]:
     if name not in _families:
         raise UnknownNameError(f"There is no backbone family '{name}'. {nearest(name, families())}")
     return _families[name]
+
+
+def described() -> Iterator[type[Backbone]]:
+    """All families that can be had; one that is hidden by a package of its name is in nobody's way who does not need it."""
+    for name in families():
+        with contextlib.suppress(ShadowError):
+            yield family(name)
+
+
+def _check_hidden() -> None:
+    """Raise ShadowError if a family is hidden: a name that was not found may be one of its."""
+    for name in families():
+        family(name)
 
 
 def task(name: str) -> Task:
@@ -261,18 +276,18 @@ def list_adapters(pattern: str = "*") -> list[str]:
 
 def list_backbones(pattern: str = "*") -> list[str]:
     """Short names of backbones that match a glob. Any other model of a family works as `timm:<name>` and the like."""
-    names = [alias for name in families() for alias in family(name).aliases]
+    names = [alias for cls in described() for alias in cls.aliases]
     return sorted(n for n in names if fnmatch.fnmatch(n, pattern))
 
 
 def known_backbone(name: str) -> bool:
     """Whether the weights of a backbone come from a source that is registered here or in its library; asks no network."""
-    return any(name in family(key).aliases or family(key).known(name) for key in families())
+    return any(name in cls.aliases or cls.known(name) for cls in described())
 
 
 def library_name(name: str) -> str:
     """The library's own name of a backbone, by the short names alone: two names of one backbone give the same."""
-    return next((cls.aliases[name] for cls in map(family, families()) if name in cls.aliases), name)
+    return next((cls.aliases[name] for cls in described() if name in cls.aliases), name)
 
 
 def find_backbone(name: str) -> tuple[type[Backbone], str]:
@@ -281,8 +296,7 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
     Raises:
         UnknownNameError: no family knows it; the message has the nearest names.
     """
-    for key in families():
-        cls = family(key)
+    for cls in described():
         if name in cls.aliases:
             return cls, cls.aliases[name]
     if "~" in name:
@@ -292,12 +306,15 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
         )
     reasons = []
     # what no family describes goes to one that can be found without knowing the network, if there is such a network at all
-    for key in sorted(families(), key=lambda key: family(key).fallback):
-        answer = family(key).accepts(name)
+    for cls in sorted(described(), key=lambda cls: cls.fallback):
+        if cls.fallback:
+            _check_hidden()
+        answer = cls.accepts(name)
         if answer is True:
-            return family(key), name
+            return cls, name
         if isinstance(answer, str):
             reasons.append(answer)
+    _check_hidden()
     hint = " ".join(dict.fromkeys(reasons)) or nearest(name, list_backbones())
     raise UnknownNameError(
         f"There is no backbone '{name}'. {hint} A model of a supported family also works by "
@@ -314,7 +331,7 @@ def built(cls: type[Backbone], name: str, **options: Any) -> tuple[type[Backbone
     try:
         return cls, cls.build(name, **options)
     except UndescribedError:
-        other = next((c for c in map(family, families()) if c.fallback and c.accepts(name) is True), None)
+        other = next((c for c in described() if c.fallback and c.accepts(name) is True), None)
         if other is None:
             raise
         options = {k: v for k, v in options.items() if k != "dtype" or other.loads_in_dtype}

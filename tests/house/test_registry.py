@@ -23,20 +23,33 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
 
 
-@pytest.mark.parametrize("layout", ["vision.py", "vision/__init__.py", "audio/__init__.py"])
+TRY = """
+import zoo
+for name, adapter in (("vit-micro", "lora"), ("vit-micro", "vpt"), ("ast-micro", "lora"), ("clip-micro", "lora")):
+    try:
+        zoo.load(name, adapter, pretrained=False, device="meta")
+        print(name, adapter, "loads")
+    except zoo.ZooError as e:
+        print(name, adapter, type(e).__name__, e)
+print("vit-micro" in zoo.list_backbones())
+"""
+
+
+@pytest.mark.parametrize("layout", ["vision.py", "vision/__init__.py", "audio/__init__.py", "multimodal/__init__.py"])
 def test_a_package_that_shadows_ours(tmp_path: Path, layout: str) -> None:
+    """A project with an `audio` folder could load no ViT: only the package that is needed is asked for."""
     (tmp_path / layout).parent.mkdir(exist_ok=True)
     (tmp_path / layout).write_text("x = 1\n")
-    result = run(
-        "import zoo\ntry:\n    zoo.load('vit-micro', pretrained=False)\n"
-        "except zoo.ZooError as e:\n    print(type(e).__name__, e)",
-        tmp_path,
-    )
     name = layout.split("/")[0].split(".")[0]
-    assert result.stdout.startswith(f"ShadowError The package '{name}' found at {tmp_path}"), (
-        result.stdout + result.stderr
-    )
-    assert "rename" in result.stdout
+    needs = {"vision": ("vit-micro",), "audio": ("ast-micro",), "multimodal": ("clip-micro",)}[name]
+    out = run(TRY, tmp_path)
+    lines = out.stdout.splitlines()
+    assert len(lines) == 5 and lines[-1] == str(name != "vision"), out.stdout + out.stderr
+    for line in lines[:-1]:
+        if line.startswith(needs):
+            assert f"ShadowError The package '{name}' found at {tmp_path}" in line and "rename" in line
+        else:
+            assert line.endswith("loads")
 
 
 def test_import_is_light(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ COMMON: dict[str, Any] = {
 def described_types() -> list[str]:
     """Every `model_type` of transformers that a family describes."""
     found: set[str] = set()
-    for name in registry.families():
-        cls: Any = registry.family(name)
+    cls: Any
+    for cls in registry.described():
         found |= set(getattr(cls, "library_classes", ()))
         found |= {cls.model_type} if isinstance(getattr(cls, "model_type", None), str) else set()
     return sorted(found)
