@@ -9,6 +9,7 @@ area on Slaney's mel scale, linear up to 1 kHz and logarithmic above. With e the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from audio.data.sound import HOP, SAMPLE_RATE, WINDOW, as_sound, resample
 from zoo.errors import ConfigError, nearest
 
-__all__ = ["WhisperTransform", "slaney_filters", "whisper_features"]
+__all__ = ["WhisperTransform", "slaney_filters", "triangles", "whisper_features"]
 
 AUGMENTS = ("shift", "none")
 BREAK, STEP = 1000.0, 3 / 200  # Hz; mel for each Hz below
@@ -28,17 +29,21 @@ RATIO = 6.4 ** (1 / 27)  # from one mel to the next above
 
 
 @cache
-def slaney_filters(num_mel_bins: int) -> Tensor:
-    """Triangular filters (201, num_mel_bins), float64: energy of FFT bins -> energy of mel bands."""
-    top = BREAK * STEP + torch.log(torch.tensor(SAMPLE_RATE / 2 / BREAK, dtype=torch.float64)) / torch.log(
-        torch.tensor(RATIO, dtype=torch.float64)
-    )
+def slaney_filters(
+    num_mel_bins: int, fft: int = WINDOW, rate: int = SAMPLE_RATE, highest: float = SAMPLE_RATE / 2
+) -> Tensor:
+    """Triangular filters (fft / 2 + 1, num_mel_bins), float64: energy of FFT bins -> energy of mel bands up to `highest` Hz."""
+    top = BREAK * STEP + torch.log(torch.tensor(highest / BREAK, dtype=torch.float64)) / math.log(RATIO)
     mels = torch.linspace(0, float(top), num_mel_bins + 2, dtype=torch.float64)
     corners = torch.where(mels < BREAK * STEP, mels / STEP, BREAK * RATIO ** (mels - BREAK * STEP))
-    bins = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)[:, None]
+    return triangles(corners, fft, rate) * (2.0 / (corners[2:] - corners[:-2]))
+
+
+def triangles(corners: Tensor, fft: int, rate: int) -> Tensor:
+    """Filters (fft / 2 + 1, len(corners) - 2) that rise from one corner (Hz) to the next and fall to the one behind."""
+    bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64)[:, None]
     left, centre, right = corners[:-2], corners[1:-1], corners[2:]
-    triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp_min(0.0)
-    return triangles * (2.0 / (right - left))
+    return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp_min(0.0)
 
 
 def whisper_features(waves: Tensor, num_mel_bins: int = 80) -> Tensor:

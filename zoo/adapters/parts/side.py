@@ -106,7 +106,10 @@ class Merge(nn.Module):
         self.reduction = nn.Linear(factor * factor * before, width)
 
     def forward(self, h: Tensor) -> Tensor:
-        """An odd edge is filled up with zeros."""
+        """An odd edge is filled up with zeros. Tokens in one row, (B, N, v), are those of a square map."""
+        if h.dim() == 3:
+            side = math.isqrt(h.shape[1])
+            return self.forward(h.unflatten(1, (side, side))).flatten(1, 2)
         f, (_, height, width, _) = self.factor, h.shape
         h = F.pad(h, (0, 0, 0, -width % f, 0, -height % f))
         h = h.unflatten(2, (-1, f)).unflatten(1, (-1, f)).transpose(2, 3)
