@@ -93,7 +93,7 @@ class Diffuse(Task):
         """Raise unless the model denoises, and its classes are enough for the labels."""
         if not hasattr(model.family, "scheduler"):
             raise ConfigError(
-                f"'{model.backbone_name}' is no diffusion model (families dit, cogvideox, pixart, sd3, flux are)."
+                f"'{model.backbone_name}' is no diffusion model: this task is for transformers and UNets of diffusers."
             )
         labels, classes = dataset.labels, getattr(model.family, "num_classes", None)
         if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import diffusers
@@ -65,3 +66,26 @@ def tiny_video_vae() -> Any:
     return diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
     ).eval()
+
+
+def prepended(own: Any, prefix: Any) -> Any:
+    """A processor that puts keys and values in front of those that the library's own one, which it runs, has computed."""
+    product = torch.nn.functional.scaled_dot_product_attention
+
+    def longer(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        keys, values = (p.expand(len(key), -1, -1, -1) for p in prefix(len(key)))
+        if attn_mask is not None:
+            seen = attn_mask.new_full((*attn_mask.shape[:-1], keys.shape[2]), attn_mask.dtype == torch.bool)
+            attn_mask = torch.cat([seen, attn_mask], dim=-1)
+        more = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        return product(query, *more, attn_mask=attn_mask, **options)
+
+    @functools.wraps(type(own).__call__)  # the library reads its parameters
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        torch.nn.functional.scaled_dot_product_attention = longer
+        try:
+            return type(own).__call__(self, *args, **kwargs)
+        finally:
+            torch.nn.functional.scaled_dot_product_attention = product
+
+    return type("Prepended", (type(own),), {"__call__": call})()

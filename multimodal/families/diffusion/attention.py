@@ -15,6 +15,7 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
+from multimodal.families.diffusion.products import ONE_PRODUCT, OneProduct
 from zoo.engine.attention import AttentionSite, Given, mask_bias, recorder
 from zoo.engine.memory import recomputable
 from zoo.engine.sites import BlockSite, Site
@@ -257,10 +258,13 @@ def record(session: Recorder, point: Point, module: nn.Module, verb: str = "exte
     attention: Any = point.module
     processor = type(attention.processor).__name__
     odd = [n for n in ("group_norm", "spatial_norm", "norm_cross") if getattr(attention, n, None) is not None]
-    if processor not in KINDS or odd or getattr(attention, "residual_connection", False):
+    if processor in ONE_PRODUCT and processor not in KINDS and getattr(attention, "add_k_proj", None) is not None:
+        # Wan's cross attention to an image has a product of its own beside that of the text
+        odd += ["two products"] * (processor in ("WanAttnProcessor", "SkyReelsV2AttnProcessor"))
+    if not {processor} & {*KINDS, *ONE_PRODUCT} or odd or getattr(attention, "residual_connection", False):
         raise AttachError(
             f"the attention at '{point.name}' has {' and '.join([processor, *odd])}; more keys and values are described for "
-            f"{', '.join(KINDS)} alone. Put the library's own processor back (after fuse_qkv_projections(): "
-            "unfuse_qkv_projections()), or leave the point out of the targets."
+            f"{', '.join(sorted({*KINDS, *ONE_PRODUCT}))} alone. Put the library's own processor back (after "
+            "fuse_qkv_projections(): unfuse_qkv_projections()), or leave the point out of the targets."
         )
-    recorder(session, point, verb, module)(attention, KINDS[processor], "forward", Given(module))
+    recorder(session, point, verb, module)(attention, KINDS.get(processor, OneProduct), "forward", Given(module))

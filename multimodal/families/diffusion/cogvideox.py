@@ -17,19 +17,18 @@ more, zero behind the first frame.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from multimodal.families.diffusion.family import FEED_FORWARD, DiffusersBackbone, embedder, pixel_config, timesteps
+from multimodal.families.diffusion.family import FEED_FORWARD, embedder, pixel_config, timesteps
+from multimodal.families.diffusion.video import VideoBackbone
 from zoo.errors import ConfigError, DataError
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
-    from zoo.data import ImageDataset
     from zoo.engine.sites import Site
 
 FIVE_B: dict[str, Any] = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
@@ -38,12 +37,10 @@ LICENCE = "other"  # the CogVideoX License of the 5B models
 
 
 @register_backbone
-class CogVideoX(DiffusersBackbone):
+class CogVideoX(VideoBackbone):
     """`cogvideox-2b`, `cogvideox-5b`, `cogvideox-5b-i2v`, or `diffusers:<repository or folder>` of this class (1.5 too)."""
 
     family = "cogvideox"
-    modality, noun = "diffusion-video", "clips"
-    sample, request = "frames", '("a cat crosses a lawn").frames[0]'
     diffusers_class = "CogVideoXTransformer3DModel"
     aliases = {
         "cogvideox-2b": "diffusers:THUDM/CogVideoX-2b",
@@ -122,14 +119,29 @@ class CogVideoX(DiffusersBackbone):
         return int(self.config.out_channels)
 
     @property
-    def takes_image(self) -> bool:
+    def takes_image(self) -> bool:  # type: ignore[override]
         """Whether it is an image-to-video model."""
         return int(self.config.in_channels) != self.latent_channels
+
+    @property
+    def pipeline_class(self) -> str:  # type: ignore[override]
+        """For an image-to-video model, or for one of text alone."""
+        return "CogVideoXImageToVideoPipeline" if self.takes_image else "CogVideoXPipeline"
 
     @property
     def frame_patch(self) -> int:
         """Latent frames in one patch."""
         return int(self.config.patch_size_t or 1)
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of pixels that it was trained on."""
+        return int(self.config.sample_frames)
+
+    @property
+    def frame_ratio(self) -> int:
+        """Frames of pixels in a latent frame."""
+        return int(self.config.temporal_compression_ratio)
 
     def site_kind(self, module: nn.Module, kind: type[Site]) -> type[Site]:
         """The modulated norms of a block take and give two streams."""
@@ -142,25 +154,6 @@ class CogVideoX(DiffusersBackbone):
     def data_config(self) -> dict[str, Any]:
         """Pixels in [-1, 1] of (H, W) = 8 x the latents' height and width."""
         return pixel_config(int(self.config.sample_height) * 8, int(self.config.sample_width) * 8)
-
-    def preprocess(self, train: bool, **options: Any) -> Any:
-        """PIL frames -> (F, 3, H, W) in [-1, 1]. `frames`: how many, by default as the checkpoint was trained; mirrored at random
-        in training, unless `augment` is "crop" or "none"."""
-        from multimodal.data.clips import Clip
-
-        frames = int(options.get("frames") or self.config.sample_frames)
-        return Clip(self.data_config(), frames, train, train and options.get("augment", "crop-flip") == "crop-flip")
-
-    @classmethod
-    def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
-        """A folder of clips (`clips.py`), with a subfolder for each split if there are several, or a torch data set."""
-        from multimodal.data.clips import ClipRows
-        from zoo.data import ImageDataset
-
-        if not isinstance(data, (str, Path)):
-            return super().open_dataset(data, split, **options)
-        folder = Path(data).expanduser()
-        return ImageDataset(ClipRows(folder / split if split else folder), None)
 
     def hub_task(self, num_classes: int) -> str | None:
         """Videos of a text, or of an image and a text."""
@@ -244,26 +237,6 @@ class CogVideoX(DiffusersBackbone):
             return image
         first = image.expand(-1, self.frame_patch, -1, -1, -1)
         return torch.cat([first, torch.zeros_like(latents[:, self.frame_patch :])], dim=1)
-
-    def check_clip(self, clip: Tensor, pixels: bool) -> None:
-        """Raise DataError unless a batch of clips (B, F, C, H, W) is as long as the autoencoder and the patches need it.
-
-        The autoencoder makes one latent frame of the first frame, and one of every four (`temporal_compression_ratio`) more.
-        """
-        ratio = int(self.config.temporal_compression_ratio)
-        if clip.ndim != 5:
-            raise DataError(f"clips are {tuple(clip.shape)}; expected (B, frames, channels, height, width).")
-        frames = clip.shape[1]
-        if pixels and frames <= ratio:
-            raise DataError(
-                f"A clip has {frames} frames, fewer than the {ratio + 1} of the shortest one: the first, and a chunk of {ratio}. "
-                "Leave it out, or take frames more densely."
-            )
-        if pixels and (frames - 1) % ratio:
-            raise DataError(
-                f"A clip has {frames} frames; '{self.name}' takes the first one and whole chunks of {ratio} (it was trained on "
-                f"{self.config.sample_frames} frames). Cut it to {frames - (frames - 1) % ratio}."
-            )
 
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Random latents of four frames, time steps and text, a batch of two; latents of an image where the model takes them."""

@@ -50,6 +50,7 @@ class DiT(DiffusersBackbone):
 
     family = "dit"
     diffusers_class = "DiTTransformer2DModel"
+    pipeline_class = "DiTPipeline"
     weights_folder = WEIGHTS
     aliases = {
         "dit-micro": "zoo:dit-micro",

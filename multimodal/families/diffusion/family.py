@@ -33,6 +33,27 @@ FAMILIES = {
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    **dict.fromkeys(
+        (
+            *("ChromaTransformer2DModel", "BriaTransformer2DModel", "LongCatImageTransformer2DModel"),
+            *("OvisImageTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"),
+            *("AuraFlowTransformer2DModel", "HunyuanImageTransformer2DModel"),
+        ),
+        "mmdit",
+    ),
+    **dict.fromkeys(
+        ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "MochiTransformer3DModel"), "mmdit-video"
+    ),
+    **dict.fromkeys(("HunyuanDiT2DModel", "SanaTransformer2DModel"), "cross-dit"),
+    **dict.fromkeys(("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"), "cogview"),
+    **dict.fromkeys(("Lumina2Transformer2DModel", "ZImageTransformer2DModel"), "single-dit"),
+    **dict.fromkeys(
+        (
+            *("WanTransformer3DModel", "SkyReelsV2Transformer3DModel", "LTXVideoTransformer3DModel"),
+            *("SanaVideoTransformer3DModel", "LatteTransformer3DModel"),
+        ),
+        "cross-dit-video",
+    ),
 }
 # The first releases of DiT and PixArt name a class that the library has split since
 _SPLIT = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -98,6 +119,9 @@ class DiffusersBackbone(Backbone):
     task = "diffuse"
     loads_in_dtype = True
     diffusers_class: ClassVar[str] = ""
+    pipeline_class: ClassVar[str] = ""  # the pipeline of diffusers that it belongs to
+    part: ClassVar[str] = "transformer"  # what the pipeline calls it
+    frames_axis: ClassVar[int] = 1  # of the latents of a video
     # What the pipeline gives and how it is called, for cards
     sample, request = "image", '("a photo of a cat").images[0]'
     text_tokens: ClassVar[int] = 0  # of the text embeddings that the library's pipeline makes, where that is fixed
@@ -119,10 +143,9 @@ class DiffusersBackbone(Backbone):
             return False
         if name in cls.configs:
             return True
-        config, _ = source_config(name.removeprefix("diffusers:"))
-        if isinstance(config, str):
-            return config
-        known = class_of(config)
+        known = source_class(name.removeprefix("diffusers:"))
+        if " " in known:
+            return known
         if known not in FAMILIES:
             return (
                 f"Its transformer is a {known}, which no family here describes (they describe {', '.join(FAMILIES)})."
@@ -376,6 +399,14 @@ def source_config(source: str) -> tuple[dict[str, Any] | str, str]:
         return inside, "transformer"
     alone = pretrained_config(source)
     return (alone, "") if isinstance(alone, dict) else (inside, "")
+
+
+def source_class(source: str) -> str:
+    """The class that a repository, a folder or a class's name is of, or a sentence that says why it is of none."""
+    if source in FAMILIES:
+        return source
+    config, _ = source_config(source)
+    return config if isinstance(config, str) else class_of(config)
 
 
 def class_of(config: dict[str, Any]) -> str:

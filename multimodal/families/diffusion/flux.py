@@ -45,6 +45,7 @@ class Flux(JointBackbone):
 
     family = "flux"
     diffusers_class = "FluxTransformer2DModel"
+    pipeline_class = "FluxPipeline"
     aliases = {
         "flux-dev": "diffusers:black-forest-labs/FLUX.1-dev",
         "flux-schnell": "diffusers:black-forest-labs/FLUX.1-schnell",

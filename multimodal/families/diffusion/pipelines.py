@@ -22,14 +22,6 @@ from zoo.library import library, only_tensors
 if TYPE_CHECKING:
     from zoo.host import Host
 
-PIPELINES = {
-    "dit": "DiTPipeline",
-    "cogvideox": "CogVideoXPipeline",
-    "pixart": "PixArtAlphaPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-}
-
 
 def pipeline(
     model: Host, source: str | None = None, *, kind: Any = None, merged: bool = False, **components: Any
@@ -49,21 +41,16 @@ def pipeline(
         ConfigError: another family, or no source for the other parts. MergeError: with `merged`, a method that cannot be merged.
     """
     family: Any = model.family
-    if family.family not in PIPELINES:
-        raise ConfigError(
-            f"'{model.backbone_name}' is no diffusion model; families with pipelines are {', '.join(PIPELINES)}."
-        )
-    if kind is None:
-        kind = PIPELINES[family.family]
-        if family.family == "cogvideox" and family.takes_image:
-            kind = "CogVideoXImageToVideoPipeline"
+    kind = kind or getattr(family, "pipeline_class", "")
+    if not kind:
+        raise ConfigError(f"'{model.backbone_name}' is no diffusion model of a family with a pipeline of diffusers.")
     made = getattr(library("diffusers", "multimodal"), kind) if isinstance(kind, str) else kind
     if family.family == "dit" and family.num_classes != 1000 and made.__name__ == "DiTPipeline":
         raise ConfigError(
             f"DiTPipeline takes the label 1000 for \"no class\", and '{model.backbone_name}' has {family.num_classes} classes. "
             "Sample it by multimodal.tasks.sampling.generate(model, labels, guidance=...)."
         )
-    transformer: nn.Module = model.merge() if merged else model.backbone
+    part: nn.Module = model.merge() if merged else model.backbone
     if source is None and not components:
         source = family.hub_id()
         if source is None:
@@ -75,9 +62,9 @@ def pipeline(
         if model.dtype != torch.float32:
             components.setdefault("torch_dtype", model.dtype)
         with only_tensors():
-            return made.from_pretrained(source, transformer=transformer, **components)
+            return made.from_pretrained(source, **{family.part: part, **components})
     components.setdefault("scheduler", family.scheduler())
     try:
-        return made(transformer=transformer, **components)
+        return made(**{family.part: part, **components})
     except TypeError as error:
         raise ConfigError(f"{made.__name__} cannot be made of these parts: {error}") from error

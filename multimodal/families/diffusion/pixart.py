@@ -30,6 +30,7 @@ class PixArt(DiffusersBackbone):
 
     family = "pixart"
     diffusers_class = "PixArtTransformer2DModel"
+    pipeline_class = "PixArtAlphaPipeline"
     aliases = {
         "pixart-xl2": "diffusers:PixArt-alpha/PixArt-XL-2-512x512",
         "pixart-xl2-1024": "diffusers:PixArt-alpha/PixArt-XL-2-1024-MS",

@@ -41,6 +41,7 @@ class SD3(JointBackbone):
 
     family = "sd3"
     diffusers_class = "SD3Transformer2DModel"
+    pipeline_class = "StableDiffusion3Pipeline"
     aliases = {"sd3-medium": "diffusers:stabilityai/stable-diffusion-3-medium-diffusers"}
     configs = {"diffusers:stabilityai/stable-diffusion-3-medium-diffusers": MEDIUM}
     licences = {"diffusers:stabilityai/stable-diffusion-3-medium-diffusers": "other"}

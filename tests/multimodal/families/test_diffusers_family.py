@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from diffusion_models import library_answer, make
+from diffusion_models import library_answer, make, prepended
 
 import zoo
 from zoo.adapters.base import Adapter
@@ -163,28 +162,6 @@ def test_activations_are_recomputed(name: str, monkeypatch: pytest.MonkeyPatch) 
     # Of the second block; in the first nothing else is kept, so it could not be given back. Images, tokens, width, bytes:
     assert found[1][0] - found[0][0] == 2 * tokens * hidden * 4
     assert torch.equal(found[0][1], found[1][1])
-
-
-def prepended(own: Any, prefix: Any) -> Any:
-    """A processor that puts keys and values in front of those that the library's own one, which it runs, has computed."""
-    product = torch.nn.functional.scaled_dot_product_attention
-
-    def longer(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        keys, values = (p.expand(len(key), -1, -1, -1) for p in prefix(len(key)))
-        if attn_mask is not None:
-            attn_mask = torch.cat([attn_mask.new_zeros(*attn_mask.shape[:-1], keys.shape[2]), attn_mask], dim=-1)
-        more = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        return product(query, *more, attn_mask=attn_mask, **options)
-
-    @functools.wraps(type(own).__call__)  # the library reads its parameters
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        torch.nn.functional.scaled_dot_product_attention = longer
-        try:
-            return type(own).__call__(self, *args, **kwargs)
-        finally:
-            torch.nn.functional.scaled_dot_product_attention = product
-
-    return type("Prepended", (type(own),), {"__call__": call})()
 
 
 @EVERY

@@ -1,0 +1,207 @@
+"""Text-to-video by joint attention: diffusers' classes of Flux's and SD3's shape that make videos, as `mmdit` has the images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.families.diffusion.described import Blocks, DescribedVideo, Input, Member, Released, aliases_of, tiny_of
+from multimodal.families.diffusion.family import embedder, timesteps
+from multimodal.families.diffusion.flux import JOINT
+from multimodal.families.diffusion.mmdit import FINAL, REFINED, REFINERS, TWO
+from multimodal.families.diffusion.tables import BLOCK, added, attention, mlp
+from zoo.points.rows import Row
+from zoo.registry import register_backbone
+
+
+def _mask(text: Tensor, mask: Any) -> Tensor:
+    return text.new_ones(text.shape[:2]) if mask is None else mask
+
+
+def hunyuan(
+    family: Any,
+    module: nn.Module,
+    latents: Tensor,
+    steps: Tensor,
+    encoder_attention_mask: Any = None,
+    guidance: Any = 6.0,
+    **rest: Any,
+) -> Tensor:
+    """The words are in front of the padding; a distilled model is told its guidance, times 1,000."""
+    return module(
+        latents,
+        timestep=steps,
+        encoder_attention_mask=_mask(rest["encoder_hidden_states"], encoder_attention_mask),
+        guidance=timesteps(guidance, latents).to(latents.dtype) * 1000 if family.config.guidance_embeds else None,
+        return_dict=False,
+        **rest,
+    )[0]
+
+
+def hunyuan15(
+    family: Any,
+    module: nn.Module,
+    latents: Tensor,
+    steps: Tensor,
+    encoder_attention_mask: Any = None,
+    encoder_attention_mask_2: Any = None,
+    image_latents: Any = None,
+    **rest: Any,
+) -> Tensor:
+    """Two texts and an image (zeros for none), and the image's latents and mask as further channels."""
+    if image_latents is not None:
+        latents = torch.cat([latents, image_latents.to(latents.dtype)], dim=1)
+    return module(
+        latents,
+        timestep=steps,
+        encoder_attention_mask=_mask(rest["encoder_hidden_states"], encoder_attention_mask),
+        encoder_attention_mask_2=_mask(rest["encoder_hidden_states_2"], encoder_attention_mask_2),
+        return_dict=False,
+        **rest,
+    )[0]
+
+
+# Behind each branch stands a norm that the time scales, so a branch ends in front of it. Its processor attends sample by
+# sample, to the words that the mask leaves, so there is no attention point.
+MOCHI = (
+    Row("linear", "modulation", "modulation", "norm1.linear"),
+    *attention("attn", "attn1", product=False),
+    Row("sublayer", "attn", "attn", "attn1", entry="norm1", exit="attn1:output"),
+    *mlp("mlp", "ff", "norm3", gated=True),
+    Row("linear", "modulation", "text.modulation", "norm1_context.linear"),
+    Row("linear", "modulation", "text.modulation", "norm1_context.linear_1"),
+    *added("attn1"),
+    Row("sublayer", "attn", "text.attn", "attn1.to_add_out", entry="norm1_context", exit="attn1.to_add_out:output"),
+    *mlp("text.mlp", "ff_context", "norm3_context", gated=True),
+    BLOCK,
+)
+
+
+def mochi(
+    family: Any, module: nn.Module, latents: Tensor, steps: Tensor, encoder_attention_mask: Any = None, **rest: Any
+) -> Tensor:
+    """Time runs from noise (0) to the video (1,000), and the flow the same way, as its scheduler has it (`invert_sigmas`)."""
+    mask = _mask(rest["encoder_hidden_states"], encoder_attention_mask).bool()
+    return module(latents, timestep=steps, encoder_attention_mask=mask, return_dict=False, **rest)[0]
+
+
+TINY: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 12,
+    "rope_axes_dim": (4, 4, 8),
+    "pixels": 64,
+    "frames": 5,
+}
+
+MEMBERS = {
+    "HunyuanVideoTransformer3DModel": Member(
+        blocks=(REFINERS, *TWO),
+        call=hunyuan,
+        inputs=(
+            Input("encoder_hidden_states", "text", "text_embed_dim"),
+            Input("encoder_attention_mask", "mask"),
+            Input("pooled_projections", "pooled", "pooled_projection_dim"),
+        ),
+        tiny={**TINY, "num_single_layers": 1, "pooled_projection_dim": 10},
+        front=(
+            ("linear", "patch", "patch_embed", "x_embedder.proj"),
+            *embedder("time", "time_text_embed.timestep_embedder"),
+            *embedder("pooled", "time_text_embed.text_embedder"),
+            *embedder("guidance", "time_text_embed.guidance_embedder"),
+            *REFINED,
+        ),
+        back=FINAL,
+        released={"hunyuan-video": Released("hunyuanvideo-community/HunyuanVideo")},
+        schedule=("FlowMatchEulerDiscreteScheduler", {"shift": 7.0}),
+        pipeline="HunyuanVideoPipeline",
+        pixels=(720, 1280),
+        frames=129,
+        frame_ratio=4,
+    ),
+    "HunyuanVideo15Transformer3DModel": Member(
+        blocks=(REFINERS, Blocks("blocks", "transformer_blocks", JOINT)),
+        call=hunyuan15,
+        inputs=(
+            Input("encoder_hidden_states", "text", "text_embed_dim"),
+            Input("encoder_attention_mask", "mask"),
+            Input("encoder_hidden_states_2", "text", "text_embed_2_dim"),
+            Input("encoder_attention_mask_2", "mask"),
+            Input("image_embeds", "image", "image_embed_dim"),
+            Input("image_latents", "latents"),
+        ),
+        tiny={**TINY, "in_channels": 9, "num_layers": 2, "text_embed_2_dim": 8, "image_embed_dim": 10},
+        front=(
+            ("linear", "patch", "patch_embed", "x_embedder.proj"),
+            *embedder("time", "time_embed.timestep_embedder"),
+            *REFINED,
+            ("norm", "norm", "condition.words.norm", "context_embedder_2.norm"),
+            ("condition", "text", "condition.words", "context_embedder_2"),
+            *(("linear", "text", f"condition.words.{i}", f"context_embedder_2.linear_{i}") for i in (1, 2, 3)),
+            ("norm", "norm", "condition.image.norm_in", "image_embedder.norm_in"),
+            ("condition", "image", "condition.image", "image_embedder"),
+            ("linear", "image", "condition.image.in", "image_embedder.linear_1"),
+            ("linear", "image", "condition.image.out", "image_embedder.linear_2"),
+            ("norm", "norm", "condition.image.norm_out", "image_embedder.norm_out"),
+        ),
+        back=FINAL,
+        schedule=("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}),
+        pipeline="HunyuanVideo15Pipeline",
+        channels="out_channels",
+        text_tokens=1000,
+        pixels=(480, 832),
+        ratio=16,
+        frames=121,
+        frame_ratio=4,
+    ),
+    "MochiTransformer3DModel": Member(
+        blocks=(Blocks("blocks", "transformer_blocks", MOCHI),),
+        call=mochi,
+        inputs=(Input("encoder_hidden_states", "text", "text_embed_dim"), Input("encoder_attention_mask", "mask")),
+        tiny={
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "max_sequence_length": 16,
+            "pixels": 64,
+            "frames": 7,
+        },
+        front=(
+            ("linear", "patch", "patch_embed", "patch_embed.proj"),
+            *embedder("time", "time_embed.timestep_embedder"),
+            ("linear", "q", "condition.pooled.q", "time_embed.pooler.to_q"),
+            ("linear", "kv", "condition.pooled.kv", "time_embed.pooler.to_kv"),
+            ("linear", "o", "condition.pooled.o", "time_embed.pooler.to_out"),
+            ("condition", "text", "condition.text", "time_embed.caption_proj"),
+            ("linear", "text", "condition.text.proj", "time_embed.caption_proj"),
+        ),
+        back=FINAL,
+        released={"mochi-1": Released("genmo/mochi-1-preview", licence="apache-2.0")},
+        schedule=("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        pipeline="MochiPipeline",
+        text_width="pooled_projection_dim",
+        pixels=(480, 848),
+        frames=85,
+        frame_ratio=6,
+    ),
+}
+
+
+@register_backbone
+class MMDiTVideo(DescribedVideo):
+    """HunyuanVideo, HunyuanVideo 1.5, Mochi: the aliases, or `diffusers:<repository or folder>`."""
+
+    family = "mmdit-video"
+    members = MEMBERS
+    aliases = aliases_of(MEMBERS)
+    tiny = tiny_of(MEMBERS, "HunyuanVideoTransformer3DModel")
