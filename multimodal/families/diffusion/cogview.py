@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
-from multimodal.families.diffusion.described import (
-    Blocks,
-    DescribedBackbone,
-    Input,
-    Member,
-    Released,
-    aliases_of,
-    tiny_of,
-)
+from multimodal.families.diffusion import calls
+from multimodal.families.diffusion.described import DescribedBackbone
 from multimodal.families.diffusion.family import embedder
+from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of
 from multimodal.families.diffusion.mmdit import FINAL
 from multimodal.families.diffusion.tables import BLOCK, attention, branch, mlp
 from zoo.points.rows import Row
@@ -42,13 +34,6 @@ FRONT = (
 TEXT = Input("encoder_hidden_states", "text", "text_embed_dim")
 
 
-def cogview(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, **rest: Any) -> Tensor:
-    """The size of the image in pixels is a condition; by default it is not cut."""
-    size = latents.new_tensor([[family.member.ratio * n for n in latents.shape[-2:]]]).repeat(len(latents), 1)
-    given = {"original_size": size, "target_size": size, "crop_coords": size * 0} | rest
-    return module(latents, timestep=steps, return_dict=False, **given)[0]
-
-
 TINY: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -64,7 +49,7 @@ TINY: dict[str, Any] = {
 MEMBERS = {
     "CogView3PlusTransformer2DModel": Member(
         blocks=(Blocks("blocks", "transformer_blocks", TABLE),),
-        call=cogview,
+        call=calls.cogview,
         inputs=(TEXT,),
         tiny={**TINY, "pos_embed_max_size": 8},
         front=FRONT,
@@ -85,7 +70,7 @@ MEMBERS = {
     ),
     "CogView4Transformer2DModel": Member(
         blocks=(Blocks("blocks", "transformer_blocks", TABLE),),
-        call=cogview,
+        call=calls.cogview,
         inputs=(TEXT,),
         tiny={**TINY, "rope_axes_dim": (16, 16)},
         front=FRONT,

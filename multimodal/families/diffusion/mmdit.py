@@ -14,31 +14,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from multimodal.families.diffusion.described import (
-    Blocks,
-    DescribedBackbone,
-    Input,
-    Member,
-    Released,
-    aliases_of,
-    tiny_of,
-)
-from multimodal.families.diffusion.family import embedder, timesteps
+from multimodal.families.diffusion import calls
+from multimodal.families.diffusion.described import DescribedBackbone
+from multimodal.families.diffusion.family import embedder
 from multimodal.families.diffusion.flux import JOINT, SINGLE
+from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of
 from multimodal.families.diffusion.tables import (
     BLOCK,
     added,
     attention,
     branch,
-    counted,
     mlp,
     norms,
-    pack,
-    places,
-    unpack,
 )
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -52,60 +41,7 @@ FINAL = (("linear", "modulation", "final.modulation", "norm_out.linear"), ("line
 PATCH = (("linear", "patch", "patch_embed", "x_embedder"),)
 
 
-def _packed(module: nn.Module, latents: Tensor, steps: Tensor, **more: Any) -> Tensor:
-    """A class that takes latents packed 2 x 2."""
-    return unpack(module(hidden_states=pack(latents), timestep=steps, return_dict=False, **more)[0], latents)
-
-
-def _grid(latents: Tensor) -> tuple[int, int]:
-    return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-
 # -- Flux's two tables ------------------------------------------------------------------------------------------------------
-
-
-def chroma(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, mask: Any = None, **rest: Any) -> Tensor:
-    """Time in [0, 1]; `mask` is of the text, the image is seen whole."""
-    text = rest["encoder_hidden_states"]
-    height, width = _grid(latents)
-    if mask is not None:
-        mask = torch.cat([mask.to(latents.dtype), mask.new_ones(len(mask), height * width).to(latents.dtype)], dim=1)
-    return _packed(
-        module,
-        latents,
-        steps.to(latents.dtype) / 1000,
-        img_ids=places(height, width, latents),
-        txt_ids=latents.new_zeros(text.shape[1], 3),
-        attention_mask=mask,
-        **rest,
-    )
-
-
-def bria(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, **rest: Any) -> Tensor:
-    """Time as the scheduler counts it."""
-    words = latents.new_zeros(rest["encoder_hidden_states"].shape[1], 3)
-    return _packed(module, latents, steps, img_ids=places(*_grid(latents), latents), txt_ids=words, **rest)
-
-
-def longcat(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, **rest: Any) -> Tensor:
-    """Words are counted from 0, rows and columns from 512."""
-    text = rest["encoder_hidden_states"]
-    grid = places(*_grid(latents), latents.float(), first=1.0, start=512.0)
-    return _packed(
-        module,
-        latents,
-        steps.to(latents.dtype) / 1000,
-        img_ids=grid,
-        txt_ids=counted(text.shape[1], latents.float()),
-        **rest,
-    )
-
-
-def ovis(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, **rest: Any) -> Tensor:
-    """Words are counted on both axes, as rows and columns are."""
-    words = counted(rest["encoder_hidden_states"].shape[1], latents)
-    grid = places(*_grid(latents), latents)
-    return _packed(module, latents, steps.to(latents.dtype) / 1000, img_ids=grid, txt_ids=words, **rest)
 
 
 GATED_JOINT = (
@@ -165,24 +101,6 @@ def _flux2_parts(projection: nn.Linear) -> tuple[tuple[str, str, int], ...]:
     )
 
 
-def flux2(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, guidance: Any = 4.0, **rest: Any) -> Tensor:
-    """Latents are those of the autoencoder, packed 2 x 2 and normed, in 128 channels: one token each."""
-    height, width = latents.shape[-2:]
-    grid = nn.functional.pad(places(height, width, latents), (0, 1))
-    words = latents.new_zeros(rest["encoder_hidden_states"].shape[1], 4)
-    words[:, 3] = torch.arange(len(words), device=latents.device)
-    flow = module(
-        hidden_states=latents.flatten(2).transpose(1, 2),
-        timestep=steps.to(latents.dtype) / 1000,
-        img_ids=grid,
-        txt_ids=words,
-        guidance=timesteps(guidance, latents).float() if family.config.guidance_embeds else None,
-        return_dict=False,
-        **rest,
-    )[0]
-    return flow.transpose(1, 2).unflatten(2, (height, width))
-
-
 # -- Qwen-Image, AuraFlow, HunyuanImage ---------------------------------------------------------------------------------------
 
 QWEN = (
@@ -195,17 +113,6 @@ QWEN = (
     *mlp("text.mlp", "txt_mlp", "txt_norm2"),
     BLOCK,
 )
-
-
-def qwen(
-    family: Any, module: nn.Module, latents: Tensor, steps: Tensor, encoder_hidden_states_mask: Any = None, **rest: Any
-) -> Tensor:
-    """Time in [0, 1]; words that the mask leaves out are seen by nobody."""
-    mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
-    shapes = [[(1, *_grid(latents))]] * len(latents)
-    return _packed(
-        module, latents, steps.to(latents.dtype) / 1000, encoder_hidden_states_mask=mask, img_shapes=shapes, **rest
-    )
 
 
 def _gated(name: str, path: str, stream: str) -> tuple[Row, ...]:
@@ -232,11 +139,6 @@ AURA_TEXT = (
 )
 
 
-def aura(family: Any, module: nn.Module, latents: Tensor, steps: Tensor, **rest: Any) -> Tensor:
-    """Time in [0, 1]."""
-    return module(latents, timestep=steps.to(latents.dtype) / 1000, return_dict=False, **rest)[0]
-
-
 # The text is refined by blocks of its own in front: self attention with a gate that the time says
 REFINER = (
     *norms(("norm1", "norm1"), ("norm2", "norm2")),
@@ -255,15 +157,6 @@ REFINED = (
 REFINERS = Blocks("refiner", "context_embedder.token_refiner.refiner_blocks", REFINER)
 
 
-def hunyuan_image(
-    family: Any, module: nn.Module, latents: Tensor, steps: Tensor, encoder_attention_mask: Any = None, **rest: Any
-) -> Tensor:
-    """Time as the scheduler counts it."""
-    text = rest["encoder_hidden_states"]
-    mask = text.new_ones(text.shape[:2]) if encoder_attention_mask is None else encoder_attention_mask
-    return module(latents, timestep=steps, encoder_attention_mask=mask, return_dict=False, **rest)[0]
-
-
 SMALL: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 FLUX_LIKE: dict[str, Any] = {
     **SMALL,
@@ -277,7 +170,7 @@ TWO = (Blocks("blocks", "transformer_blocks", JOINT), Blocks("single", "single_t
 MEMBERS = {
     "ChromaTransformer2DModel": Member(
         blocks=TWO,
-        call=chroma,
+        call=calls.chroma,
         inputs=(TEXT, Input("mask", "mask")),
         tiny={**FLUX_LIKE, "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
         front=(
@@ -301,7 +194,7 @@ MEMBERS = {
     ),
     "BriaTransformer2DModel": Member(
         blocks=TWO,
-        call=bria,
+        call=calls.bria,
         inputs=(TEXT,),
         tiny=FLUX_LIKE,
         front=(*PATCH, *embedder("time", "time_embed.timestep_embedder"), *CONTEXT),
@@ -314,7 +207,7 @@ MEMBERS = {
     ),
     "LongCatImageTransformer2DModel": Member(
         blocks=TWO,
-        call=longcat,
+        call=calls.longcat,
         inputs=(TEXT,),
         tiny=FLUX_LIKE,
         front=(*PATCH, *embedder("time", "time_embed.timestep_embedder"), *CONTEXT),
@@ -330,7 +223,7 @@ MEMBERS = {
             Blocks("blocks", "transformer_blocks", GATED_JOINT),
             Blocks("single", "single_transformer_blocks", GATED_SINGLE),
         ),
-        call=ovis,
+        call=calls.ovis,
         inputs=(TEXT,),
         tiny={**FLUX_LIKE, "out_channels": 16},
         front=(
@@ -351,7 +244,7 @@ MEMBERS = {
             Blocks("blocks", "transformer_blocks", FLUX2_JOINT),
             Blocks("single", "single_transformer_blocks", FLUX2_SINGLE),
         ),
-        call=flux2,
+        call=calls.flux2,
         inputs=(TEXT,),
         tiny={**FLUX_LIKE, "in_channels": 8, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16},
         front=(
@@ -375,7 +268,7 @@ MEMBERS = {
     ),
     "QwenImageTransformer2DModel": Member(
         blocks=(Blocks("blocks", "transformer_blocks", QWEN),),
-        call=qwen,
+        call=calls.qwen,
         inputs=(TEXT, Input("encoder_hidden_states_mask", "mask")),
         tiny={
             **{k: v for k, v in FLUX_LIKE.items() if k != "num_single_layers"},
@@ -414,7 +307,7 @@ MEMBERS = {
             Blocks("blocks", "joint_transformer_blocks", (*AURA_IMAGE, *AURA_TEXT, BLOCK)),
             Blocks("single", "single_transformer_blocks", (*AURA_IMAGE, BLOCK)),
         ),
-        call=aura,
+        call=calls.aura,
         inputs=(TEXT,),
         tiny={
             "sample_size": 8,
@@ -440,7 +333,7 @@ MEMBERS = {
     ),
     "HunyuanImageTransformer2DModel": Member(
         blocks=(REFINERS, *TWO),
-        call=hunyuan_image,
+        call=calls.hunyuan_image,
         inputs=(Input("encoder_hidden_states", "text", "text_embed_dim"), Input("encoder_attention_mask", "mask")),
         tiny={
             **SMALL,

@@ -4,64 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from multimodal.families.diffusion.described import Blocks, DescribedVideo, Input, Member, Released, aliases_of, tiny_of
-from multimodal.families.diffusion.family import embedder, timesteps
+from multimodal.families.diffusion import calls
+from multimodal.families.diffusion.described import DescribedVideo
+from multimodal.families.diffusion.family import embedder
 from multimodal.families.diffusion.flux import JOINT
+from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of
 from multimodal.families.diffusion.mmdit import FINAL, REFINED, REFINERS, TWO
 from multimodal.families.diffusion.tables import BLOCK, added, attention, mlp
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
-
-
-def _mask(text: Tensor, mask: Any) -> Tensor:
-    return text.new_ones(text.shape[:2]) if mask is None else mask
-
-
-def hunyuan(
-    family: Any,
-    module: nn.Module,
-    latents: Tensor,
-    steps: Tensor,
-    encoder_attention_mask: Any = None,
-    guidance: Any = 6.0,
-    **rest: Any,
-) -> Tensor:
-    """The words are in front of the padding; a distilled model is told its guidance, times 1,000."""
-    return module(
-        latents,
-        timestep=steps,
-        encoder_attention_mask=_mask(rest["encoder_hidden_states"], encoder_attention_mask),
-        guidance=timesteps(guidance, latents).to(latents.dtype) * 1000 if family.config.guidance_embeds else None,
-        return_dict=False,
-        **rest,
-    )[0]
-
-
-def hunyuan15(
-    family: Any,
-    module: nn.Module,
-    latents: Tensor,
-    steps: Tensor,
-    encoder_attention_mask: Any = None,
-    encoder_attention_mask_2: Any = None,
-    image_latents: Any = None,
-    **rest: Any,
-) -> Tensor:
-    """Two texts and an image (zeros for none), and the image's latents and mask as further channels."""
-    if image_latents is not None:
-        latents = torch.cat([latents, image_latents.to(latents.dtype)], dim=1)
-    return module(
-        latents,
-        timestep=steps,
-        encoder_attention_mask=_mask(rest["encoder_hidden_states"], encoder_attention_mask),
-        encoder_attention_mask_2=_mask(rest["encoder_hidden_states_2"], encoder_attention_mask_2),
-        return_dict=False,
-        **rest,
-    )[0]
-
 
 # Behind each branch stands a norm that the time scales, so a branch ends in front of it. Its processor attends sample by
 # sample, to the words that the mask leaves, so there is no attention point.
@@ -77,14 +28,6 @@ MOCHI = (
     *mlp("text.mlp", "ff_context", "norm3_context", gated=True),
     BLOCK,
 )
-
-
-def mochi(
-    family: Any, module: nn.Module, latents: Tensor, steps: Tensor, encoder_attention_mask: Any = None, **rest: Any
-) -> Tensor:
-    """Time runs from noise (0) to the video (1,000), and the flow the same way, as its scheduler has it (`invert_sigmas`)."""
-    mask = _mask(rest["encoder_hidden_states"], encoder_attention_mask).bool()
-    return module(latents, timestep=steps, encoder_attention_mask=mask, return_dict=False, **rest)[0]
 
 
 TINY: dict[str, Any] = {
@@ -103,7 +46,7 @@ TINY: dict[str, Any] = {
 MEMBERS = {
     "HunyuanVideoTransformer3DModel": Member(
         blocks=(REFINERS, *TWO),
-        call=hunyuan,
+        call=calls.hunyuan,
         inputs=(
             Input("encoder_hidden_states", "text", "text_embed_dim"),
             Input("encoder_attention_mask", "mask"),
@@ -127,7 +70,7 @@ MEMBERS = {
     ),
     "HunyuanVideo15Transformer3DModel": Member(
         blocks=(REFINERS, Blocks("blocks", "transformer_blocks", JOINT)),
-        call=hunyuan15,
+        call=calls.hunyuan15,
         inputs=(
             Input("encoder_hidden_states", "text", "text_embed_dim"),
             Input("encoder_attention_mask", "mask"),
@@ -162,7 +105,7 @@ MEMBERS = {
     ),
     "MochiTransformer3DModel": Member(
         blocks=(Blocks("blocks", "transformer_blocks", MOCHI),),
-        call=mochi,
+        call=calls.mochi,
         inputs=(Input("encoder_hidden_states", "text", "text_embed_dim"), Input("encoder_attention_mask", "mask")),
         tiny={
             "num_attention_heads": 2,

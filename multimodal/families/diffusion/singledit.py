@@ -12,22 +12,14 @@ they take the scheduler's steps and give noise - image, as their pipelines do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multimodal.families.diffusion.described import (
-    Blocks,
-    DescribedBackbone,
-    Input,
-    Member,
-    Released,
-    aliases_of,
-    tiny_of,
-)
+from multimodal.families.diffusion import calls
+from multimodal.families.diffusion.described import DescribedBackbone
 from multimodal.families.diffusion.family import embedder
+from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of
 from multimodal.families.diffusion.tables import BLOCK, attention, branch, norms
 from zoo.errors import ConfigError
 from zoo.points.rows import Row
@@ -66,34 +58,6 @@ Z_IMAGE = (
 )
 
 
-def lumina(
-    family: Any, module: nn.Module, latents: Tensor, steps: Tensor, encoder_attention_mask: Any = None, **rest: Any
-) -> Tensor:
-    """Words that the mask leaves out are not in the sequence."""
-    text = rest["encoder_hidden_states"]
-    mask = text.new_ones(text.shape[:2]) if encoder_attention_mask is None else encoder_attention_mask
-    time = 1 - steps.to(latents.dtype) / 1000
-    return -module(latents, timestep=time, encoder_attention_mask=mask.bool(), return_dict=False, **rest)[0]
-
-
-def z_image(
-    family: Any,
-    module: nn.Module,
-    latents: Tensor,
-    steps: Tensor,
-    encoder_hidden_states: Any = None,
-    mask: Any = None,
-    **rest: Any,
-) -> Tensor:
-    """Images and texts one by one, the words that the mask leaves."""
-    words: Sequence[Tensor] = list(encoder_hidden_states.unbind(0))
-    if mask is not None:
-        words = [text[keep.bool()] for text, keep in zip(words, mask, strict=True)]
-    images = list(latents.unsqueeze(2).unbind(0))
-    time = (1000 - steps.to(latents.dtype)) / 1000
-    return -torch.stack(module(images, time, words, return_dict=False, **rest)[0]).squeeze(2)
-
-
 MEMBERS = {
     "Lumina2Transformer2DModel": Member(
         blocks=(
@@ -101,7 +65,7 @@ MEMBERS = {
             Blocks("noise", "noise_refiner", LUMINA),
             Blocks("blocks", "layers", LUMINA),
         ),
-        call=lumina,
+        call=calls.lumina,
         inputs=(Input("encoder_hidden_states", "text", "cap_feat_dim"), Input("encoder_attention_mask", "mask")),
         tiny={
             "sample_size": 8,
@@ -114,7 +78,7 @@ MEMBERS = {
             "multiple_of": 2,
             "cap_feat_dim": 12,
             "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (128, 128, 128),
+            "axes_lens": (512, 128, 128),
             "pixels": 64,
         },
         front=(
@@ -139,7 +103,7 @@ MEMBERS = {
             Blocks("text", "context_refiner", Z_IMAGE),
             Blocks("blocks", "layers", Z_IMAGE),
         ),
-        call=z_image,
+        call=calls.z_image,
         inputs=(Input("encoder_hidden_states", "text", "cap_feat_dim"), Input("mask", "mask")),
         tiny={
             "in_channels": 4,

@@ -19,7 +19,7 @@ from diffusers_calls import FAMILIES, MEMBERS, library_call, make
 from diffusion_models import prepended
 
 import zoo
-from multimodal.families.diffusion.family import FAMILIES as DESCRIBED
+from multimodal.families.diffusion.names import FAMILIES as DESCRIBED
 from zoo.adapters.base import Adapter
 from zoo.registry import family
 
