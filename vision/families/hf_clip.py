@@ -7,9 +7,11 @@ token: a learned query reads the normed patches (`head`), z = Attn(query, tokens
 a `nn.MultiheadAttention`, which multiplies by packed weights and never calls its own `out_proj`: its projections are no points.
 The norm and the MLP behind it are, `pool.norm`, `pool.up` and `pool.down`, of the role "pool", which "all-linear" leaves out.
 
-The library's classes here have no classifier: a model with a head of ours is merged without it. SigLIP 2 of fixed sizes has
-the type of SigLIP; its NaFlex variants (`siglip2`) read patches and masks instead of images, and are not described. Text towers
-are left out.
+The library's classes here have no classifier: a model with a head of ours is merged without it. Folders saved with one
+(`SiglipForImageClassification`, `CLIPForImageClassification`) come with it; it stands on the mean of the patches.
+
+SigLIP 2 of fixed sizes has the type of SigLIP; its NaFlex variants (`siglip2`) read patches and masks instead of images, and are
+not described. Text towers are left out.
 
 Sources: Radford et al., ICML 2021; Zhai et al., ICCV 2023; Tschannen et al., "SigLIP 2", 2025. Counts: SigLIP-B/16 92,884,224 (of
 these 7,087,104 of the pooling), CLIP-B/32 87,849,216.
@@ -17,6 +19,7 @@ these 7,087,104 of the pooling), CLIP-B/32 87,849,216.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +63,12 @@ class TransformersCLIP(TransformersVision):
         "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
         "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
         "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
+        "clip, classifier": ("CLIPConfig", "CLIPForImageClassification"),
+        "siglip, classifier": ("SiglipConfig", "SiglipForImageClassification"),
+    }
+    classifiers = {
+        "CLIPForImageClassification": "clip, classifier",
+        "SiglipForImageClassification": "siglip, classifier",
     }
     nested = {"clip": "vision_config", "siglip": "vision_config"}
     configs = {
@@ -125,6 +134,29 @@ class TransformersCLIP(TransformersVision):
             return x + block.self_attn(block.layer_norm1(x), attention_mask=attention_mask, **kwargs)[0]  # type: ignore[no-any-return]
         return x + block.mlp(block.layer_norm2(x))  # type: ignore[no-any-return]
 
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.classifying = "classifier" in module._modules
+
+    def reads(self, path: str, name: str) -> bool:
+        """A classifier stands on the mean of the patches: what else could be pooled is read by nobody."""
+        unused = ("vision_model.head", *(("vision_model.post_layernorm",) if self.clip else ()))
+        return super().reads(path, name) and not (self.classifying and path.startswith(unused))
+
+    @property
+    def config(self) -> Any:
+        """The library's configuration of the image tower."""
+        return getattr(self.module.config, "vision_config", self.module.config)
+
+    @property
+    def place(self) -> Places:
+        """Where this network has its parts."""
+        found = super().place
+        if not self.classifying:
+            return found
+        behind = () if self.clip else (("norm", "post_layernorm"),)
+        return replace(found, body="vision_model", behind=behind, further=())
+
     @property
     def clip(self) -> bool:
         """Whether it is a CLIP, with a class token and a projection."""
@@ -137,13 +169,13 @@ class TransformersCLIP(TransformersVision):
 
     @property
     def averaged(self) -> bool:
-        """SigLIP reads all tokens."""
-        return not self.clip
+        """SigLIP reads all tokens; so does a classifier."""
+        return not self.clip or self.classifying
 
     @property
     def feature_dim(self) -> int:
         """Width of the pooled features."""
-        return int(self.config.projection_dim if self.clip else self.config.hidden_size)
+        return int(self.config.projection_dim if self.clip and not self.classifying else self.config.hidden_size)
 
     def attention_of(self, block: Any) -> Any:
         """The module with the projections."""
@@ -162,7 +194,9 @@ class TransformersCLIP(TransformersVision):
         return block.layer_norm1  # type: ignore[no-any-return]
 
     def pool(self, output: Any) -> Tensor:
-        """CLIP's projected class token; SigLIP's query behind its MLP, or without one the mean of the patches."""
+        """CLIP's projected class token; SigLIP's query behind its MLP; without it, or with a classifier, the patches' mean."""
+        if self.classifying:
+            return output.last_hidden_state[:, self.num_prefix :].mean(dim=1)  # type: ignore[no-any-return]
         if self.clip and output.get("image_embeds") is not None:
             return output.image_embeds  # type: ignore[no-any-return]
         if self.clip:
@@ -172,7 +206,7 @@ class TransformersCLIP(TransformersVision):
     def tokens(self, output: Any) -> Tensor:
         """Behind the final norm, which CLIP's network gives the class token alone."""
         tokens = output.last_hidden_state
-        return self.body.post_layernorm(tokens) if self.clip else tokens  # type: ignore[no-any-return]
+        return self.body.post_layernorm(tokens) if self.clip and not self.classifying else tokens  # type: ignore[no-any-return]
 
     def licence(self) -> str | None:
         """Licence of the weights; None for random ones, or where none is known."""

@@ -56,6 +56,8 @@ class TransformersBackbone(Backbone):
     library_classes: ClassVar[dict[str, tuple[str, str]]] = {}
     # model_type -> where its configuration holds that of the network, if it is that of several
     nested: ClassVar[dict[str, str]] = {}
+    # `architectures` of a configuration -> the key above of the network that has its classifier, if that is another class
+    classifiers: ClassVar[dict[str, str]] = {}
     # source -> model_type and the fields in which its configuration differs from the library's defaults
     configs: ClassVar[dict[str, tuple[str, Fields]]] = {}
     head_parts: ClassVar[Sequence[str]] = ("classifier",)  # children of the module that are its classifier
@@ -105,6 +107,9 @@ class TransformersBackbone(Backbone):
         if isinstance(config, str):
             raise ConfigError(config)
         kind = str(config.get("model_type"))
+        saved = config.get("architectures")
+        if isinstance(saved, list) and saved and str(saved[0]) in cls.classifiers:
+            return cls.classifiers[str(saved[0])], config
         part = config.get(cls.nested.get(kind, ""), config)
         return kind, part if isinstance(part, dict) else config
 

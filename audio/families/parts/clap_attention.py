@@ -63,6 +63,7 @@ class MapAttention(LIBRARY.ClapAudioAttention):  # type: ignore[misc, name-defin
 
 def opened(module: nn.Module) -> nn.Module:
     """The network with attentions on whole maps, in place."""
+    layer: Any
     for layer in module.modules():
         if type(layer) is LIBRARY.ClapAudioLayer and type(layer.attention) is LIBRARY.ClapAudioAttention:
             side, window = int(min(layer.input_resolution)), int(layer.window_size)
@@ -78,8 +79,9 @@ def opened(module: nn.Module) -> nn.Module:
 
 def closed(module: nn.Module) -> nn.Module:
     """The network as the library has it, in place."""
+    layer: Any
     for layer in module.modules():
-        attention = getattr(layer, "attention", None)
+        attention: Any = getattr(layer, "attention", None)
         if isinstance(attention, MapAttention):
             layer.window_size, layer.shift_size = attention.library
             for name in ("library", "side", "window", "shift"):

@@ -372,3 +372,38 @@ def test_a_clip_is_made_of_frames() -> None:
     same = model.preprocess(train=True)([noise] * 5)
     assert torch.equal(same[0], same[3])  # one view for all frames
     assert family("videomae").noun == "clips"
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("method", ["lora", "norm", "full", "vpt"])
+def test_image_classifiers_of_both(kind: str, method: str, tmp_path: Path) -> None:
+    """Folders of SiglipForImageClassification come with their classifier, which stands on the mean of the patches."""
+    small = {**SMALL, **({"projection_dim": 20} if kind == "clip" else {})}
+    text = {
+        "hidden_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+        "vocab_size": 50,
+    }
+    names = {
+        "siglip": ("SiglipConfig", "SiglipForImageClassification"),
+        "clip": ("CLIPConfig", "CLIPForImageClassification"),
+    }
+    config_class, model_class = (getattr(transformers, n) for n in names[kind])
+    module = model_class(config_class(vision_config=small, text_config=text, num_labels=4)).eval()
+    module.save_pretrained(tmp_path)
+    model = zoo.load(f"transformers:{tmp_path}").eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert model.num_classes == 4
+    with torch.no_grad():
+        assert torch.equal(model(x), module.requires_grad_(False)(x).logits)
+    model.add_adapter(zoo.adapter(method, **({"pool": "all"} if method == "vpt" else {})))
+    assert model.probe(x) == []
+    settle(model)
+    if model.adapters[method].merges:
+        plain: Any = model.merge()
+        torch.testing.assert_close(plain(x).logits, model(x), rtol=1e-5, atol=1e-5)
+        plain.save_pretrained(tmp_path / "merged")
+        again = zoo.load(f"transformers:{tmp_path / 'merged'}").eval()
+        torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
