@@ -208,6 +208,12 @@ def test_whole_numbers_that_do_not_say_what_white_is() -> None:
     assert np.asarray(grey).max() == round(63 * 1040 / 257)
 
 
+def test_float_arrays_as_numpy_has_them() -> None:
+    array = np.random.default_rng(0).normal(size=(8, 6, 3)).astype(np.float32)
+    assert torch.equal(picture(array), torch.from_numpy(array).permute(2, 0, 1))
+    assert torch.equal(picture(np.moveaxis(array, -1, 0)), torch.from_numpy(array).permute(2, 0, 1))
+
+
 def test_the_documented_recipe() -> None:
     """What cards and the guide show: a 16-bit photograph through `model.preprocess()` is not white."""
     model = zoo.load("vit-micro", num_classes=0, pretrained=False, depth=1)

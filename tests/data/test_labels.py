@@ -205,11 +205,11 @@ def test_labels_that_are_not_known_beforehand() -> None:
     assert zoo.evaluate(model, Items(values), **QUIET)["images"] == 5
     with pytest.raises(DataError, match=r"item 1: no label \(None\)"):
         zoo.fit(model, Items([0, None]), epochs=1, **QUIET)
-    with pytest.raises(DataError, match=r"a label is 0.5; expected whole numbers.*regressed"):
+    with pytest.raises(DataError, match=r"item \d: the label is 0.5; expected a class. Numbers are regressed"):
         zoo.fit(model, Items([0.5, 0.5]), epochs=1, **QUIET)
     with pytest.raises(DataError, match=r"\[1.0, 1.0\].*task='multilabel'"):
         zoo.fit(model, Items([torch.ones(2), torch.tensor([0.0, 1.0])]), epochs=1, **QUIET)
-    with pytest.raises(DataError, match=r"\[1, 1\].*task='multilabel'"):
+    with pytest.raises(DataError, match=r"\[1.0, 1.0\].*task='multilabel'"):
         zoo.evaluate(model, Items([torch.ones(2, dtype=torch.int64)]), **QUIET)
 
 
@@ -318,3 +318,57 @@ def test_regression_from_every_format(tmp_path: Path) -> None:
         report = zoo.fit(tiny_model(num_classes=1), source, task="regress", augment="none", epochs=1, **QUIET)
         losses.append(report.history[0]["loss"])
     assert losses == [losses[0]] * 5 and losses[0] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (float("nan"), "the label is nan; expected a class"),
+        (float("inf"), "the label is inf"),
+        (10**30, "which no class can have"),
+        ({"a": 1}, r"the label is \{'a': 1\} \(dict\); expected a class"),
+        ((1, 2), r"\(tuple\)"),
+        (["a"], r"\(list\)"),
+        (Decimal(1), r"\(Decimal\)"),
+        (1j, r"\(complex\)"),
+        (0.5, "Numbers are regressed"),
+    ],
+)
+def test_an_item_without_a_class_is_named(label: Any, words: str) -> None:
+    """torch's errors of its collating named no item."""
+    for labels in ([label] * 3, [0, 1, label]):
+        with pytest.raises(DataError, match=rf"item \d: .*{words}"):
+            zoo.evaluate(tiny_model(num_classes=2), Items(labels), **QUIET)
+    with pytest.raises(DataError, match=r"item 2: the label is nan; expected a number"):
+        zoo.evaluate(tiny_model(num_classes=1), Items([0.5, 1, float("nan")]), task="regress", **QUIET)
+    with pytest.raises(DataError, match=r"item 1: the label is 'x'|item 1: label 'x' is not among"):
+        zoo.evaluate(tiny_model(num_classes=1), Items([0.5, "x"]), task="regress", **QUIET)
+
+
+def test_what_cannot_be_put_into_a_batch() -> None:
+    model = tiny_model(num_classes=2)
+    for items, words in (
+        ([(torch.zeros(3, 8, 8), [0.5] * (1 + i % 2)) for i in range(4)], r"item 1: 2 numbers; expected 1"),
+        ([(np.array([None]), 0), (np.array([None]), 1)], "cannot be put into a batch"),
+        ([(torch.zeros(3, 8, 8), 0), ({"x": 1}, 1)], "of different types: Tensor, dict"),
+    ):
+        with pytest.raises(DataError, match=words):
+            zoo.evaluate(model, items, **QUIET)
+    with pytest.raises(DataError, match=r"Targets of one batch have different shapes: \(1,\), \(2,\)"):
+        zoo.evaluate(model, Items([[1.0], [0.5, 0.5]]), loss=lambda o, t: o.mean(), **QUIET)
+
+
+def test_whole_floats_and_rows_of_one_1_are_classes() -> None:
+    labels = torch.arange(8) % 2
+    losses = []
+    for targets in (labels, labels.double(), labels[:, None], labels.bool()):
+        data = TensorDataset(easy_data(8, classes=2).tensors[0], targets)
+        losses.append(zoo.evaluate(tiny_model(num_classes=2), data, **QUIET)["loss"])
+    one_hot = TensorDataset(easy_data(8, classes=2).tensors[0], torch.eye(2, dtype=torch.int64)[labels])
+    losses.append(zoo.evaluate(tiny_model(num_classes=2), one_hot, **QUIET)["loss"])
+    assert losses == pytest.approx([losses[0]] * 5)
+
+
+def test_an_augmentation_that_is_left_out_is_said() -> None:
+    with pytest.warns(UserWarning, match="augment is left out: 'TensorDataset' brings"):
+        zoo.fit(tiny_model(), easy_data(8), epochs=1, augment="randaugment", **QUIET)

@@ -185,6 +185,9 @@ def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
             "The data set yields PIL images; expected tensors. Pass transform=model.preprocess(train=True), "
             "or leave the transform to zoo.fit and zoo.evaluate."
         )
+    kinds = {type(item[0]).__name__: None for item in items if isinstance(item, (tuple, list))}
+    if isinstance(first[0], Tensor) and not all(isinstance(item[0], Tensor) for item in items):
+        raise DataError(f"Inputs of one batch are of different types: {', '.join(kinds)}. Let all items be of one.")
     if isinstance(first[0], Tensor) and any(item[0].shape != first[0].shape for item in items):
         shapes = sorted({tuple(item[0].shape) for item in items})
         what, mend = _KINDS.get(first[0].ndim, ("Inputs", "a cut"))
@@ -192,5 +195,15 @@ def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
             f"{what} of one batch have different shapes: {', '.join(map(str, shapes[:4]))}. End the transform with {mend} to one "
             "size; model.preprocess(train=True) does."
         )
-    inputs, targets = default_collate([tuple(item) for item in items])
-    return inputs, targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
+    if isinstance(first[1], Tensor) and len(sizes := {tuple(getattr(item[1], "shape", ())) for item in items}) > 1:
+        raise DataError(f"Targets of one batch have different shapes: {', '.join(map(str, sorted(sizes)[:4]))}.")
+    try:
+        inputs, targets = default_collate([tuple(item) for item in items])
+        return inputs, targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = " and ".join(f"{type(part).__name__}" for part in first)
+        raise DataError(
+            f"Items ({what}) cannot be put into a batch: {str(error).splitlines()[0]:.200}. Give tensors, arrays or numbers "
+            f"of one "
+            "shape, or a transform that makes them."
+        ) from error

@@ -131,13 +131,13 @@ def picture(value: Any) -> Any:
     """An array of pixels as a PIL image if it has one or three bands, as a uint8 tensor (C, H, W) if it has others.
 
     uint8 (and uint16, scaled) tensors are (C, H, W) or (H, W); numpy arrays are (H, W, C) as well. All else is left as it is: PIL
-    images, and floats, which are ready for the model.
+    images, and floats, which are ready for the model once arrays (H, W, C) are tensors (C, H, W).
 
     Raises:
         DataError: whole numbers of another type, which do not say what white is.
     """
     if isinstance(value, np.ndarray):
-        if value.ndim not in (2, 3) or value.dtype.kind == "f":
+        if value.ndim not in (2, 3) or value.dtype.kind not in "biuf":
             return torch.from_numpy(value) if value.dtype.kind == "f" else value
         last = value.ndim == 3 and value.shape[0] not in MODES and value.shape[-1] < value.shape[0]
         last = last or (value.ndim == 3 and value.shape[-1] in MODES and value.shape[0] not in (1, 3))

@@ -198,10 +198,10 @@ class TorchRows(Labelled):
         return row[key], row[label]
 
     def _coerced(self, label: Any, where: str) -> Any:
-        """A label in the form in which batches hold it."""
+        """A label in the form in which batches hold it; of any kind but "any" and "auto", as the kind has it."""
         if label is None:
             raise DataError(f"{where}: no label (None).")
-        if isinstance(label, (np.ndarray, np.generic)):
+        if isinstance(label, (np.ndarray, np.generic)) and label.dtype.kind in "biuf":
             label = torch.as_tensor(label)
         if isinstance(label, bytes):
             label = label.decode("utf-8", "replace").strip()
@@ -210,18 +210,54 @@ class TorchRows(Labelled):
                 return self._positions[label]
             if not label.isdecimal():
                 raise DataError(f"{where}: label '{label}' is not among the classes. {nearest(label, self._positions)}")
-            return int(label)
-        if isinstance(label, Tensor):
-            if label.numel() == 1 and not label.is_floating_point() and self.kind not in ("tags", "numbers", "any"):
-                return int(label)
-            return label.float() if label.dtype == torch.float64 or self.kind in ("numbers", "tags") else label
-        if isinstance(label, float) or (self.kind == "numbers" and isinstance(label, int)):
-            return torch.tensor(label, dtype=torch.float32)
-        if isinstance(label, bool):
-            return int(label)
+            label = int(label)
         if isinstance(label, list) and label and all(isinstance(v, (int, float)) for v in label):
-            return torch.as_tensor(label, dtype=torch.float32)
-        return label
+            label = torch.as_tensor(label, dtype=torch.float32)
+        if isinstance(label, Tensor) and label.dtype == torch.float64:
+            label = label.float()
+        if self.kind in ("classes", "tags", "numbers"):
+            return _of_kind(label, self.kind, where)
+        if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point() and self.kind == "auto":
+            return int(label)
+        if isinstance(label, float):
+            return torch.tensor(label, dtype=torch.float32)
+        return int(label) if isinstance(label, bool) else label
+
+
+def _of_kind(label: Any, kind: str, where: str) -> Any:
+    """A number or a tensor of them as a class, tags or numbers.
+
+    Raises:
+        DataError: it is none.
+    """
+    if isinstance(label, Tensor) and (label.ndim == 0 or (label.numel() == 1 and kind == "classes")):
+        label = label.item()
+    if isinstance(label, Tensor) and label.ndim > 1:
+        return label  # a map of pixels, say, which the task may know
+    if not isinstance(label, (Tensor, int, float)):
+        raise DataError(f"{where}: the label is {label!r:.60} ({type(label).__name__}); expected {_WANTED[kind]}.")
+    if not bool(torch.as_tensor(label, dtype=torch.float64).isfinite().all()):
+        raise DataError(f"{where}: the label is {label!r:.60}; expected {_WANTED[kind]}.")
+    if isinstance(label, Tensor):
+        return label.float()
+    if kind == "numbers":
+        return torch.tensor(label, dtype=torch.float32)
+    if label != int(label) and kind == "classes":
+        raise DataError(
+            f"{where}: the label is {label:g}; expected a class. Numbers are regressed: train with a task or loss for them, "
+            f"or open "
+            "the data with labels='numbers'."
+        )
+    if abs(label) >= 1 << 63:
+        raise DataError(f"{where}: the label is {label:.60g}, which no class can have.")
+    return int(label) if label == int(label) else torch.tensor(label, dtype=torch.float32)
+
+
+_WANTED = {
+    "classes": "a class: a whole number or a text",
+    "tags": "tags: 0 or 1 for each class, or a list of names with classes=[...]",
+    "numbers": "a number, or equally many of them in every item",
+}
 
 
 def _check_source(source: Any) -> None:

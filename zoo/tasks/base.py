@@ -57,6 +57,11 @@ class Task:
         if dataset.transform is None and not _ready(dataset):
             options = {"augment": augment} if train and augment is not None else {}
             return dataset.with_transform(model.family.preprocess(train, **options))
+        if train and augment not in (None, "none"):
+            warnings.warn(
+                f"augment is left out: '{dataset.name}' brings a transform of its own, or tensors that are ready for the model.",
+                stacklevel=4,
+            )
         _check_normalised(model, dataset)
         return dataset
 
