@@ -23,12 +23,14 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "side by side": ("vit_pwee_patch16_reg1_gap_256", SMALL),
     "side by side, differential": ("vit_dpwee_patch16_reg1_gap_256", SMALL),
     "differential": ("vit_dwee_patch16_reg1_gap_256", SMALL),
+    "differential, normed": ("vit_dwee_patch16_reg1_gap_256", {**SMALL, "qk_norm": True, "scale_attn_norm": True}),
     "gate": ("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True}),
     "hybrid": ("vit_tiny_r_s16_p8_224", {**SMALL, "img_size": 64}),
     "vitamin": ("vitamin_small_224", {"img_size": 32, "depth": 2}),
 }
 EACH = pytest.mark.parametrize("kind", list(NETS))
-PLAIN = ("swiglu", "packed", "post-norm", "things", "gate", "hybrid", "vitamin")  # with timm's own Attention
+# with an attention that is a module
+PLAIN = ("swiglu", "packed", "post-norm", "things", "gate", "hybrid", "vitamin", "differential", "differential, normed")
 
 
 def load(kind: str, adapter: Any = None, **options: Any) -> zoo.Model:

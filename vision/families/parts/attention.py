@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from timm.layers.attention import Attention
+from timm.layers.diff_attention import DiffAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
@@ -26,7 +27,7 @@ def record(family: Backbone, session: Recorder, point: Point, verb: str, module:
     path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
     block = family.module.get_submodule(path)
     attention = getattr(block, "attn", block) if point.kind == "tokens" else point.module
-    if type(attention) is Attention or (point.kind == "tokens" and flows(block, options)):
+    if type(attention) in (Attention, DiffAttention) or (point.kind == "tokens" and flows(block, options)):
         from vision.families.parts.vit_attention import record as put
     elif type(attention) is WindowAttention:
         from vision.families.parts.swin_attention import record as put

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.diff_attention import DiffAttention
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -142,7 +143,7 @@ def flows(block: Any, options: dict[str, Any]) -> bool:
     """Whether prompts with these options can be put into a block of one of these kinds: kept ones always, those of one block
     alone where its attentions are timm's `Attention`."""
     inside = attentions(block)
-    plain = bool(inside) and all(type(attention) is Attention for _, attention in inside)
+    plain = bool(inside) and all(type(attention) in (Attention, DiffAttention) for _, attention in inside)
     return isinstance(block, KINDS) and (plain or bool(options.get("keep")))
 
 
