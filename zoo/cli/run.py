@@ -115,7 +115,7 @@ def fit(
     set_truncate(what, truncate)
     backbone_options: dict[str, Any] = {}
     if image_size is not None:
-        backbone_options["img_size" if cls.modality == "image" else "image_size"] = image_size
+        backbone_options["img_size" if "img_size" in cls.saved_options else "image_size"] = image_size
 
     def load(classes: int | None) -> Model:
         return zoo.load(

@@ -255,6 +255,13 @@ def test_the_head_is_that_of_the_library() -> None:
     assert torch.equal(plain(x).logits, bare(x))
 
 
+def test_every_normalisation_of_ast_is_a_point() -> None:
+    """Counted against the library's modules; the classifier's own belongs to the head."""
+    model = make()
+    norms = {id(m) for m in model.backbone.modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {id(p.module) for p in model.points.select(kind="norm")} == norms and len(norms) == 2 * 2 + 1
+
+
 def test_a_merged_ast_names_its_classes(tmp_path: Path) -> None:
     """`save_pretrained` wrote LABEL_0, LABEL_1 ..., though the names are known."""
     model = make(double=False)

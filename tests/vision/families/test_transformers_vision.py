@@ -407,3 +407,31 @@ def test_image_classifiers_of_both(kind: str, method: str, tmp_path: Path) -> No
         plain.save_pretrained(tmp_path / "merged")
         again = zoo.load(f"transformers:{tmp_path / 'merged'}").eval()
         torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
+def test_lora_is_that_of_peft(kind: str, tmp_path: Path) -> None:
+    """Written for peft and read by it onto the library's network: the same outputs."""
+    peft = pytest.importorskip("peft")
+    model = make(kind, zoo.adapter("lora", rank=2))
+    settle(model)
+    zoo.to_peft(model.float(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(library(make(kind)).float(), tmp_path).eval()
+    x = batch(model).float()
+    with torch.no_grad():
+        torch.testing.assert_close(answer(theirs.base_model.model, x), model.features(x), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "videomae"])
+def test_an_adapter_for_each_sample_and_half_precision(kind: str) -> None:
+    model = make(kind, zoo.adapter("lora", rank=2, targets="all-linear"))
+    model.add_adapter("prefix")
+    settle(model)
+    x, expected = batch(model), []
+    for i, name in enumerate(("prefix", "lora")):
+        model.set_active(name)
+        expected.append(model(x[i : i + 1]))
+    torch.testing.assert_close(model(x, adapters=["prefix", "lora"]), torch.cat(expected), rtol=1e-9, atol=1e-9)
+    model.set_active("prefix", "lora")
+    model.to(torch.bfloat16).train()(x.to(torch.bfloat16)).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters_to_train().values())
