@@ -17,13 +17,15 @@ In full fine-tuning the library's embedding would drop labels by itself, in each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from multimodal.tasks.noise import WEIGHTINGS, Schedule, schedule_of
+from multimodal.tasks.latents import encode
+from multimodal.tasks.noise import WEIGHTINGS, Schedule, dynamic_shift, schedule_of, unshifted
 from zoo.errors import ConfigError, DataError
 from zoo.registry import register_task
 from zoo.tasks.base import Task
@@ -53,7 +55,10 @@ class Diffuse(Task):
         vae: an autoencoder of diffusers, which stays frozen; None if the data are what the model works on.
         drop: share of the conditions that are left out in training; by default 0.1 for classes, and for text if `null` is given.
         null: text embeddings (L, d) of the empty prompt.
-        weighting: how time steps are drawn: "uniform" or "logit-normal".
+        weighting: how time steps are drawn: "uniform", "logit-normal" (SD3; with `logit_mean`, `logit_std`), "mode" (SD3), or
+            "log-normal" (EDM). A schedule that is shifted is drawn from as it is shifted.
+        shift: of a flow's noise: a number in place of the scheduler's own shift; "dynamic": as the scheduler has it for
+            images of this size (`use_dynamic_shifting`, Flux and others). By default the scheduler's own, and none for a dynamic one.
         distance: an image model (or its name) by whose features generated images are compared with real ones in `zoo.evaluate`;
             None leaves that out, as it takes `samples` images of `steps` steps.
         samples: at most so many images, with the labels of the first ones of the data.
@@ -71,6 +76,9 @@ class Diffuse(Task):
         drop: float | None = None,
         null: Tensor | None = None,
         weighting: str = "uniform",
+        shift: float | str | None = None,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
         distance: Host | str | None = None,
         samples: int = 500,
         steps: int = 50,
@@ -81,6 +89,14 @@ class Diffuse(Task):
             raise ConfigError(f"drop is {drop}; expected 0 <= drop < 1.")
         if weighting not in WEIGHTINGS:
             raise ConfigError(f"weighting is {weighting!r}; expected one of {', '.join(WEIGHTINGS)}.")
+        if not (logit_std > 0 and math.isfinite(logit_mean) and math.isfinite(logit_std)):
+            raise ConfigError(
+                f"logit_mean is {logit_mean} and logit_std {logit_std}; expected numbers, the second above 0."
+            )
+        number = isinstance(shift, (int, float)) and not isinstance(shift, bool) and 0 < shift < math.inf
+        if shift is not None and shift != "dynamic" and not number:
+            raise ConfigError(f'shift is {shift!r}; expected a number above 0, "dynamic", or None.')
+        self.shift, self.logit_mean, self.logit_std = shift, logit_mean, logit_std
         self.scheduler, self.vae, self.drop, self.null, self.weighting = scheduler, vae, drop, null, weighting
         self.distance, self.samples, self.steps, self.guidance, self.seed = distance, samples, steps, guidance, seed
         self._schedule: tuple[str, Schedule] | None = None
@@ -124,8 +140,8 @@ class Diffuse(Task):
             if type(module).__name__ == "LabelEmbedding":
                 module.training = False
         prediction = model(*arguments)
-        channels = arguments[0].shape[1]
-        if prediction.ndim == 4:  # without the channels of a variance
+        channels = target.shape[1]
+        if prediction.shape[1] > channels:  # without those of a variance
             prediction = prediction[:, :channels]
         loss = (prediction.float() - target).square().mean()
         return loss, Denoising(prediction, target, inputs[0] if isinstance(inputs, (tuple, list)) else inputs)
@@ -137,8 +153,9 @@ class Diffuse(Task):
     def _noisy(self, model: Host, inputs: Any, targets: Any) -> tuple[tuple[Any, ...], Tensor]:
         data, *conditions = inputs if isinstance(inputs, (tuple, list)) else (inputs, targets)
         latents, image = self.encode(model, data)
-        schedule, training = self.schedule(model), model.training
-        index = schedule.times(len(latents), self.weighting, even=not training).to(latents.device)
+        schedule, training = self._shifted(model, latents), model.training
+        options: dict[str, Any] = {"even": not training, "mean": self.logit_mean, "std": self.logit_std}
+        index = schedule.times(len(latents), self.weighting, **options).to(latents.device)
         if training:
             noise = torch.randn_like(latents)
             conditions = self._dropped(model, conditions)
@@ -160,47 +177,61 @@ class Diffuse(Task):
             self._schedule = name, schedule_of(self.scheduler if self.scheduler is not None else family.scheduler())
         return self._schedule[1]
 
+    def _shifted(self, model: Host, latents: Tensor) -> Schedule:
+        if self.shift is None:
+            return self.schedule(model)
+        family: Any = model.family
+        scheduler = self.scheduler if self.scheduler is not None else family.scheduler()
+        schedule = unshifted(scheduler)
+        if self.shift != "dynamic":
+            return schedule.shifted(float(self.shift))
+        frame_patch, patch = getattr(family, "patches", (1, getattr(family, "patch", None) or 1))
+        tokens = latents.shape[-1] * latents.shape[-2] // patch**2
+        if latents.ndim == 5:
+            tokens = tokens * latents.shape[family.frames_axis] // frame_patch
+        return schedule.shifted(dynamic_shift(scheduler, tokens))
+
     @torch.no_grad()
     def encode(self, model: Host, data: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pixels or latents -> latents in float32, and those of the first frame for an image-to-video model.
+
+        Latents come in the order that the model takes them in.
 
         Raises:
             ConfigError: pixels for a model of latents, without an autoencoder. DataError: a clip of a length that does not fit.
         """
         family: Any = model.family
-        video = family.modality == "diffusion-video"
+        video, takes_image = family.modality == "diffusion-video", getattr(family, "takes_image", False)
+        axis = family.frames_axis
         if video:
             family.check_clip(data, self.vae is not None)
         image = None
         if self.vae is None:
-            if data.shape[-3] == 3 != family.latent_channels:
+            channels = data.shape[2 if video and axis == 1 else 1]
+            if channels == 3 != family.latent_channels:
                 raise ConfigError(
                     f"The data have 3 channels, and '{model.backbone_name}' works on latents of {family.latent_channels}. Pass "
                     "the autoencoder that makes these: task=Diffuse(vae=AutoencoderKL.from_pretrained(...))."
                 )
             latents = data.float()
-            if video and family.takes_image:
+            if takes_image:
                 image = latents[:, :1]
         else:
-            latents = self._latents(data, model.training)
-            if video and family.takes_image:
-                image = self._latents(data[:, :1], False)
+            latents = self._latents(data, model.training, axis)
+            if takes_image:
+                image = self._latents(data[:, :1], False, axis)
                 if getattr(self.vae.config, "invert_scale_latents", False):
                     image = image / float(self.vae.config.scaling_factor) ** 2
-        if video and (short := -latents.shape[1] % family.frame_patch):
-            latents = torch.cat([latents[:, :1].expand(-1, short, -1, -1, -1), latents], dim=1)
+        if video and (short := -latents.shape[axis] % family.frame_patch):
+            first = latents.narrow(axis, 0, 1)
+            latents = torch.cat([first] * short + [latents], dim=axis)
         return latents, image
 
-    def _latents(self, pixels: Tensor, training: bool) -> Tensor:
-        """(B, 3, H, W) -> (B, C, h, w), or (B, F, 3, H, W) -> (B, f, C, h, w)."""
-        vae = self.vae.to(pixels.device)
+    def _latents(self, pixels: Tensor, training: bool, axis: int) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w), or (B, F, 3, H, W) -> (B, f, C, h, w), or (B, C, f, h, w) if frames stand at axis 2."""
         video = pixels.ndim == 5
-        x = (pixels.transpose(1, 2) if video else pixels).to(vae.dtype)
-        posterior = vae.encode(x).latent_dist
-        latents = (posterior.sample() if training else posterior.mode()).float()
-        shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-        latents = (latents - shift) * float(vae.config.scaling_factor)
-        return latents.transpose(1, 2) if video else latents
+        latents = encode(self.vae, pixels.transpose(1, 2) if video else pixels, training, video)
+        return latents.transpose(1, 2) if video and axis == 1 else latents
 
     def _dropped(self, model: Host, conditions: list[Any]) -> list[Any]:
         """The conditions, some of them replaced by none."""

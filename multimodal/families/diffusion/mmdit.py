@@ -185,7 +185,7 @@ MEMBERS = {
         ),
         back=(("linear", "final", "final", "proj_out"),),
         released={"chroma-hd": Released("lodestones/Chroma1-HD", licence="apache-2.0")},
-        schedule=("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}),
+        schedule=("FlowMatchEulerDiscreteScheduler", {}),
         pipeline="ChromaPipeline",
         text_first=("ChromaTransformerBlock",),
         packed=4,
