@@ -58,7 +58,8 @@ class Diffuse(Task):
         weighting: how time steps are drawn: "uniform", "logit-normal" (SD3; with `logit_mean`, `logit_std`), "mode" (SD3), or
             "log-normal" (EDM). A schedule that is shifted is drawn from as it is shifted.
         shift: of a flow's noise: a number in place of the scheduler's own shift; "dynamic": as the scheduler has it for
-            images of this size (`use_dynamic_shifting`, Flux and others). By default the scheduler's own, and none for a dynamic one.
+            images of this size (`use_dynamic_shifting`, Flux and others). By default the scheduler's own; none for a dynamic
+            one.
         distance: an image model (or its name) by whose features generated images are compared with real ones in `zoo.evaluate`;
             None leaves that out, as it takes `samples` images of `steps` steps.
         samples: at most so many images, with the labels of the first ones of the data.
