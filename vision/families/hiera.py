@@ -40,8 +40,8 @@ class GlobalSite(AttentionSite):
         attention: Any = self.module
         q, k, v = heads(attention.qkv(x), attention.heads)
         if attention.q_stride > 1:
-            q = q.reshape(len(x), attention.heads, attention.q_stride, -1, attention.head_dim).amax(dim=2)
-        y = self.attend(q, k, v, len(x), mask_bias(None)).transpose(1, 2).flatten(2)
+            q = q.reshape(x.shape[0], attention.heads, attention.q_stride, -1, attention.head_dim).amax(dim=2)
+        y = self.attend(q, k, v, x.shape[0], mask_bias(None)).transpose(1, 2).flatten(2)
         return attention.proj(y)  # type: ignore[no-any-return]
 
 

@@ -123,8 +123,10 @@ def prepend(own: Tensor, *extra: Tensor) -> Tensor:
 
     own (R, h, N, c), R = B * windows, an image's windows together; each extra (1 or B, h, T, c) -> (R, h, sum T + N, c).
     """
-    rows = len(own)
-    wide = [e.expand(rows, -1, -1, -1) if len(e) == 1 else e.repeat_interleave(rows // len(e), dim=0) for e in extra]
+    rows = own.shape[0]
+    wide = [
+        e.expand(rows, -1, -1, -1) if e.shape[0] == 1 else e.repeat_interleave(rows // e.shape[0], dim=0) for e in extra
+    ]
     return torch.cat([*(e.to(own.dtype) for e in wide), own], dim=2)
 
 
@@ -163,7 +165,7 @@ def mask_bias(mask: Tensor | None) -> Bias:
     def bias(extra: int, images: int, index: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
-        own = mask if index is None or mask.dim() < 4 or len(mask) == 1 else mask.index_select(0, index)
+        own = mask if index is None or mask.dim() < 4 or mask.shape[0] == 1 else mask.index_select(0, index)
         return F.pad(own, (extra, 0), value=own.dtype == torch.bool)
 
     return bias
@@ -245,7 +247,7 @@ class AttentionSite(Site):
         elif self._kept is not None and self._kept[0] == key:
             return self._kept[2]
         pairs = [op.fn(self, images) for op in ops]
-        if key is not None and all(len(t) == 1 for pair in pairs for t in pair):
+        if key is not None and all(t.shape[0] == 1 for pair in pairs for t in pair):
             # Aliases are held with the tensors: nothing else can come to stand at their addresses.
             self._kept = (key, [*tensors, *(t.detach() for t in tensors)], pairs)
         return pairs
@@ -287,17 +289,17 @@ class AttentionSite(Site):
             keys, values = self._join(k, [p[0] for p in pairs]), self._join(v, [_shared(p) for p in pairs])
             for op in self.watchers:
                 op.fn(keys, values)
-            masked = with_masks(bias, pairs, len(q), k.shape[2])
+            masked = with_masks(bias, pairs, q.shape[0], k.shape[2])
             return self._compensated(q, pairs, self._product(q, keys, values, k, images, masked))
         outputs, order = [], []
         for index, pairs in self._groups():
-            windows = len(q) // images
+            windows = q.shape[0] // images
             rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
             mine = recomputable(torch.Tensor.index_select, q, 0, rows)
             keys = recomputable(_select, k, rows, *(p[0] for p in pairs))
             values = recomputable(_select, v, rows, *(_shared(p) for p in pairs))
-            masked = with_masks(bias, pairs, len(mine), k.shape[2])
-            y = self._product(mine, keys, values, k, len(index), masked, index)
+            masked = with_masks(bias, pairs, mine.shape[0], k.shape[2])
+            y = self._product(mine, keys, values, k, index.shape[0], masked, index)
             outputs.append(self._compensated(mine, pairs, y))
             order.append(rows)
         return torch.cat(outputs).index_select(0, torch.cat(order).argsort())
@@ -317,9 +319,9 @@ class AttentionSite(Site):
         owners = list(dict.fromkeys(op.owner for op in self.sources))
         for owner in owners:
             index = self.state.route[owner]
-            if len(index):
-                yield index, [op.fn(self, len(index)) for op in self.sources if op.owner == owner]
-        rest = [index for name, index in self.state.route.items() if name not in owners and len(index)]
+            if index.shape[0]:
+                yield index, [op.fn(self, index.shape[0]) for op in self.sources if op.owner == owner]
+        rest = [index for name, index in self.state.route.items() if name not in owners and index.shape[0]]
         if rest:
             yield torch.cat(rest), []
 

@@ -34,7 +34,7 @@ def with_masks(bias: Bias, pairs: Sequence[tuple[Tensor, ...]], rows: int, own: 
                 found.append(like.new_zeros(1, 1, 1, pair[0].shape[2]))
                 continue
             part = additive(pair[2], like)
-            found.append(part if len(part) == 1 else part.repeat_interleave(rows // len(part), dim=0))
+            found.append(part if part.shape[0] == 1 else part.repeat_interleave(rows // part.shape[0], dim=0))
         shape = torch.broadcast_shapes(*(part.shape[:3] for part in found))
         added = F.pad(torch.cat([part.expand(*shape, -1) for part in found], dim=-1), (0, own))
         given = bias(extra, images, index)
@@ -52,7 +52,7 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def second_softmax(site: Any, q: Tensor, y: Tensor, images: int) -> Tensor:
     """y (R, h, M, c) with what the gated keys of all active adapters add; q (R, h, M, c), R = images * windows."""
-    windows = len(q) // images
+    windows = q.shape[0] // images
     for op in site.forwards:
         if op.verb != "gate":
             continue
@@ -61,9 +61,9 @@ def second_softmax(site: Any, q: Tensor, y: Tensor, images: int) -> Tensor:
             y = y + _read(site, op.fn(site, images), q)
             continue
         index = site.state.route[op.owner]
-        if len(index):
+        if index.shape[0]:
             rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
-            y = y.index_add(0, rows, _read(site, op.fn(site, len(index)), q.index_select(0, rows)).to(y.dtype))
+            y = y.index_add(0, rows, _read(site, op.fn(site, index.shape[0]), q.index_select(0, rows)).to(y.dtype))
     return y
 
 
@@ -71,7 +71,7 @@ def _read(site: Any, given: tuple[Tensor, ...], q: Tensor) -> Tensor:
     """g softmax(q K^T) V."""
     wide = [t.to(q.dtype) for t in given]
     keys, values, gate = (
-        t if t.dim() < 4 or len(t) == 1 else t.repeat_interleave(len(q) // len(t), dim=0) for t in wide
+        t if t.dim() < 4 or t.shape[0] == 1 else t.repeat_interleave(q.shape[0] // t.shape[0], dim=0) for t in wide
     )
-    keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values))
+    keys, values = (t.expand(q.shape[0], -1, -1, -1) for t in (keys, values))
     return gate * F.scaled_dot_product_attention(q, keys, values, scale=site.scale)

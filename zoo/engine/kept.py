@@ -31,7 +31,7 @@ class Insert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N + T, d)."""
-        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.module(x.shape[0]).to(x.dtype).expand(x.shape[0], -1, -1)
         at = self.num_prefix
         for op in self.site.inputs:
             if op.fn is self:
@@ -70,7 +70,7 @@ class Overwrite:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, N + T, d) -> the same, T of the tokens new."""
-        prompts = self.module(len(x)).to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.module(x.shape[0]).to(x.dtype).expand(x.shape[0], -1, -1)
         count = prompts.shape[1]
         if count != self.first.count:
             raise ConfigError(f"{count} prompts cannot take the place of {self.first.count}; make as many.")

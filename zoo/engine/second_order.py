@@ -43,6 +43,8 @@ def exact() -> bool:
         torch.compiler.is_compiling()
     ):  # compiled graphs are made of plain operations, and torch refuses their second derivative
         return False
+    if torch._C._is_tracing():  # `torch.jit.trace` knows no functions with a backward of their own
+        return True
     return _open > 0 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -52,6 +54,8 @@ def whole(what: str) -> bool:
     Raises:
         DerivativeError: inside of one of torch's transforms alone, where nobody can tell which of the two is meant.
     """
+    if torch._C._is_tracing():
+        return False
     if _open == 0 and exact() and torch.is_grad_enabled():
         raise DerivativeError(
             f"{what} counts as a constant in this method's gradient, so that gradient has no derivative, and a transform of "

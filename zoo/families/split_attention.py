@@ -86,7 +86,7 @@ class SplitAttention(AttentionSite):
             q, k = rotated(q, *position_embeddings), rotated(k, *position_embeddings)
         if attention_mask is not None and attention_mask.shape[-1] < k.shape[2]:
             attention_mask = widened(attention_mask, k.shape[2] - attention_mask.shape[-1], 1)
-        y = self.attend(q, k, v, len(hidden_states), mask_bias(attention_mask)).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, hidden_states.shape[0], mask_bias(attention_mask)).transpose(1, 2).flatten(2)
         out = named(attention, OUTPUT)
         return (y if out is None else out(y)), None
 

@@ -158,7 +158,7 @@ class ReadableSite(AttentionSite):
             if op.verb != "read" or state.aside or state.serving not in (None, op.owner):
                 continue
             alone = state.route is None or state.serving is not None
-            rows = None if alone else state.rows(op.owner, len(k))
+            rows = None if alone else state.rows(op.owner, k.shape[0])
             op.fn(*(t if rows is None else t.index_select(0, rows) for t in (k, v)))
 
 
@@ -179,7 +179,7 @@ class RotarySite(ReadableSite):
         if is_causal:
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         self.show(k, v)
-        return finish(attention, self.attend(q, k, v, len(x), mask_bias(attn_mask)), gate)
+        return finish(attention, self.attend(q, k, v, x.shape[0], mask_bias(attn_mask)), gate)
 
 
 def relative_bias(
@@ -221,7 +221,7 @@ class RelativeSite(ReadableSite):
             return recomputable(relative_bias, *place, constant=True)
 
         self.show(k, v)
-        return finish(attention, self.attend(q, k, v, len(x), bias), None)
+        return finish(attention, self.attend(q, k, v, x.shape[0], bias), None)
 
 
 KINDS: dict[type[nn.Module], type[AttentionSite]] = {

@@ -94,7 +94,7 @@ class GatedSite(SplitAttention):
         if attention_mask is not None:
             bias = bias.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
         q, k, v = self.project(hidden_states)
-        y = self.attend(q, k, v, len(hidden_states), mask_bias(bias)).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, hidden_states.shape[0], mask_bias(bias)).transpose(1, 2).flatten(2)
         return attention.out_proj(y), None, position_bias
 
 

@@ -120,7 +120,7 @@ class WhisperSite(SplitAttention):
         states = hidden_states if key_value_states is None else key_value_states
         k, v = keys_values(states, held, attention.layer_idx, cross, project)
         bias = pair_bias(attention_mask, None, attention.is_causal and not cross, q, k.shape[2])
-        y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, q.shape[0], bias).transpose(1, 2).flatten(2)
         return attention.out_proj(y), None
 
 

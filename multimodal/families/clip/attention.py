@@ -141,7 +141,7 @@ class PackedAttention(nn.Module):
     ) -> Any:
         """query (B, N, d); key, value, k_x and v_x are the same tensor and not looked at."""
         q, k, v = self.project(query)
-        mask = self.mask(attn_mask, len(q), q.dtype)
+        mask = self.mask(attn_mask, q.shape[0], q.dtype)
         dropout = self.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
         return self.finish(y)
@@ -178,10 +178,10 @@ class PackedSite(AttentionSite):
         """query (B, N, d) -> as `PackedAttention.forward`. Extra keys are seen by every query."""
         attention: Any = self.module
         q, k, v = attention.project(query)
-        mask = attention.mask(attn_mask, len(q), q.dtype)
+        mask = attention.mask(attn_mask, q.shape[0], q.dtype)
         if mask is not None and mask.shape[-1] < query.shape[1]:
             mask = widen(mask, query.shape[1] - mask.shape[-1], 1)
-        return attention.finish(self.attend(q, k, v, len(q), mask_bias(mask)))
+        return attention.finish(self.attend(q, k, v, q.shape[0], mask_bias(mask)))
 
 
 @dataclass(eq=False)

@@ -205,9 +205,9 @@ class ImageAndText(Extended):
         q, k, v = self.project(hidden_states)
         text = encoder_hidden_states
         if text is None:
-            return self.out(self.attend(q, k, v, len(q), mask_bias(None)))
+            return self.out(self.attend(q, k, v, q.shape[0], mask_bias(None)))
         q, k, v = (torch.cat(both, dim=2) for both in zip((q, k, v), self.project_text(text)))
-        y = self.attend(q, k, v, len(q), mask_bias(None))
+        y = self.attend(q, k, v, q.shape[0], mask_bias(None))
         image = hidden_states.shape[1]
         said = y[:, :, image:].transpose(1, 2).flatten(2)
         said = said if attention.context_pre_only else attention.to_add_out(said)  # the last block's is read by nobody
@@ -234,7 +234,7 @@ class Flux(Extended):
             q, k, v = (torch.cat(both, dim=2) for both in zip(self.project_text(said), (q, k, v)))
         if image_rotary_emb is not None:
             q, k = _turned(q, 0, image_rotary_emb), _turned(k, 0, image_rotary_emb)
-        y = self.attend(q, k, v, len(q), mask_bias(attention_mask))
+        y = self.attend(q, k, v, q.shape[0], mask_bias(attention_mask))
         if said is None:
             return y.transpose(1, 2).flatten(2)
         text = said.shape[1]

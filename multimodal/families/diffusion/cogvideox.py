@@ -196,7 +196,7 @@ class CogVideoX(VideoBackbone):
 
             rest["image_rotary_emb"] = video_positions(self.config, latents)
         if self.config.ofs_embed_dim and rest.get("ofs") is None:
-            rest["ofs"] = latents.new_full((len(latents),), 2.0)  # the constant of the library's pipeline
+            rest["ofs"] = latents.new_full((latents.shape[0],), 2.0)  # the constant of the library's pipeline
         return module(latents, encoder_hidden_states=text, timestep=steps, return_dict=False, **rest)[0]
 
     def _named(

@@ -154,10 +154,10 @@ class DiT(DiffusersBackbone):
                 "square. Cut or resize them."
             )
         labels = torch.as_tensor(class_labels, device=latents.device)
-        if labels.shape != (len(latents),) or labels.is_floating_point():
+        if labels.shape != (latents.shape[0],) or labels.is_floating_point():
             raise DataError(
-                f"class_labels are {tuple(labels.shape)} {labels.dtype}; expected whole numbers ({len(latents)},), one for each "
-                f"of the latents (the label {self.num_classes} means no class)."
+                f"class_labels are {tuple(labels.shape)} {labels.dtype}; expected whole numbers ({latents.shape[0]},), one for "
+                f"each of the latents (the label {self.num_classes} means no class)."
             )
         # On a GPU looking would wait for it; `zoo.fit` looks at the labels before they get there.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels):

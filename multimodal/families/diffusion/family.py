@@ -330,8 +330,13 @@ class DiffusersBackbone(Backbone):
         """Raise DataError unless text embeddings are (B, tokens, width), or (B, width) if `what` is "pooled_projections"."""
         axes = 2 if what == "pooled_projections" else 3
         shape = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
-        if not isinstance(text, Tensor) or text.ndim != axes or len(text) != len(latents) or text.shape[-1] != width:
-            expected = f"({len(latents)}, {width})" if axes == 2 else f"({len(latents)}, tokens, {width})"
+        if (
+            not isinstance(text, Tensor)
+            or text.ndim != axes
+            or text.shape[0] != latents.shape[0]
+            or text.shape[-1] != width
+        ):
+            expected = f"({latents.shape[0]}, {width})" if axes == 2 else f"({latents.shape[0]}, tokens, {width})"
             raise DataError(
                 f"{what} are {shape}; '{self.name}' takes {expected}, as its text encoder makes them "
                 "(pipeline.encode_prompt)."
@@ -353,10 +358,10 @@ def timesteps(value: Any, latents: Tensor) -> Tensor:
     steps = value if isinstance(value, Tensor) else torch.tensor(value, device=latents.device)
     steps = steps.to(latents.device)
     if steps.ndim == 0 or steps.numel() == 1:
-        return steps.reshape(1).expand(len(latents))
-    if steps.shape != (len(latents),):
+        return steps.reshape(1).expand(latents.shape[0])
+    if steps.shape != (latents.shape[0],):
         raise DataError(
-            f"timestep has shape {tuple(steps.shape)} for {len(latents)} latents; give one for each, or one."
+            f"timestep has shape {tuple(steps.shape)} for {latents.shape[0]} latents; give one for each, or one."
         )
     return steps
 

@@ -117,7 +117,7 @@ class PixArt(DiffusersBackbone):
         if not module.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (float(8 * n) for n in latents.shape[-2:])
-        rows = len(latents)
+        rows = latents.shape[0]
         size = torch.tensor([[height, width]], device=latents.device, dtype=latents.dtype)
         aspect = torch.tensor([[height / width]], device=latents.device, dtype=latents.dtype)
         return {"resolution": size.repeat(rows, 1), "aspect_ratio": aspect.repeat(rows, 1)}

@@ -88,7 +88,7 @@ class T5Site(LibraryAttention):
             if older and mask is not None:
                 position_bias = position_bias + mask[..., :count]
         bias = pair_bias(None if older else mask, position_bias, not older and attention.is_causal, q, count)
-        y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, q.shape[0], bias).transpose(1, 2).flatten(2)
         return (attention.o(y), position_bias) if older else (attention.o(y), position_bias, None)
 
 
@@ -124,7 +124,7 @@ class BartSite(LibraryAttention):
         states = hidden_states if key_value_states is None else key_value_states
         k, v = keys_values(states, held, index, cross, project)
         bias = pair_bias(attention_mask, None, attention.is_causal, q, k.shape[2])
-        y = self.attend(q, k, v, len(q), bias).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, q.shape[0], bias).transpose(1, 2).flatten(2)
         return attention.out_proj(y), None
 
 
@@ -144,7 +144,7 @@ class EncoderSite(Site):
         found: list[Tensor] = []
         for op in self.forwards:
             self._seen(op)
-            found.append(self.state.run(op.fn, len(words)).to(words.dtype).expand(len(words), -1, -1))
+            found.append(self.state.run(op.fn, words.shape[0]).to(words.dtype).expand(words.shape[0], -1, -1))
         output = self.run(torch.cat(found, dim=1), words, attention_mask, kwargs)
         hidden = output.last_hidden_state
         sizes = [p.shape[1] for p in found]

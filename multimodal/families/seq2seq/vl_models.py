@@ -47,7 +47,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def joint_mask(mask: Tensor, tokens: int, visual_mask: Tensor | None) -> Tensor:
     """The text's mask (B, L) and that of the visual tokens (B, N) (None: all are there) -> (B, L + N)."""
     if visual_mask is None:
-        visual_mask = mask.new_ones(len(mask), tokens)
+        visual_mask = mask.new_ones(mask.shape[0], tokens)
     return torch.cat([mask, visual_mask.to(mask.dtype)], dim=1)
 
 

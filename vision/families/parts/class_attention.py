@@ -40,7 +40,7 @@ class ClassSite(AttentionSite):
         attention: Any = self.module
         width = attention.proj.in_features // attention.num_heads
         q, k, v = (by_head(t, width) for t in (attention.q(x[:, 0]).unsqueeze(1), attention.k(x), attention.v(x)))
-        y = self.attend(q, k, v, len(x), mask_bias(None)).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, x.shape[0], mask_bias(None)).transpose(1, 2).flatten(2)
         return attention.proj_drop(attention.proj(y))  # type: ignore[no-any-return]
 
 
@@ -52,7 +52,7 @@ class TalkingSite(AttentionSite):
         """x (B, N, d) -> (B, N, d)."""
         attention: Any = self.module
         q, k, v = heads(attention.qkv(x), attention.num_heads)
-        y = self.attend(q, k, v, len(x), mask_bias(None)).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, x.shape[0], mask_bias(None)).transpose(1, 2).flatten(2)
         return attention.proj_drop(attention.proj(y))  # type: ignore[no-any-return]
 
     def _product(

@@ -69,7 +69,7 @@ class WindowSite(AttentionSite):
         """x (B * W, N, d), mask (W, N, N) or None -> (B * W, N, d)."""
         attention: Any = self.module
         count = attention.num_heads
-        images = self.images or len(x)
+        images = self.images or x.shape[0]
         q, k, v = heads(attention.qkv(x), count)
         prompts, self.prompts = self.prompts, None
         flowing = asking = 0
@@ -146,7 +146,7 @@ class WindowBlock(BlockSite):
     def original(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """The block's own forward."""
         if isinstance(self.attention, WindowSite):
-            self.attention.images = len(x)
+            self.attention.images = x.shape[0]
         return super().original(x)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -158,7 +158,7 @@ class WindowBlock(BlockSite):
             self._seen(op)
         for each in passes:
             if each.first:
-                each.flow.start(len(x), self.state)
+                each.flow.start(x.shape[0], self.state)
         held = [each.flow.take() for each in passes]
         prompts = torch.cat(held, dim=1)
         read = any(each.read for each in passes)
@@ -178,7 +178,7 @@ class WindowBlock(BlockSite):
         block: Any = self.module
         site, state = self.attention, self.state
         count = prompts.shape[1]
-        site.images, site.asking = len(x), read
+        site.images, site.asking = x.shape[0], read
         if not read:
             state.aside = True
             try:
