@@ -21,8 +21,9 @@ from zoo.data.dataset import ImageDataset, OnError, Transform
 from zoo.data.folders import read_file, shown
 from zoo.data.hub import HubRows, is_hub, one_split
 from zoo.data.images import decode
+from zoo.data.locate import is_paths, locate
 from zoo.data.medium import CAPTIONS, IMAGES
-from zoo.data.open import folder_name, is_paths, locate, short_name
+from zoo.data.open import folder_name, short_name
 from zoo.data.parquet import ParquetRows
 from zoo.data.shards import ShardRows
 from zoo.data.sources import TorchRows, unwrapped

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from multimodal.data.pairs import Pair, open_pairs
 from zoo.data.dataset import ImageDataset, OnError
 from zoo.data.hub import one_split
-from zoo.data.open import is_paths
+from zoo.data.locate import is_paths
 from zoo.data.tables import choose_column
 from zoo.errors import DataError, nearest
 

@@ -167,6 +167,9 @@ def test_kinds_of_labels_in_tables(photos: Path) -> None:
     assert data.targets.tolist() == [-3.5, 4, 1] and data.classes is None  # type: ignore[union-attr]
     data = table("file,tags\n1.png,sky;sea\n2.png,sea", labels="tags")
     assert data.classes == ["sea", "sky"] and data.targets.tolist() == [[1, 1], [1, 0]]  # type: ignore[union-attr]
+    data = table("file,tags\n1.png,\"['sky', 'sea']\"\n2.png,\"['sea']\"")
+    assert data.classes == ["sea", "sky"] and data.targets.tolist() == [[1, 1], [1, 0]]  # type: ignore[union-attr]
+    assert table("file,label\n1.png,1_0\n2.png,2").classes == ["1_0", "2"]
     data = table("file,sea,sky\n1.png,1,1\n2.png,1,0", label_column=["sea", "sky"])
     assert data.classes == ["sea", "sky"] and data[1][1].tolist() == [1, 0]
     data = table("file,label\n1.png,-1\n2.png,4", labels="numbers")
@@ -285,6 +288,10 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"x\.zip: no Parquet file, no shard .* Unpack an archive"):
         open_dataset(tmp_path / "x.zip")
+    with pytest.raises(DataError, match="home directory"):
+        open_dataset("~nobody-of-this-name/data")
+    with pytest.raises(DataError, match="File name too long"):
+        open_dataset("/" + "a" * 5000)
     for name in ("", "  "):
         with pytest.raises(DataError, match="name of the data set is empty"):
             open_dataset(name)

@@ -156,7 +156,7 @@ class FolderRows(Labelled):
         if len(inside) > 1:
             raise DataError(
                 f"{self.folder / class_name}: holds the splits {', '.join(inside)} within one class, and all would be taken "
-                "together. Put the classes into the splits: <split>/<class>/..."
+                "together. Put the classes into the splits (<split>/<class>/...), or give that folder itself."
             )
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ Rows of probabilities (they sum to 1) are targets of a classification.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,17 +97,27 @@ def probabilities(rows: np.ndarray) -> bool:
 
 
 def parsed(texts: Sequence[Any]) -> list[Any]:
-    """The cells of a column of text as whole numbers or floats, if all are; empty ones are None."""
+    """The cells of a column of text as whole numbers, floats or lists in brackets, if all are; empty ones are None."""
     cells = [text.strip() if isinstance(text, str) else text for text in texts]
     cells = [None if cell == "" else cell for cell in cells]
     words = [cell for cell in cells if isinstance(cell, str)]
-    for kind in (int, float):
+    for kind in (int, float, _list):
         try:
-            numbers = {word: kind(word) for word in set(words)}
-        except ValueError:
+            if any("_" in word for word in words) and kind is not _list:
+                continue  # Python reads 1_0 as ten
+            numbers: dict[str, Any] = {word: kind(word) for word in set(words)}
+        except (ValueError, SyntaxError, RecursionError):
             continue
         return [numbers[cell] if isinstance(cell, str) else cell for cell in cells]
     return cells
+
+
+def _list(text: str) -> list[Any]:
+    """ "['a', 'b']" or "[1, 0]", as lists are written into text tables."""
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError(text)
+    found = ast.literal_eval(text)
+    return list(found)
 
 
 def read_labels(

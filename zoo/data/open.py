@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from zoo.data.dataset import ImageDataset, OnError, Transform
-from zoo.data.folders import SPLITS, FolderRows, entries, files_below, folders_in, holds, shown
+from zoo.data.folders import SPLITS, FolderRows
 from zoo.data.hub import HubRows, is_hub, one_split
 from zoo.data.labels import check_kind
+from zoo.data.locate import SHARD, is_paths, locate
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import few_shot
 from zoo.data.shards import ShardRows
 from zoo.data.sources import TorchRows, unwrapped
-from zoo.data.tables import NAMED, TABLES, ListedRows, columns_of, tables_in
-from zoo.errors import DataError, nearest
+from zoo.data.tables import ListedRows
+from zoo.errors import DataError
 
-__all__ = ["Found", "folder_name", "is_paths", "locate", "open_dataset", "open_with", "short_name"]
-
-_SHARD = re.compile(r"-\d+-of-\d+$|[-_.]\d+$")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-FILES = (".parquet", ".tar")
+__all__ = ["folder_name", "open_dataset", "open_with", "short_name"]
 
 
 def open_dataset(
@@ -152,206 +146,9 @@ def open_with(
     return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
 
 
-def is_paths(source: Any) -> bool:
-    """Whether a source is given by paths or names, rather than as an object."""
-    first = source[0] if isinstance(source, (list, tuple)) and source else source
-    return isinstance(first, (str, Path)) or (isinstance(source, (list, tuple)) and not source)
-
-
-class Found(NamedTuple):
-    """Where data are: `kind` is "folder", "table", "parquet", "shards" or "hub"; `below`: only files below this folder."""
-
-    kind: str
-    place: Any = None
-    files: Sequence[Path] = ()
-    below: Path | None = None
-    split: str | None = None  # of the rows of a table
-
-
-def locate(
-    source: str | Path | Sequence[str | Path],
-    split: str | None,
-    medium: Medium = IMAGES,
-    classes: Sequence[str] | None = None,
-) -> Found:
-    """What a path, a pattern, a list of paths or a name means.
-
-    Raises:
-        DataError: nothing, or several splits.
-    """
-    if isinstance(source, (list, tuple)):
-        if other := [type(s).__name__ for s in source if not isinstance(s, (str, Path))]:
-            raise DataError(
-                f"A list of data names files, or holds pairs (item, label), and this one mixes paths with {other[0]}."
-            )
-        files = [Path(s).expanduser() for s in source]
-        if not files:
-            raise DataError("The list of Parquet files is empty.")
-        if missing := [shown(f) for f in files if not f.is_file()]:
-            raise DataError(f"No such file: {', '.join(missing[:3])}.")
-        return _of_files(files)
-    text = str(source)
-    if not text.strip():
-        raise DataError("The name of the data set is empty.")
-    if text.startswith("hf:"):
-        return Found("hub", text[3:].removeprefix("//").removeprefix("datasets/"))  # as the Hub's own addresses have it
-    path = Path(text).expanduser()
-    if path.is_file():
-        if path.suffix.lower() in TABLES:
-            return Found("table", path, split=split)
-        return _of_files(_of_split([path], split, text))
-    if path.is_dir():
-        return _in_folder(path, split, medium, classes)
-    if any(c in text for c in "*?[") or _RANGE.search(text):
-        files = [Path(f) for part in _expanded(str(path)) for f in sorted(glob.glob(part, recursive=True))]
-        if not files:
-            raise DataError(f"No file fits the pattern '{text}'.")
-        return _of_files(_of_split(files, split, text))
-    looks_local = isinstance(source, Path) or text.startswith((".", "~", "/")) or path.suffix or text.count("/") > 1
-    if looks_local or ("/" in text and path.parent.is_dir()):
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"No such file or folder: '{text}'. {nearest(path.name, there) if there else ''} "
-            "For a data set of the Hub write 'hf:owner/name'."
-        )
-    return Found("hub", text)
-
-
-def _expanded(pattern: str) -> list[str]:
-    """`{000..002}` written out, as the shell and webdataset do."""
-    if not (found := _RANGE.search(pattern)):
-        return [pattern]
-    first, last = int(found[1]), int(found[2])
-    if last - first > 1_000_000:
-        raise DataError(f"'{found[0]}' in '{pattern}' names {last - first + 1} files.")
-    parts = [f"{i:0{len(found[1])}d}" for i in range(first, last + 1)]
-    return [p for part in parts for p in _expanded(pattern[: found.start()] + part + pattern[found.end() :])]
-
-
-def _of_files(files: Sequence[Path]) -> Found:
-    """Shards or Parquet files."""
-    shards = [f.suffix.lower() == ".tar" or ".tar." in f.name.lower() for f in files]
-    if any(shards) and not all(shards):
-        raise DataError(f"{shown(files[0])} and others are tar files and Parquet files; give one kind.")
-    other = next(
-        (f for f in files if f.suffix.lower() not in ("", ".parquet", ".pq", ".tar") and ".tar." not in f.name), None
-    )
-    if other is not None and not _is_parquet(other):
-        raise DataError(
-            f"{shown(other)}: no Parquet file, no shard (.tar) and no table ({', '.join(TABLES)}). Unpack an archive, and "
-            f"name its folder."
-        )
-    return Found("shards" if any(shards) else "parquet", files=files)
-
-
-def _is_parquet(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(4) == b"PAR1"
-    except OSError:
-        return True  # reading it will say why it cannot be read
-
-
-def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequence[str] | None) -> Found:
-    for ending in FILES:
-        if files := [folder / f for f in files_below(folder, (ending,))]:
-            if split is not None and any(f.relative_to(folder).parts[0] == split for f in files):
-                return _of_files([f for f in files if f.relative_to(folder).parts[0] == split])
-            return _of_files(_of_split(files, split, str(folder)))
-    subfolders = folders_in(folder)
-    tables = tables_in(folder)
-    if split is not None:
-        if split in subfolders:
-            return _leaf(folder / split, medium, folder)
-        if split in tables:
-            return Found("table", tables[split])
-        table = _leaf(folder, medium, None) if tables else None
-        if table is not None and table.kind == "table":
-            return table._replace(split=split)
-        raise DataError(f"{shown(folder)}: no split '{split}'. {nearest(split, [*subfolders, *tables])}")
-    splits = [name for name in subfolders if name.lower() in SPLITS]
-    if splits and not set(splits) <= set(classes or ()) and _is_root(folder, splits, subfolders, medium):
-        others = [n for n in subfolders if n not in splits and holds(folder / n, medium.extensions)]
-        if len(splits) == 1 and not others:
-            return _leaf(folder / splits[0], medium, folder)
-        if len(splits) == 1:
-            raise DataError(
-                f"{shown(folder)}: '{splits[0]}' looks like a split, and beside it {', '.join(others[:3])} hold "
-                f"{medium.noun}. Choose the split with split='{splits[0]}'; if all of them are classes, name them: classes=[...]."
-            )
-        raise DataError(
-            f"{shown(folder)}: has the splits {', '.join(splits)}; choose one with open_dataset(..., split=...)"
-        )
-    return _leaf(folder, medium, None)
-
-
-def _is_root(folder: Path, splits: Sequence[str], subfolders: Sequence[str], medium: Medium) -> bool:
-    """Whether subfolders with the names of splits are splits: there are several, or one has folders or a table of its own."""
-    if len(splits) > 1 or len(splits) == len(subfolders):
-        return True
-    place = folder / splits[0]
-    return bool(tables_in(place)) or any(holds(place / name, medium.extensions) for name in folders_in(place))
-
-
-def _leaf(folder: Path, medium: Medium, above: Path | None) -> Found:
-    """Class folders, or a table: of the folder itself, or of the folder above with paths into this one."""
-    loose = [p for p in entries(folder) if p.name.lower().endswith(medium.extensions) and not p.is_dir()]
-    classes = [n for n in folders_in(folder) if holds(folder / n, medium.extensions)]
-    tables = tables_in(folder)
-    if loose and tables:  # beside class folders there are none
-        classes = []
-    meant = [tables[name] for name in tables if name.lower() in NAMED]
-    if not classes and not meant and len(tables) > 1:
-        raise DataError(f"{shown(folder)}: holds several tables ({', '.join(tables)}); choose one with split=...")
-    if not classes and not meant:
-        meant = list(tables.values())
-    for table in meant:
-        if not classes or _has_labels(table, medium):
-            return Found("table", table)
-    if above is not None and not classes:
-        for name, table in tables_in(above).items():
-            if name.lower() in NAMED:
-                return Found("table", table, below=folder)
-    if loose and classes:
-        warnings.warn(
-            f"{shown(folder)}: {len(loose)} {medium.noun} beside the class folders are left out, {shown(loose[0].name)} first.",
-            stacklevel=6,
-        )
-    return Found("folder", folder)
-
-
-def _has_labels(table: Path, medium: Medium) -> bool:
-    """Whether a table beside class folders has files and labels of its own; one of captions, say, has not."""
-    there = {name.lower() for name in columns_of(table)}
-    return bool(there & set(medium.paths)) and bool(there & set(medium.label_columns))
-
-
-def _of_split(files: list[Path], split: str | None, source: str) -> list[Path]:
-    """The files of one split; their names begin with it (`train.parquet`, `train-00000-of-00005.parquet`, `train-000.tar`)."""
-    names: dict[str, list[Path]] = {}
-    for file in files:
-        names.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    if split is not None:
-        chosen = names.get(split) or [
-            f for n, fs in names.items() if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", n) for f in fs
-        ]
-        if not chosen:
-            raise DataError(f"{source}: no {_kind(files[0])} of the split '{split}'. {nearest(split, names)}")
-        return sorted(chosen)
-    if len(names) > 1:
-        raise DataError(
-            f"{source}: holds several splits ({', '.join(sorted(names))}); choose one with open_dataset(..., split=...)"
-        )
-    return files
-
-
-def _kind(file: Path) -> str:
-    return "shard" if file.suffix == ".tar" else "Parquet file"
-
-
 def short_name(files: Sequence[Path]) -> str:
     """`cifar10/train` for `.../cifar10/train-00000-of-00005.parquet` (a report must not hold a machine's folders)."""
-    stem = _SHARD.sub("", files[0].stem)
+    stem = SHARD.sub("", files[0].stem)
     folder = files[0].resolve().parent.name
     return f"{folder}/{stem}" if folder else stem
 

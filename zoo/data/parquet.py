@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zoo.data.folders import read_file
 from zoo.data.labels import Labelled, read_labels
 from zoo.data.medium import CAPTIONS, IMAGES, Medium
 from zoo.errors import DataError, nearest
@@ -206,6 +207,9 @@ class ParquetRows(Labelled):
         block = bisect.bisect_right(self._starts, index) - 1
         value = self._column(block)[index - self._starts[block]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            file = self.files[self._groups[block][0]].parent / str(value["path"])
+            data = read_file(file) if file.exists() else None
         return self.medium.decode(data, self.where(index)), self.target(index)
 
     def _column(self, block: int) -> pa.ChunkedArray:

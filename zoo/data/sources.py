@@ -30,7 +30,7 @@ SCAN = 10_000  # so many items are read for their labels alone
 class TorchRows(Labelled):
     """Any torch `Dataset` or sequence of pairs (item, label), or of rows {"image": ..., "label": ...}; a stream is read once.
 
-    Items are what the medium accepts (PIL images, uint8 arrays, encoded bytes ...), or what is ready for the model. Labels
+    Items are what the medium accepts (PIL images, uint8 arrays, encoded bytes, paths), or what is ready for the model. Labels
     that are texts get numbers, in the order of `class_names` or of the alphabet.
     """
 
@@ -147,14 +147,13 @@ class TorchRows(Labelled):
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value) and "array" not in value:
             data = value.get("bytes")
             value = read_file(value["path"]) if data is None and value.get("path") else (data or b"")
-        if isinstance(value, Path):
-            value = read_file(value)
+        if isinstance(value, (str, Path)):
+            try:
+                value = read_file(value)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
         if isinstance(value, (bytes, bytearray, memoryview)):
             value = self.medium.decode(value, where)
-        elif isinstance(value, str):
-            raise DataError(
-                f"{where}: the {self.medium.thing} is a text, {value!r:.60}; expected what it holds, or a pathlib.Path."
-            )
         elif value is None:
             raise DataError(f"{where}: there is no {self.medium.thing} (None).")
         else:

@@ -29,7 +29,7 @@ from zoo.arguments import (
     whole,
 )
 from zoo.data.dataset import ImageDataset
-from zoo.data.open import SPLITS
+from zoo.data.folders import SPLITS
 from zoo.disk import write_file
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.tasks import Classify, Task, objective, of_classes
