@@ -25,7 +25,8 @@ def test_masked_keys_are_as_if_they_were_not_there(family: str) -> None:
     points = [p for p in model.points if p.kind == "attention"]
     if not points:
         return
-    name = points[0].name
+    # the mask units of a Hiera are of a fixed size, and take no more keys
+    name = next(p.name for p in points if family != "hiera" or p.window is None)
 
     def put(mask: Tensor | None, keep: Any = None) -> Callable[[Any], None]:
         def attach(points: Any) -> None:

@@ -121,7 +121,7 @@ class HieraFamily(TimmBackbone):
             if i - 1 in module.stage_ends:
                 stage, number = stage + 1, 0
             attention = block.attn
-            # tokens stand row by row once all units are taken up by the pooling
+            # tokens stand row by row once all units are taken up by the pooling, which the first block of a stage does inside
             units, size = module.reroll.schedule[i]
             table = self.block_table if not _takes_no_prompts(block) else self.block_table[1:]
             points = self.points_of_block(
@@ -133,7 +133,7 @@ class HieraFamily(TimmBackbone):
                 table=table,
                 block=number,
                 stage=stage,
-                layout=None if units else Layout(0, tuple(size)),
+                layout=None if units or attention.q_stride > 1 else Layout(0, tuple(size)),
                 attention={
                     "head_dim": attention.head_dim,
                     "window": attention.window_size * attention.q_stride if attention.use_mask_unit_attn else None,
