@@ -50,11 +50,13 @@ class Transcribe(Task):
         language: of the texts, for tokenizers of several languages ("german"); None leaves the tokenizer as it is.
         length: longest text in tokens; None: what the network has places for. A longer one is refused by name.
         beams: in evaluation; 1 takes the best word each time.
+        truncate: cut longer texts instead (their words are still heard: better cut the sounds, too).
     """
 
     language: str | None = None
     length: int | None = None
     beams: int = 1
+    truncate: bool = False
 
     noun, monitor, hub = "sounds", "wer", "automatic-speech-recognition"
 
@@ -208,11 +210,13 @@ class Prepared:
         texts: list[str] = dataset.rows.texts  # type: ignore[attr-defined]
         for index in map(int, dataset.indices):
             own = list(tokenizer(texts[index], add_special_tokens=False)["input_ids"])
+            if task.truncate:
+                own = own[: max(room - len(prefix), 0)]
             ids = [*prefix[1:], *own, int(tokenizer.eos_token_id)]
             if len(ids) > room:
                 self.broken[index] = (
                     f"{self.where(index)}: the text has {len(ids)} tokens, with its marks, and there is room for {room}. Shorten "
-                    "it, or cut the sound into parts."
+                    "it, cut the sound into parts, or cut such texts: truncate=True (--truncate)."
                 )
                 if dataset.on_error != "skip":
                     raise DataError(self.broken[index])

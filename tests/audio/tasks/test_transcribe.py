@@ -94,6 +94,8 @@ def test_every_form_of_data(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"item 1: the text has 21 tokens.*room for 16"):
         Transcribe().open(model(), [*sounds()[:1], (torch.zeros(6_400), "one " * 20)], train=True)
+    cut = Transcribe(truncate=True).open(model(), [(torch.zeros(6_400), "one " * 20)], train=True)[0]
+    assert cut[1][0].ne(-100).sum() == 16 and cut[0][1].shape == (16,)
     with pytest.raises(DataError, match="item 0: the text is ''"):
         open_transcripts([(torch.zeros(6_400), "")])
     with pytest.raises(DataError, match=r"expected a pair \(sound, text\)"):
