@@ -120,6 +120,8 @@ class Ensemble(nn.Module):
 class LocalClassify(Classify):
     """Cross-entropy over the logits of classes `start` and up; measured over all classes, by the ensemble of `experts`."""
 
+    grows = True
+
     def __init__(self, start: int, experts: tuple[str, ...] = ()) -> None:
         self.start, self.experts = start, experts
 

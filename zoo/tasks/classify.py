@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Classify(Weighted):
 
     monitor, on_head, labels = "accuracy", True, "classes"
     losses = {"cross-entropy": cross_entropy, "focal": focal, "bce": one_versus_all}
+
+    grows: ClassVar[bool] = False  # whether more classes will join the head, so that one is a beginning
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
@@ -70,7 +72,7 @@ class Classify(Weighted):
                 f"{dataset.where(0)}: the target is {dataset.targets[0].tolist()!r:.60}; to classify, an item has one class "
                 f"(a whole number or a text), or probabilities that sum to 1. These data are for a task of {kind}: pass task=..."
             )
-        if model.num_classes == 1:
+        if model.num_classes == 1 and not self.grows:
             raise ConfigError(
                 "The model's head has one output, and of one class there is nothing to learn: the loss is 0 whatever it says. "
                 "For numbers pass task='regress', for one yes or no task='multilabel', or load the model with num_classes=2 or "
