@@ -2,7 +2,8 @@
 ViTs on a convolutional stem (hybrid, ViTamin).
 
 Pre-norm blocks `u = x + DP(LS(Attn(LN1 x)))`, `y = u + DP(LS(MLP(LN2 u)))`, tokens (B, N, d) as [prefix | patches]; other kinds
-of blocks stand in `vision.families.parts.vit_blocks`. A convolutional stem has no points but its last projection.
+of blocks stand in `vision.families.parts.vit_blocks`. Of a convolutional stem the
+norms and the last projection are points.
 """
 
 from __future__ import annotations

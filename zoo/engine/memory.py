@@ -134,6 +134,10 @@ class Saver:
             return self._autocast
         return (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor can be given back already."""
+        return self._find(tensor) is not None
+
     def _find(self, tensor: Tensor) -> Recipe | None:
         """The recipe of a tensor that is the output of one, or a view of it: half of a fused projection, say.
 

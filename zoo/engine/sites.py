@@ -186,6 +186,10 @@ class Site:
             return None
         x = self.read_input(args, kwargs)
         y = self.read_output(output)
+        product = bool(noting) and self.recompute == "product" and not self.stochastic()
+        then = (dict(module._parameters), self.forwards, self.outputs, self.state.place()) if product else ()
+        if product and self.outputs:  # an op may keep the product itself (a scale's gradient needs it)
+            self.state.saver.note(y, self._replay, ((*then[:2], (), then[3]), x))
         for op in self.outputs:
             self._seen(op)
             if op.where == "watch_output":

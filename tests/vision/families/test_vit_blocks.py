@@ -188,6 +188,19 @@ def test_tokens_that_are_not_pooled_are_features_and_no_classifier_stands_on_the
             zoo.load(name, "vqt", global_pool="", pretrained=False)
 
 
+@pytest.mark.parametrize("kind", ["packed", "gate"])
+def test_low_memory_where_a_method_keeps_the_projection_itself(kind: str) -> None:
+    """A scale behind the projection needs its output for its own gradient: it is given back, too, by the same product."""
+    model = load(kind, "ssf").train()
+    x, found, kept = images(kind), [], []
+    for setting in ("off", "default", "low"):
+        model.memory = setting
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters_to_train().values())))
+        kept.append(model.saved_bytes(x))
+    assert kept[0] > kept[1] > kept[2]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "packed", "vitamin", "gate"])
 def test_low_memory_does_not_keep_the_hidden_tokens_of_gated_mlps(kind: str) -> None:
     """Of a fused gate and up projection nothing was given back: the recipe of the activation held a view of it."""
