@@ -193,7 +193,10 @@ def fit_checkpoint(module: nn.Module, state: dict[str, Tensor], file: str | Path
         )
     odd = [k for k in shared if state[k].shape != own[k].shape]
     bad = [k for k in odd if not of_head(k)]
-    missing = [k for k in body if k not in state and not k.endswith("num_batches_tracked")]
+    # one tensor under two names (words that are read and written) need not stand twice in a file
+    given = {(own[k].data_ptr(), own[k].shape) for k in shared}
+    absent = [k for k in body if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in absent if (own[k].data_ptr(), own[k].shape) not in given]
     others = {k.split(".")[0] for k in own}
     unexpected = [k for k in state if k not in own]
     foreign = [k for k in unexpected if k.split(".")[0] in others and not of_head(k)]

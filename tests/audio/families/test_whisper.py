@@ -244,3 +244,24 @@ def test_features_are_those_of_the_library(bins: int) -> None:
     assert short(wave).shape == (bins, 40)
     with pytest.raises(ConfigError, match="augment 'mask'"):
         WhisperTransform({"num_mel_bins": bins, "frames": 40}, True, augment="mask")
+
+
+def test_a_file_of_weights_need_not_hold_tied_tensors_twice(tmp_path: Path) -> None:
+    """The output is the table of words: safetensors keep one of the two names."""
+    from safetensors.torch import save_file
+
+    tiny = family("whisper").tiny
+    assert tiny is not None
+    model = zoo.load("whisper-b", pretrained=False, **tiny[1]).eval()
+    state = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    inputs = model.family.tiny_batch()
+    for name in ("proj_out.weight", "model.decoder.embed_tokens.weight"):
+        save_file({k: v for k, v in state.items() if k != name}, tmp_path / "own.safetensors")
+        again = zoo.load("whisper-b", checkpoint=tmp_path / "own.safetensors", **tiny[1]).eval()
+        assert torch.equal(again(*inputs), model(*inputs))
+    save_file(
+        {k: v for k, v in state.items() if "embed_tokens" not in k and "proj_out" not in k},
+        tmp_path / "own.safetensors",
+    )
+    with pytest.raises(zoo.errors.MismatchError, match="2 missing"):
+        zoo.load("whisper-b", checkpoint=tmp_path / "own.safetensors", **tiny[1])
