@@ -2,6 +2,7 @@
 
     python benchmarks/reach.py                       # all libraries; results/reach.{json,md}
     python benchmarks/reach.py --library timm        # one of them, its part of the results is replaced
+    python benchmarks/reach.py --again               # of timm and open_clip only what another family takes now, or did not load
     python benchmarks/reach.py --library timm --only "vit_*"    # shown, nothing written
 
 Each network is built on the meta device (no weights, no network connection) and gets LoRA at its default places:
@@ -88,8 +89,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LatteTransformer3DModel": {
         "in_channels": 4,
         "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-        "norm_type": "ada_norm_single",
+        "caption_channels": 4096,
+        "cross_attention_dim": 1408,
     },
     "OmniGenTransformer2DModel": {
         "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
@@ -165,14 +166,28 @@ def tried(case: Case) -> dict[str, Any]:
     }
 
 
-def sweep(library: str, only: str = "*") -> list[dict[str, Any]]:
-    """Every network of a library."""
+def sweep(library: str, only: str = "*", before: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Every network of a library.
+
+    Args:
+        before: rows of an earlier sweep, that stay where the same family takes the name.
+    """
+    from zoo import registry
+
+    known = {row["name"]: row for row in before or []}
     rows = []
     for case in LIBRARIES[library]():
-        if fnmatch.fnmatch(case[0], only):
-            rows.append(tried(case))
-            row = rows[-1]
-            print(f"{library} {row['name']}: {row['family'] or row['reason']}", flush=True)
+        if not fnmatch.fnmatch(case[0], only):
+            continue
+        row = known.get(case[0])
+        if row is not None and library in ("timm", "open_clip") and row["family"] is not None:
+            taken = registry.find_backbone(f"{library}:{case[0]}")[0].family
+            if taken == row["family"]:
+                rows.append({**row, "tags": case[1]})
+                continue
+        rows.append(tried(case))
+        row = rows[-1]
+        print(f"{library} {row['name']}: {row['family'] or row['reason']}", flush=True)
     return rows
 
 
@@ -211,6 +226,9 @@ def main() -> None:
     """See the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=list(LIBRARIES), action="append")
+    parser.add_argument(
+        "--again", action="store_true", help="keep rows of the results where the same family takes the name"
+    )
     parser.add_argument("--only", default="*", help="a glob of names; nothing is written")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -219,7 +237,8 @@ def main() -> None:
     file = RESULTS / "reach.json"
     results = json.loads(file.read_text()) if file.is_file() else {"versions": {}, "libraries": {}}
     for library in options.library or list(LIBRARIES):
-        rows = sweep(library, options.only)
+        before = results["libraries"].get(library) if options.again else None
+        rows = sweep(library, options.only, before)
         results["libraries"][library] = rows
         results["versions"][library] = __import__(library).__version__
         print(library, summary(rows) if rows else "nothing")

@@ -36,6 +36,8 @@ OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("dynamic_img_size", "strict_img_size", "qkv_bias", "probe"), bool),
 }
 TASKS = ("ImageClassification", "AudioClassification", "VideoClassification")
+# Of types that the library has no bare network of
+OTHERS = ("DepthEstimation", "SpeechSeq2Seq", "Seq2SeqLM", "MaskedImageModeling", "CTC", "ImageSegmentation")
 
 
 def accepts(name: str) -> bool | str:
@@ -119,6 +121,9 @@ def _transformers(source: str, pretrained: bool, options: dict[str, Any]) -> nn.
     if not pretrained:
         plain = {k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}
         config = transformers.AutoConfig.for_model(fields["model_type"], **{**plain, **options})
+        config.architectures = (
+            config.architectures or []
+        )  # the library looks through them where a type has several classes
         return made.from_config(config).eval()  # type: ignore[no-any-return]
     module, report = made.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
     classifiers = r"^(classifier|score|head|classification_head|projector)\."
@@ -133,11 +138,9 @@ def _transformers(source: str, pretrained: bool, options: dict[str, Any]) -> nn.
 def transformers_class(transformers: Any, model_type: str) -> Any:
     """The library's class for a type of model: that of a classification where there is one, else the bare network."""
     config = transformers.CONFIG_MAPPING[model_type]
-    for task in TASKS:
-        auto = getattr(transformers, f"AutoModelFor{task}")
-        if config in auto._model_mapping:
-            return auto
-    return transformers.AutoModel
+    autos = [getattr(transformers, f"AutoModelFor{task}") for task in (*TASKS, *OTHERS)]
+    autos.insert(len(TASKS), transformers.AutoModel)
+    return next((auto for auto in autos if config in auto._model_mapping), transformers.AutoModel)
 
 
 def _diffusers_config(source: str) -> tuple[dict[str, Any] | str, str]:
