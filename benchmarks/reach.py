@@ -21,6 +21,7 @@ import argparse
 import fnmatch
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -28,6 +29,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # configurations come with the libraries; nothing is asked for
 
 import torch
 
