@@ -127,6 +127,11 @@ class Backbone:
         """The options of `zoo.load` with those that follow from the width of the head; they are recorded as if given."""
         return given
 
+    @classmethod
+    def describes(cls, module: nn.Module) -> bool:
+        """Whether this family describes a network that its user has built (`zoo.wrap`); otherwise the generic one takes it."""
+        return False
+
     def again(self, module: nn.Module, name: str) -> Backbone:
         """This description, of a changed copy of the network."""
         return type(self)(module, name)
@@ -264,7 +269,7 @@ class Backbone:
     @property
     def brought(self) -> str:
         """What a reader of a card hands to `zoo.load` besides the adapter: a network that only its user can build."""
-        return ""
+        return "network" if self.name.startswith(WRAPPED) else ""
 
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """Python for cards: imports, and what to do with `model`, whose head has so many classes (0: none)."""

@@ -157,7 +157,7 @@ def load(
 
 
 def _for_wrap(options: dict[str, Any]) -> dict[str, Any]:
-    known = ("example", "name", "features", "head", "probe")
+    known = ("example", "name", "features", "head", "probe", "source", "licence")
     if wrong := [k for k in options if k not in known]:
         raise ConfigError(
             f"'{wrong[0]}' is an option of a library's builder, and this network is built. {nearest(wrong[0], known)}"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zoo import registry
-from zoo.backbone import WRAPPED
+from zoo.backbone import WRAPPED, Backbone, OwnWeights
 from zoo.errors import ConfigError
 from zoo.model import Model
 
@@ -38,8 +38,12 @@ def wrap(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     memory: str = "default",
+    source: str | None = None,
+    licence: str | None = None,
 ) -> Model:
     """A model around any network. It takes the network itself, which is frozen and whose classifier becomes the model's head.
+
+    A network of a class that a family describes (timm's ViT and Swin) has that family's points, all others what can be found.
 
     Args:
         module: the network.
@@ -52,6 +56,7 @@ def wrap(
         probe: make the pass.
         num_classes: width of a new head; None keeps the network's own; 0 means features.
         device, dtype, memory: as in `zoo.load`.
+        source, licence: where its weights are from (a Hub repository), for cards.
 
     Raises:
         ConfigError: no network, an example that does not run or is on another device, a head that is none.
@@ -76,9 +81,18 @@ def wrap(
         raise ConfigError(f"name={label!r}; expected letters, digits, '.', '-' and '_'.")
     if device is not None or dtype is not None:
         module.to(device=device, dtype=dtype)
-    made: Any = registry.family("generic")
-    family = made(module, f"{WRAPPED}{label}", example=example, features=features, head=head, probe=probe)
+    own_words = features is not None or head is not None
+    known = (
+        None if own_words else next((f for f in map(registry.family, registry.families()) if f.describes(module)), None)
+    )
+    family: Backbone
+    if known is not None:
+        family = known(module, f"{WRAPPED}{label}")
+    else:
+        made: Any = registry.family("generic")
+        family = made(module, f"{WRAPPED}{label}", example=example, features=features, head=head, probe=probe)
     family.pretrained = next((p.device.type != "meta" for p in module.parameters()), False)
+    family.own_weights = OwnWeights(label, source, licence)
     return Model(family, num_classes=num_classes, memory=memory, kwargs={"recipe": recipe(module)})
 
 

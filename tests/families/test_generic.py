@@ -210,3 +210,34 @@ def test_children_of_torchs_attention() -> None:
     torch.testing.assert_close(model.merge()(x), live, rtol=1e-4, atol=1e-5)
     with pytest.raises(SelectionError, match=r"'layers\.0\.self_attn\.out_proj' cannot be chosen.*MultiheadAttention"):
         model.add_adapter(zoo.adapter("lora", targets="**.out_proj"), "second")
+
+
+# -- networks of a class that is described -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_a_built_network_of_a_family_has_all_of_its_points(kind: str, tmp_path: Path) -> None:
+    """The card names no repository of the library's: whose weights these are, only the user knows."""
+    import timm
+
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "num_classes": 3}
+    sizes |= {"depth": 2, "num_heads": 2, "patch_size": 8} if kind == "vit" else {"depths": (1, 1), "num_heads": (1, 2)}
+    name = "vit_tiny_patch16_224" if kind == "vit" else "swin_tiny_patch4_window7_224"
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(name, **sizes).eval()
+
+    x = images()
+    model = zoo.load(network(), "vpt", name="mine").eval()
+    assert model.family.family == kind and model.num_classes == 3 and "attention" in model.points.kinds
+    with torch.no_grad(), model.disable():
+        assert torch.equal(model(x), network()(x))
+    folder = model.save_adapter(tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert "zoo.load(network, adapter=" in card and "timm/" not in card and "weights: `mine`, its user's own" in card
+    assert torch.equal(zoo.load(network(), adapter=folder).eval()(x), model(x))
+    told = zoo.load(network(), "lora", source="user/mine", licence="mit").save_adapter(tmp_path / "told") / "README.md"
+    assert "base_model: user/mine" in told.read_text() and "licence: mit" in told.read_text()
+    again = zoo.load(network(), "lora", features=lambda net, x: net.forward_features(x).flatten(1), example=x)
+    assert again.family.family == "generic"  # the user's own words count

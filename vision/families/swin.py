@@ -101,6 +101,11 @@ class Swin(TimmBackbone):
 
         return cutting
 
+    @classmethod
+    def describes(cls, module: nn.Module) -> bool:
+        """A network of timm's own class."""
+        return type(module) is cls.timm_class
+
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""
         module: Any = self.module

@@ -62,13 +62,22 @@ class ViT(TimmBackbone):
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         """A timm model of blocks that are described (`vit_blocks`), or the embedded `vit-micro`."""
         module = super().build(name, pretrained=pretrained, **kwargs)
-        known = tuple(vit_blocks.KINDS)
-        odd = next((type(b).__name__ for b in module.blocks if not isinstance(b, known)), None)  # type: ignore[union-attr]
+        odd = cls._odd(module)
         if odd is not None:
             raise UndescribedError(
-                f"'{name}' is built of {odd}; the family 'vit' describes {', '.join(k.__name__ for k in known)}."
+                f"'{name}' is built of {odd}; the family 'vit' describes {', '.join(k.__name__ for k in vit_blocks.KINDS)}."
             )
         return module
+
+    @staticmethod
+    def _odd(module: Any) -> str | None:
+        """The class of a block that is not described; None: all are."""
+        return next((type(b).__name__ for b in module.blocks if not isinstance(b, tuple(vit_blocks.KINDS))), None)
+
+    @classmethod
+    def describes(cls, module: nn.Module) -> bool:
+        """A network of timm's own class whose blocks are all described."""
+        return type(module) is cls.timm_class and cls._odd(module) is None
 
     def take_head(self) -> nn.Module | None:
         """Take timm's classifier off, or both of a distilled network."""

@@ -326,11 +326,6 @@ class Generic(Backbone):
         """Not known for a network of the user's."""
         return None if self.name.startswith(WRAPPED) else super().hub_task(num_classes)
 
-    @property
-    def brought(self) -> str:
-        """The network itself, if it is the user's."""
-        return "network" if self.name.startswith(WRAPPED) else ""
-
     def usage(self, num_classes: int) -> tuple[list[str], list[str]]:
         """As `Backbone.usage`; of a network of the user's on a batch of its own."""
         if not self.brought:
