@@ -90,10 +90,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "llama_layers": list(range(32)),
     },
     "LatteTransformer3DModel": {
-        "in_channels": 4,
-        "patch_size": 2,
-        "caption_channels": 4096,
-        "cross_attention_dim": 1408,
+        **{"in_channels": 4, "out_channels": 8, "patch_size": 2, "caption_channels": 4096, "attention_head_dim": 72},
+        **{"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "cross_attention_dim": 1152},
+        "activation_fn": "gelu-approximate",
     },
     "OmniGenTransformer2DModel": {
         "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
