@@ -90,8 +90,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "llama_layers": list(range(32)),
     },
     "LatteTransformer3DModel": {
-        **{"in_channels": 4, "out_channels": 8, "patch_size": 2, "caption_channels": 4096, "attention_head_dim": 72},
-        **{"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "cross_attention_dim": 1152},
+        "in_channels": 4,
+        "out_channels": 8,
+        "patch_size": 2,
+        "caption_channels": 4096,
+        "attention_head_dim": 72,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "cross_attention_dim": 1152,
         "activation_fn": "gelu-approximate",
     },
     "OmniGenTransformer2DModel": {
