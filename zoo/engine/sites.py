@@ -186,17 +186,16 @@ class Site:
             return None
         x = self.read_input(args, kwargs)
         y = self.read_output(output)
-        product = bool(noting) and self.recompute == "product" and not self.stochastic()
-        then = (dict(module._parameters), self.forwards, self.outputs, self.state.place()) if product else ()
+        product = noting and self.recompute == "product" and not self.stochastic()
         if product and self.outputs:  # an op may keep the product itself (a scale's gradient needs it)
-            self.state.saver.note(y, self._replay, ((*then[:2], (), then[3]), x))
+            self.state.saver.note(y, self._replay, ((held(module), self.forwards, (), self.state.place()), x))
         for op in self.outputs:
             self._seen(op)
             if op.where == "watch_output":
                 self._watch(op, y)
             elif not (op.verb == "replay" and self.state.aside):  # it has seen this pass already
                 y = self._apply(op, x, y)
-        if noting and self.recompute == "product" and not self.stochastic():
+        if product and not self.state.saver.knows(y):  # what an op noted comes back from the product, which is run once
             then = (held(module), self.forwards, self.outputs, self.state.place())
             self.state.saver.note(y, self._replay, (then, x))
         return self.write_output(output, y)
