@@ -98,7 +98,7 @@ def test_another_loss_task_or_memory_is_another_run(tmp_path: Path) -> None:
 
     run(2, "a")
     run(2, "a")
-    with pytest.raises(ConfigError, match="the task: chosen was"):
+    with pytest.raises(ConfigError, match="the task: loss was"):
         run(4, "a")
     run(2, "b", loss=None, task=Classify())
     model = lora()

@@ -86,6 +86,9 @@ class Run:
     """Epoch and step where the present schedule began."""
     birth: int = 0
     """From which step on the schedule counts; where it was shifted, not where it began."""
+    lr: Any = None
+    """What a search found, and what it tried (`zoo.train.rates`)."""
+    lr_search: list[dict[str, float]] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Which settings were changed on the way, and where."""
 

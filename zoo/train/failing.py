@@ -32,18 +32,26 @@ class Before:
 
     def settle(self, error: BaseException) -> None:
         """The fit broke off: put back the mode, and what was not yet trained; say what was."""
-        model = self.model
-        for adapter in model.adapters.values():
+        for adapter in self.model.adapters.values():
             adapter.join(None)  # type: ignore[operator]
         if self.state is not None:
             with contextlib.suppress(ZooError):
-                self.state.put(model)
-                for parameter in model.parameters():
-                    parameter.requires_grad_(self.trained.get(id(parameter), parameter.requires_grad))
-                model.to(self.device)
+                self.undo()
+                self.model.to(self.device)
         else:
             _say(error, self._words())
-        model.train(self.mode)
+        self.model.train(self.mode)
+
+    def undo(self) -> None:
+        """Put back numbers, structure, mode, and what is frozen."""
+        assert self.state is not None
+        for adapter in self.model.adapters.values():
+            adapter.join(None)  # type: ignore[operator]
+        self.state.put(self.model)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(self.trained.get(id(parameter), parameter.requires_grad))
+            parameter.grad = None
+        self.model.train(self.mode)
 
     def _words(self) -> str:
         further = (

@@ -37,7 +37,8 @@ from zoo.train.loggers import LOGGERS, Logger, make_loggers
 from zoo.train.optimizers import MakeOptimizer
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
-from zoo.train.report import Report
+from zoo.train.rates import default_batch_size
+from zoo.train.report import Report, report_of
 from zoo.train.samplers import as_sampler
 from zoo.train.settings import KINDS, Settings
 from zoo.train.streams import Stream
@@ -50,7 +51,10 @@ __all__ = ["fit"]
 
 
 @typed(
-    **{name: kind for name, kind in KINDS.items() if name not in ("keep", "monitor", "optimizer_options")},
+    **{
+        name: kind for name, kind in KINDS.items() if name not in ("keep", "monitor", "optimizer_options", "batch_size")
+    },
+    batch_size=KINDS["batch_size"] | NOTHING,
     model=MODEL,
     task=TASK | NOTHING,
     loss=FUNCTION | TEXT | NOTHING,
@@ -75,8 +79,8 @@ def fit(
     *,
     epochs: int = 10,
     steps: int | None = None,
-    batch_size: int = 64,
-    lr: float | Mapping[str, float] | None = None,
+    batch_size: int | None = None,
+    lr: float | Mapping[str, float] | str | None = None,
     weight_decay: float | None = None,
     optimizer: str | MakeOptimizer = "adamw",
     optimizer_options: Mapping[str, Any] | None = None,
@@ -123,9 +127,11 @@ def fit(
         train, val: what `zoo.open_dataset` takes, or a data set of it. Without a transform of its own it gets the
             backbone's preprocessing. Never give a test split as `val`: the best epoch is chosen on it.
         epochs: passes over `train`; `steps` (optimizer steps in all) overrides it.
-        batch_size: images of one optimizer step, over all processes and accumulated parts together.
+        batch_size: images of one optimizer step, over all processes and accumulated parts together; by default 64, less of less
+            than a thousand (`zoo.train.rates`).
         lr: learning rate of all, or {"lora": 1e-3, "head": 1e-2, "lora/blocks.0.*": 1e-4} by adapter, head or pattern (the last
-            that fits counts; "default" for the rest). By default the `default_lr` of each adapter.
+            that fits counts; "default" for the rest). By default the `default_lr` of each adapter, more over few steps; "auto"
+            searches for one (`zoo.train.rates`).
         weight_decay: of matrices; biases, norms and other vectors have none. By default 0.01, or the adapter's own.
         optimizer: "adamw", "adam", "sgd", "nesterov", "rmsprop", or a function from param groups to a torch
             optimizer (its learning rate is overwritten by `lr` and `schedule`).
@@ -181,7 +187,7 @@ def fit(
     settings = Settings(
         epochs=epochs,
         steps=steps,
-        batch_size=batch_size,
+        batch_size=max(64, accumulate) if batch_size is None else batch_size,
         lr=lr,
         weight_decay=weight_decay,
         optimizer=optimizer,
@@ -227,11 +233,14 @@ def fit(
         what, settings.monitor = classification, monitor or classification.monitor
         train_set = what.open(model, train, train=True, augment=augment)
     val_set = what.open(model, val, train=False) if val is not None else None
+    plain = None  # the transform of what is set aside
+    if getattr(train, "transform", None) is None and train_set.transform is not None:
+        plain = what.open(model, train_set.with_transform(None), train=False).transform
     if val_set is None and (patience is not None or keep == "best"):
-        own = getattr(train, "transform", None) is not None
         train_set, val_set = split_train_val(train_set, val_fraction, seed)
-        if not own and train_set.transform is not None:
-            val_set = val_set.with_transform(what.open(model, train_set.with_transform(None), train=False).transform)
+        val_set = val_set.with_transform(plain or val_set.transform)
+    if batch_size is None:
+        settings.batch_size = max(accumulate, default_batch_size(len(train_set)))
     what.check(model, train_set, "training data")
     if isinstance(what, Weighted):
         what.weigh(model, train_set)
@@ -263,6 +272,7 @@ def fit(
                 metrics=named_metrics(metrics, model.num_classes),
                 before=before,
                 loggers=told,
+                plain=plain,
             )
             trainer.prepare(resume)
             for logger in told:
@@ -272,7 +282,7 @@ def fit(
             trainer.fit()
             if train_set.classes is not None and what.on_head:
                 model.classes = list(train_set.classes)
-            report = trainer.report()
+            report = report_of(trainer)
     except BaseException as error:
         before.settle(error)
         raise

@@ -54,6 +54,7 @@ def _settings(task: Task) -> dict[str, Any]:
     for name, value in vars(task).items():
         if name == "own" or name.startswith("_"):
             continue
+        name = "loss" if name == "chosen" else name
         if callable(value):
             found[name] = about_function(value)
         elif value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "epoch_line"]
 
 _LOG = logging.getLogger("zoo.train")
 T = TypeVar("T")
@@ -77,3 +77,13 @@ class Progress:
             _LOG.info("%s", text)
         if self._bars is not None:
             self._bars.console.print(text, highlight=False, soft_wrap=True)
+
+
+def epoch_line(record: dict[str, Any], epochs: int, best: bool, items: str) -> str:
+    """What is said of an epoch."""
+    parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
+    for title, prefix in (("training", ""), ("validation", "val_")):
+        if f"{prefix}loss" in record:
+            accuracy = f", accuracy {100 * record[f'{prefix}accuracy']:.1f} %" if f"{prefix}accuracy" in record else ""
+            parts.append(f"{title}: loss {record[f'{prefix}loss']:.4f}{accuracy}")
+    return "   ".join([*parts, f"{record['images_per_second']:.0f} {items}/s", *(["best so far"] if best else [])])

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoo.disk import write_file
 
-__all__ = ["Report", "finite"]
+__all__ = ["Report", "finite", "report_of"]
 
 TRAIN, VAL, CHOSEN = "#8a8f98", "#1f6feb", "#d1242f"
 
@@ -129,3 +131,41 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report_of(trainer: Any) -> Report:
+    """The report of a run that is over; `trainer` is its `zoo.train.trainer.Trainer`."""
+    run, settings = trainer.run, trainer.settings
+    last = {**run.history[-1], "chosen": "last"}
+    best = {**run.best, "chosen": "best"} if settings.keep == "best" and run.best is not None else last
+    best.pop("score", None)
+    data: dict[str, Any] = {
+        "train": trainer.train.name,
+        "train_images": len(trainer.train),
+        "items": trainer.items,
+        "classes": trainer.model.num_classes,
+    }
+    if trainer.val is not None:
+        data |= {"val": trainer.val.name, "val_images": len(trainer.val)}
+    elsewhere = int(trainer.processes.add(torch.tensor([len(run.skipped)], device=trainer.processes.device))) - len(
+        run.skipped
+    )
+    return Report(
+        history=run.history,
+        best=best,
+        stopped="early" if run.stopped else "finished",
+        steps=run.step,
+        images=run.images,
+        seconds=run.seconds,
+        images_per_second=run.images / run.training_seconds if run.training_seconds else 0.0,
+        parameters=trainer.model.num_parameters(trainable=True),
+        skipped=[*run.skipped, *([f"{elsewhere} more, seen by other processes"] if elsewhere else [])],
+        settings={
+            **settings.to_json(),
+            "lr": trainer.lr or trainer.service.lr,
+            **({"lr_search": run.lr_search} if run.lr_search else {}),
+            "total_steps": trainer.total,
+            **({"changes": run.changes} if run.changes else {}),
+        },
+        data=data,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,12 +101,14 @@ def add_parameters(
     lr: Mapping[str, float] | None,
     layer_decay: float | None,
     weight_decay: float | None,
+    default: Callable[[float], float] = float,
 ) -> None:
     """Put all of a model's trained parameters into the service, grouped by learning rate and weight decay.
 
+    `default` makes an adapter's rate of its `default_lr`.
     Biases, norms and other vectors get no weight decay; nor does what an adapter lists in `no_weight_decay` (patterns).
     """
-    rates = _rates(model, parameters, service.lr, lr)
+    rates = _rates(model, parameters, service.lr, lr, default)
     scales = layer_scales(parameters, layer_decay) if layer_decay is not None else {}
     groups: dict[tuple[float, float], dict[str, Parameter]] = {}
     for name, parameter in parameters.items():
@@ -121,7 +123,11 @@ def add_parameters(
 
 
 def _rates(
-    model: Model, parameters: Mapping[str, Parameter], base: float, lr: Mapping[str, float] | None
+    model: Model,
+    parameters: Mapping[str, Parameter],
+    base: float,
+    lr: Mapping[str, float] | None,
+    default: Callable[[float], float],
 ) -> dict[str, float]:
     """The learning rate of each parameter: the last entry of `lr` that fits, or the adapter's own default."""
     rates = {}
@@ -135,7 +141,8 @@ def _rates(
                     rate = float(value)
                     unused.discard(pattern)
         elif owner in model.adapters:
-            rate = float(getattr(model.adapters[owner], "default_lr", None) or base)
+            own = getattr(model.adapters[owner], "default_lr", None)
+            rate = default(float(own)) if own else base
         rates[name] = rate
     if unused - {"default"}:
         wrong, owners = sorted(unused - {"default"})[0], {n.partition("/")[0] for n in parameters}

@@ -20,8 +20,8 @@ _OPTIMIZER = Kind(
     (one_of(*OPTIMIZERS) | FUNCTION).take,
 )
 _RATES = Kind(
-    "numbers above 0: one for all, a dict of them by adapter, 'head' or pattern, or None",
-    (number(above=0) | mapping("", number(above=0), least=1) | NOTHING).take,
+    "numbers above 0: one for all, a dict of them by adapter, 'head' or pattern, 'auto', or None",
+    (number(above=0) | mapping("", number(above=0), least=1) | one_of("auto") | NOTHING).take,
 )
 
 # what each setting may be (`zoo.arguments`)
@@ -78,7 +78,7 @@ class Settings:
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 64
-    lr: float | Mapping[str, float] | None = None
+    lr: float | Mapping[str, float] | str | None = None
     weight_decay: float | None = None
     optimizer: str | MakeOptimizer = "adamw"
     optimizer_options: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.data.dataset import ImageDataset
+from zoo.data.dataset import ImageDataset, Transform
 from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError, DataError
 from zoo.tasks import Task
@@ -28,9 +28,9 @@ from zoo.train.identity import identity
 from zoo.train.loggers import Logger
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
-from zoo.train.progress import Progress
+from zoo.train.progress import Progress, epoch_line
+from zoo.train.rates import few_steps, search
 from zoo.train.rehearsal import rehearsal
-from zoo.train.report import Report
 from zoo.train.resuming import asked, batches_of_epoch, length, may_differ, new_leg
 from zoo.train.schedule import add_parameters, default_lr, warmup_steps
 from zoo.train.settings import Settings
@@ -64,6 +64,7 @@ class Trainer:
         metrics: Mapping[str, Any] | None = None,
         before: Before | None = None,
         loggers: Sequence[Logger] = (),
+        plain: Transform | None = None,
     ) -> None:
         self.model, self.train, self.val, self.settings = model, train, val, settings
         self.processes, self.task, self.workers, self.bar = processes, task, workers, bar
@@ -76,7 +77,7 @@ class Trainer:
         callbacks = callbacks if self.ema is None else [self.ema, *callbacks]
         self.store, self.every, self.callbacks = Store(folder, processes.main, callbacks), every, callbacks
         self.hooks = Hooks(model, [c for c in callbacks if any(hasattr(c, h) for h in HOOKS)])
-        self.loggers = list(loggers)
+        self.plain = plain  # the transform of data that are not trained on
         self.listeners = [*(c for c in callbacks if not any(hasattr(c, h) for h in HOOKS)), *loggers]
         self.streams = dict(streams or {})
         sampler = settings.sampler.over(train, settings.batch_size, settings.seed) if settings.sampler else None
@@ -135,7 +136,7 @@ class Trainer:
                 "num_classes=..."
             )
         processes.same(repr([(n, tuple(p.shape)) for n, p in parameters.items()]), "trained parameters")
-        self.base_lr = default_lr(model) if settings.lr is None else _base(settings.lr)
+        self._set_rates(saved)
         service = OptimizerService(
             lr=self.base_lr,
             total_steps=self.total,
@@ -145,8 +146,10 @@ class Trainer:
             options=settings.optimizer_options,
         )
         service.reduce, service.streams = processes.add, self.streams
-        given = {"default": settings.lr} if isinstance(settings.lr, (int, float)) else settings.lr
-        add_parameters(service, model, parameters, given, settings.layer_decay, settings.weight_decay)
+        given = {"default": float(self.lr)} if isinstance(self.lr, (int, float)) else self.lr
+        add_parameters(
+            service, model, parameters, given, settings.layer_decay, settings.weight_decay, self._default_rate
+        )
         self.service = service
         self.stepper = Stepper(model, self.train, service, self.hooks, processes, settings, self.task)
         seed_everything(settings.seed, "fit_start")
@@ -158,6 +161,18 @@ class Trainer:
         processes.barrier()
         if saved is None:
             self.store.clear()
+
+    def _set_rates(self, saved: Saved | None) -> None:
+        """The learning rates that are meant: given, found by a search, or the defaults."""
+        self.lr: Any = self.settings.lr
+        if self.lr == "auto":
+            if saved is None:
+                self.run.lr, self.run.lr_search = search(self)
+            self.lr = self.run.lr if saved is None else saved.state["run"]["lr"]
+        self.base_lr = self._default_rate(default_lr(self.model)) if self.lr is None else _base(self.lr)
+
+    def _default_rate(self, rate: float) -> float:
+        return few_steps(rate, self.total)
 
     def _go_back(self, saved: Saved) -> None:
         rates = {name: self.service.settings(name)["lr_scale"] for name in self.service.parameters}
@@ -202,7 +217,7 @@ class Trainer:
         run = self.run
         while run.epoch < self.epochs and not run.stopped:
             began = time.perf_counter()
-            self._epoch()
+            self.one_epoch()
             self.stepper.check_pending()
             run.seconds += time.perf_counter() - began
             evaluated = time.perf_counter()
@@ -220,7 +235,7 @@ class Trainer:
         seed_everything(self.settings.seed, "fit_end")
         self.hooks.fit_end()
 
-    def _epoch(self) -> None:
+    def one_epoch(self) -> None:
         """The batches of the present epoch that are still to do."""
         run, plan, bar = self.run, self.plan, self.bar
         batches = batches_of_epoch(self)
@@ -270,7 +285,7 @@ class Trainer:
             record["accuracy"] = hits / labelled
         if self.val is not None:
             with self._averaged():
-                result = self._evaluate()
+                result = self.evaluate()
             record |= {f"val_{k}": result[k] for k in result if k not in NO_METRICS}
         record["seconds"] = run.epoch_seconds
         record["images_per_second"] = images / run.epoch_seconds if run.epoch_seconds else 0.0
@@ -280,14 +295,14 @@ class Trainer:
         if self.val is not None and self.hooks.ready():  # what has not reached its budget is not what will be exported
             self._choose(record)
         best = run.best is not None and run.best["epoch"] == record["epoch"]
-        self.bar.line(_line(record, self.epochs, best, self.items))
+        self.bar.line(epoch_line(record, self.epochs, best, self.items))
         for listener in self.listeners:
             getattr(listener, "log", listener)(dict(record))
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.inside()
 
-    def _evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         assert self.val is not None
         return evaluation.run(
             self.model,
@@ -337,43 +352,6 @@ class Trainer:
         )
         return [b for b in batches[:1] if b.count]
 
-    # -- afterwards -------------------------------------------------------------------------------------------------
-
-    def report(self) -> Report:
-        run, settings = self.run, self.settings
-        last = {**run.history[-1], "chosen": "last"}
-        best = {**run.best, "chosen": "best"} if settings.keep == "best" and run.best is not None else last
-        best.pop("score", None)
-        data: dict[str, Any] = {
-            "train": self.train.name,
-            "train_images": len(self.train),
-            "items": self.items,
-            "classes": self.model.num_classes,
-        }
-        if self.val is not None:
-            data |= {"val": self.val.name, "val_images": len(self.val)}
-        elsewhere = int(self.processes.add(torch.tensor([len(run.skipped)], device=self.processes.device))) - len(
-            run.skipped
-        )
-        return Report(
-            history=run.history,
-            best=best,
-            stopped="early" if run.stopped else "finished",
-            steps=run.step,
-            images=run.images,
-            seconds=run.seconds,
-            images_per_second=run.images / run.training_seconds if run.training_seconds else 0.0,
-            parameters=self.model.num_parameters(trainable=True),
-            skipped=[*run.skipped, *([f"{elsewhere} more, seen by other processes"] if elsewhere else [])],
-            settings={
-                **settings.to_json(),
-                "lr": settings.to_json()["lr"] or self.service.lr,
-                "total_steps": self.total,
-                **({"changes": run.changes} if run.changes else {}),
-            },
-            data=data,
-        )
-
     def _note_skipped(self, parts: Sequence[Batch]) -> None:
         for where, reason in (item for batch in parts for item in batch.skipped):
             if where not in self.run.skipped:
@@ -383,12 +361,3 @@ class Trainer:
 
 def _base(lr: Any) -> float:
     return float(lr) if isinstance(lr, (int, float)) else float(lr.get("default", next(iter(lr.values()))))
-
-
-def _line(record: dict[str, Any], epochs: int, best: bool, items: str) -> str:
-    parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for title, prefix in (("training", ""), ("validation", "val_")):
-        if f"{prefix}loss" in record:
-            accuracy = f", accuracy {100 * record[f'{prefix}accuracy']:.1f} %" if f"{prefix}accuracy" in record else ""
-            parts.append(f"{title}: loss {record[f'{prefix}loss']:.4f}{accuracy}")
-    return "   ".join([*parts, f"{record['images_per_second']:.0f} {items}/s", *(["best so far"] if best else [])])
