@@ -10,8 +10,8 @@ The norm and the MLP behind it are, `pool.norm`, `pool.up` and `pool.down`, of t
 The library's classes here have no classifier: a model with a head of ours is merged without it. Folders saved with one
 (`SiglipForImageClassification`, `CLIPForImageClassification`) come with it; it stands on the mean of the patches.
 
-SigLIP 2 of fixed sizes has the type of SigLIP; its NaFlex variants (`siglip2`) read patches and masks instead of images, and are
-not described. Text towers are left out.
+SigLIP 2 of fixed sizes has the type of SigLIP. Its NaFlex variants (`siglip2`) read rows of patches; here they are given images
+of any size of whole patches, all of one size in a batch, which are cut into these rows. Text towers are left out.
 
 Sources: Radford et al., ICML 2021; Zhai et al., ICCV 2023; Tschannen et al., "SigLIP 2", 2025. Counts: SigLIP-B/16 92,884,224 (of
 these 7,087,104 of the pooling), CLIP-B/32 87,849,216.
@@ -19,9 +19,11 @@ these 7,087,104 of the pooling), CLIP-B/32 87,849,216.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vision.families.parts.transformers_family import HALVES, Places, TransformersVision
@@ -63,6 +65,8 @@ class TransformersCLIP(TransformersVision):
         "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
         "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
         "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
+        "siglip2": ("Siglip2VisionConfig", "Siglip2VisionModel"),
+        "siglip2_vision_model": ("Siglip2VisionConfig", "Siglip2VisionModel"),
         "clip, classifier": ("CLIPConfig", "CLIPForImageClassification"),
         "siglip, classifier": ("SiglipConfig", "SiglipForImageClassification"),
     }
@@ -70,7 +74,7 @@ class TransformersCLIP(TransformersVision):
         "CLIPForImageClassification": "clip, classifier",
         "SiglipForImageClassification": "siglip, classifier",
     }
-    nested = {"clip": "vision_config", "siglip": "vision_config"}
+    nested = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
     configs = {
         "openai/clip-vit-base-patch32": ("clip", {}),
         "openai/clip-vit-base-patch16": ("clip", {"patch_size": 16}),
@@ -80,6 +84,7 @@ class TransformersCLIP(TransformersVision):
         "google/siglip-so400m-patch14-384": ("siglip", {**SO400M, "image_size": 384, "patch_size": 14}),
         "google/siglip2-base-patch16-224": ("siglip", {}),
         "google/siglip2-large-patch16-256": ("siglip", {**LARGE, "image_size": 256}),
+        "google/siglip2-base-patch16-naflex": ("siglip2", {}),
     }
     aliases = {
         "hf-clip-b32": "transformers:openai/clip-vit-base-patch32",
@@ -90,13 +95,19 @@ class TransformersCLIP(TransformersVision):
         "hf-siglip-so400m": "transformers:google/siglip-so400m-patch14-384",
         "hf-siglip2-b16": "transformers:google/siglip2-base-patch16-224",
         "hf-siglip2-l16": "transformers:google/siglip2-large-patch16-256",
+        "hf-siglip2-b16-naflex": "transformers:google/siglip2-base-patch16-naflex",
     }
     left_out = ("*position_ids", "text_model.*", "text_projection.*", "logit_scale", "logit_bias")
     layout = ("vision_model.encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.q_proj")
-    places = {"clip_vision_model": CLIP_PLACES, "siglip_vision_model": SIGLIP_PLACES}
+    places = {
+        "clip_vision_model": CLIP_PLACES,
+        "siglip_vision_model": SIGLIP_PLACES,
+        "siglip2_vision_model": SIGLIP_PLACES,
+    }
     preprocessing = {
         "clip_vision_model": CLIP_DATA,
         "siglip_vision_model": {**HALVES, "crop_mode": "squash", "crop_pct": 1.0},
+        "siglip2_vision_model": {**HALVES, "crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"},
     }
     block_table = (
         Row("tokens", "tokens", "tokens", ""),
@@ -176,6 +187,25 @@ class TransformersCLIP(TransformersVision):
     def feature_dim(self) -> int:
         """Width of the pooled features."""
         return int(self.config.projection_dim if self.clip and not self.classifying else self.config.hidden_size)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """NaFlex has a square table of positions, which is fitted to every image."""
+        if self.model_type != "siglip2_vision_model":
+            return super().own_size
+        side = math.isqrt(int(self.config.num_patches)) * int(self.config.patch_size)
+        return side, side
+
+    def look(self, module: nn.Module, images: Tensor) -> Any:
+        """As every vision transformer's; NaFlex gets the rows of patches, pixel by pixel, and how many there are."""
+        if self.model_type != "siglip2_vision_model":
+            return super().look(module, images)
+        self.check_images(images)
+        p, (height, width) = int(self.config.patch_size), images.shape[-2:]
+        grid = (height // p, width // p)
+        rows = images.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p)).permute(0, 2, 4, 3, 5, 1)
+        shapes = torch.tensor([grid], device=images.device).expand(len(images), -1)
+        return module(rows.flatten(3).flatten(1, 2), None, shapes)
 
     def attention_of(self, block: Any) -> Any:
         """The module with the projections."""

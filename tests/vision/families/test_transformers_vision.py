@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov3_vit, gated": ("hf-dinov3-b16", {**SMALL, "use_gated_mlp": True}),
     "clip": ("hf-clip-b32", {**SMALL, "projection_dim": 20}),
     "siglip": ("hf-siglip-b16", SMALL),
+    "siglip2": ("hf-siglip2-b16-naflex", {**{k: v for k, v in SMALL.items() if k != "image_size"}, "num_patches": 16}),
     "videomae": ("videomae-b16", {**SMALL, "image_size": 16, "num_frames": 4}),
 }
 each = pytest.mark.parametrize("kind", KINDS)
@@ -70,8 +71,20 @@ def library(model: zoo.Model) -> Any:
     return module.requires_grad_(False).eval()  # with gradients torch takes another kernel
 
 
+def rows(images: Tensor, patch: int = 8) -> Tensor:
+    """Patches as the image processor of NaFlex makes them, in numpy's words: (B, N, patch patch C)."""
+    found = images.permute(0, 2, 3, 1)
+    high, wide = (n // patch for n in found.shape[1:3])
+    found = found.reshape(len(images), high, patch, wide, patch, -1).permute(0, 1, 3, 2, 4, 5)
+    return found.reshape(len(images), high * wide, -1)
+
+
 def answer(module: Any, images: Tensor) -> Tensor:
-    output = module(images)
+    if "Siglip2" in type(module).__name__:
+        grid = torch.tensor([[n // 8 for n in images.shape[-2:]]]).repeat(len(images), 1)
+        output = module(rows(images), None, grid)
+    else:
+        output = module(images)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
@@ -225,6 +238,7 @@ def test_counts() -> None:
         "hf-dinov2-b14-reg": 86_583_552,
         "hf-dinov3-b16": 85_660_416,
         "hf-clip-b32": 87_849_216,
+        "hf-siglip2-b16-naflex": 92_884_224 + 60 * 768,  # 256 positions
         "videomae-b16": 86_227_200,
     }
     for name, count in expected.items():
@@ -242,6 +256,7 @@ PRETRAINED = {
     "dinov3_vit": "DINOv3ViTModel",
     "clip": "CLIPModel",
     "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
     "videomae": "VideoMAEForPreTraining",
 }
 
@@ -250,7 +265,7 @@ def saved(kind: str, folder: Path) -> Any:
     """A folder as the library saves the network of pretraining."""
     cls = getattr(transformers, PRETRAINED[kind])
     small = dict(KINDS[kind][1])
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         text = {k: small[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
         width = small.get("projection_dim")
         small = {"vision_config": small, "text_config": {**text, "vocab_size": 50}}
@@ -295,7 +310,9 @@ def test_missing_and_strange_tensors_are_named(kind: str, tmp_path: Path) -> Non
         zoo.load(f"transformers:{tmp_path}", num_classes=0)
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "siglip2"]
+)
 def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
     """Weights stay those of the checkpoint: an adapter of one size is loaded at another one."""
     saved(kind, tmp_path)
@@ -435,3 +452,18 @@ def test_an_adapter_for_each_sample_and_half_precision(kind: str) -> None:
     model.set_active("prefix", "lora")
     model.to(torch.bfloat16).train()(x.to(torch.bfloat16)).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters_to_train().values())
+
+
+def test_naflex_sees_what_its_processor_makes_of_an_image() -> None:
+    """Rows of patches, a mask of those that there are, and their number along each axis: one image, 24 x 40 pixels."""
+    import numpy as np
+
+    model = make("siglip2", image_size=32)
+    picture = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=15, do_resize=False)
+    given = processor(images=picture, return_tensors="pt")
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].double() / 255 * 2 - 1
+    assert given["spatial_shapes"].tolist() == [[3, 5]]
+    torch.testing.assert_close(rows(image), given["pixel_values"].double(), rtol=1e-5, atol=1e-5)
+    expected = library(model)(rows(image), given["pixel_attention_mask"], given["spatial_shapes"]).pooler_output
+    torch.testing.assert_close(model.features(image), expected, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, DataError
 from zoo.families.split_attention import QUERY, WIDTH, named
 from zoo.families.transformers_family import COMMON, TransformersBackbone
+from zoo.library import library
 from zoo.points import Layout, Point
 from zoo.points.rows import Row
 
@@ -26,7 +27,9 @@ OPTIONS: dict[str, Any] = {
     **COMMON,
     "image_size": range(1, 8193),
     "num_channels": range(1, 1025),
-    **dict.fromkeys(("num_register_tokens", "projection_dim", "num_frames", "tubelet_size"), range(65537)),
+    **dict.fromkeys(
+        ("num_register_tokens", "projection_dim", "num_frames", "tubelet_size", "num_patches"), range(65537)
+    ),
     **dict.fromkeys(("mlp_ratio", "layerscale_value", "layer_scale_init_value", "drop_path_rate", "rope_theta"), float),
     **dict.fromkeys(
         (
@@ -77,8 +80,10 @@ class TransformersVision(TransformersBackbone):
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         """The library's module; `image_size` leaves pretrained positions as they are, and is what images have."""
-        if pretrained:
-            kwargs.pop("image_size", None)
+        if "image_size" in kwargs:
+            config = cls.library_classes[cls.described(name.removeprefix("transformers:"))[0]][0]
+            if pretrained or not hasattr(getattr(library("transformers", cls.extra), config)(), "image_size"):
+                del kwargs["image_size"]
         return super().build(name, pretrained=pretrained, **kwargs)
 
     def configure(self, **options: Any) -> None:
@@ -93,9 +98,9 @@ class TransformersVision(TransformersBackbone):
         wanted, patch = _pair(size), _pair(self.config.patch_size)
         if any(n < p or n % p for n, p in zip(wanted, patch, strict=True)):
             raise ConfigError(f"image_size is {size!r}; expected a multiple of the patches' size, {patch[0]}.")
-        if wanted != _pair(self.config.image_size) and not self.resizes:
+        if wanted != self.own_size and not self.resizes:
             raise ConfigError(
-                f"'{self.name}' has positions for images of {self.config.image_size} pixels, which the library does not "
+                f"'{self.name}' has positions for images of {self.own_size[0]} pixels, which the library does not "
                 "interpolate. Leave image_size out, or pass pretrained=False."
             )
         self.size = wanted
@@ -216,9 +221,14 @@ class TransformersVision(TransformersBackbone):
     # -- running ----------------------------------------------------------------------------------------------------
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the checkpoint's positions are for."""
+        return _pair(self.config.image_size)
+
+    @property
     def image(self) -> tuple[int, int]:
         """(H, W) of the images."""
-        return self.size or _pair(self.config.image_size)
+        return self.size or self.own_size
 
     def look(self, module: nn.Module, images: Tensor) -> Any:
         """What the library's network answers to images (B, C, H, W).
@@ -226,15 +236,19 @@ class TransformersVision(TransformersBackbone):
         Raises:
             DataError: no images, or of a size that does not fit the patches.
         """
+        self.check_images(images)
+        other = tuple(images.shape[-2:]) != self.own_size
+        asked = "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters
+        return module(images, **({"interpolate_pos_encoding": True} if other and asked else {}))
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise DataError unless these are images that the patches fit into."""
         patch = _pair(self.config.patch_size)
         if images.ndim != 4 or any(n < p or n % p for n, p in zip(images.shape[-2:], patch, strict=True)):
             raise DataError(
                 f"images of shape {tuple(images.shape)}; expected (B, C, H, W), height and width multiples of {patch[0]}. "
                 "model.preprocess() makes them."
             )
-        other = tuple(images.shape[-2:]) != _pair(self.config.image_size)
-        asked = "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters
-        return module(images, **({"interpolate_pos_encoding": True} if other and asked else {}))
 
     def pool(self, output: Any) -> Tensor:
         """What stands in front of the classifier (B, d), of what the body gives."""
