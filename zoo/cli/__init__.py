@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | bench | new | demo`.
+"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | convert | bench | new | demo`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, evaluate, listing, new, regime, run, share
+from zoo.cli import bench, catalog, convert, evaluate, listing, new, regime, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main"]
@@ -69,10 +69,12 @@ for _command, _name in (
     (share.push, "push"),
     (share.pull, "pull"),
     (share.merge, "merge"),
+    (convert.convert, "convert"),
     (bench.bench, "bench"),
     (new.new, "new"),
     (run.demo, "demo"),
 ):
     app.command(
-        _name, no_args_is_help=_name in ("points", "info", "fit", "run", "eval", "push", "pull", "merge", "new")
+        _name,
+        no_args_is_help=_name in ("points", "info", "fit", "run", "eval", "push", "pull", "merge", "convert", "new"),
     )(_command)

@@ -239,6 +239,18 @@ class DiffusersBackbone(Backbone):
 
         return Pixels(self.data_config(), train and options.get("augment", "crop-flip") == "crop-flip")
 
+    def write_lora(self, model: Any, folder: Path, adapter: str | None = None) -> Path:
+        """A LoRA in diffusers' format (`multimodal.families.diffusion.lora`)."""
+        from multimodal.families.diffusion.lora import save_lora_weights
+
+        return save_lora_weights(model, folder, adapter, self.part)
+
+    def read_lora(self, model: Any, source: str, name: str | None = None, leave_out: bool = False) -> str:
+        """Attach a LoRA of diffusers' format or kohya's."""
+        from multimodal.families.diffusion.lora import load_lora_weights
+
+        return load_lora_weights(model, source, name, self.part, leave_out=leave_out)
+
     def scheduler(self) -> Any:
         """A fresh scheduler of diffusers with the noise that the family's checkpoints were trained with."""
         name, settings = self.schedule

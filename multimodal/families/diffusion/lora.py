@@ -4,7 +4,8 @@
 
 That format has no settings: the change of a module's weight is B A, of the rank that A has. So the scale is folded into B, and
 all modules are brought to one rank with rows of zeros, since releases of diffusers differ in the scale that they give to
-modules of another rank. Coming in, files with settings (`lora_adapter_metadata`) and with `alpha` tensors are read, too.
+modules of another rank. Coming in, files with settings (`lora_adapter_metadata`) and with `alpha` tensors are read, too, and
+those of kohya's scripts and others (`multimodal.families.diffusion.kohya`), whose names the library or the transformer itself knows.
 DiT and PixArt have no `load_lora_adapter` in the library; `zoo.exchange.peft.to_peft` writes what `peft.PeftModel` loads on them.
 """
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
+from multimodal.families.diffusion.kohya import is_foreign, other_part, to_diffusers
 from zoo.disk.layout import parse
 from zoo.errors import ConfigError, MismatchError, WeightsError
 from zoo.exchange.peft import NOTE, PREFIX, attach_saved, by_module, choose, write_module
@@ -84,13 +86,20 @@ def save_lora_weights(
 
 
 def load_lora_weights(
-    model: Model, source: str | Path, name: str | None = None, prefix: str = "transformer", file: str = FILE
+    model: Model,
+    source: str | Path,
+    name: str | None = None,
+    prefix: str = "transformer",
+    file: str = FILE,
+    leave_out: bool = False,
 ) -> str:
-    """Attach a LoRA that diffusers (or `save_lora_weights`) wrote, and return its name in the model; all or nothing.
+    """Attach a LoRA of diffusers' format or kohya's, and return its name in the model; all or nothing.
 
     Args:
         source: a safetensors file, a folder with `file`, or a Hub repository.
-        prefix: keys of other parts of the pipeline (text encoders) are refused rather than left out.
+        prefix: the part of a pipeline that it is for.
+        leave_out: take what is for this part alone, where the file also adapts others (text encoders): without them the
+            images are not those that the file was trained for. By default such a file is refused.
 
     Raises:
         ConfigError: no such source, or LoRAs of other parts. MismatchError: it does not fit this transformer.
@@ -98,6 +107,24 @@ def load_lora_weights(
     """
     path = _find(source, file)
     tensors, metadata = parse(path.read_bytes(), path)
+    broken = [
+        key for key, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise WeightsError(f"'{path.name}': tensor '{broken[0]}' is not a tensor of finite numbers. Get another copy.")
+    others = sorted({part for key in tensors if (part := other_part(key))})
+    if others and not leave_out:
+        raise ConfigError(
+            f"'{path.name}' also adapts {', '.join(others)}; only its '{prefix}' can be attached here. Pass leave_out=True to "
+            "take that alone (the images are then not quite those that it was trained for), or load it with diffusers."
+        )
+    tensors = {key: value for key, value in tensors.items() if not other_part(key)}
+    if not tensors:
+        raise ConfigError(
+            f"'{path.name}' adapts {', '.join(others) or 'nothing'}, and no '{prefix}'. Load it with diffusers."
+        )
+    if is_foreign(tensors):
+        tensors = to_diffusers(model, tensors, path, prefix)
     saved = PeftAdapter(path, {"lora_dropout": 0.0}, {}, note=_json(metadata.get(NOTE)))
     foreign = sorted({k.split(".")[0] for k in tensors} - {prefix})
     bare = prefix not in {k.split(".")[0] for k in tensors}
@@ -107,8 +134,6 @@ def load_lora_weights(
         )
     for key, tensor in tensors.items():
         module, kind = _sort(key if bare else key.removeprefix(f"{prefix}."), path)
-        if not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"'{path.name}': tensor '{key}' is not a tensor of finite numbers. Get another copy.")
         entry = saved.modules.setdefault(module, PeftModule(alpha=-1.0))
         setattr(entry, kind, float(tensor) if kind == "alpha" else tensor)
     if not saved.modules or any(m.a is None or m.b is None for m in saved.modules.values()):
@@ -130,8 +155,8 @@ def _sort(key: str, path: Path) -> tuple[str, str]:
         if key.endswith(f".{ending}"):
             return key[: -len(ending) - 1], kind
     raise WeightsError(
-        f"'{path.name}' has the key '{key}', which is no LoRA in the format of diffusers ('<module>.lora_A.weight'). Load it "
-        "once with pipeline.load_lora_weights, which knows older formats, and save it with save_lora_weights."
+        f"'{path.name}' has the key '{key}', which is no LoRA in the format of diffusers ('<module>.lora_A.weight') or of "
+        "kohya's scripts. Load it once with pipeline.load_lora_weights, which knows further formats, and save it with save_lora_adapter."
     )
 
 
