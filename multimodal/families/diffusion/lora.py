@@ -5,7 +5,7 @@
 That format has no settings: the change of a module's weight is B A, of the rank that A has. So the scale is folded into B, and
 all modules are brought to one rank with rows of zeros, since releases of diffusers differ in the scale that they give to
 modules of another rank. Coming in, files with settings (`lora_adapter_metadata`) and with `alpha` tensors are read, too, and
-those of kohya's scripts and others (`multimodal.families.diffusion.kohya`), whose names the library or the transformer itself knows.
+those of kohya's scripts and others (`multimodal.families.diffusion.kohya`), whose names the library or the transformer knows.
 DiT and PixArt have no `load_lora_adapter` in the library; `zoo.exchange.peft.to_peft` writes what `peft.PeftModel` loads on them.
 """
 
@@ -156,7 +156,8 @@ def _sort(key: str, path: Path) -> tuple[str, str]:
             return key[: -len(ending) - 1], kind
     raise WeightsError(
         f"'{path.name}' has the key '{key}', which is no LoRA in the format of diffusers ('<module>.lora_A.weight') or of "
-        "kohya's scripts. Load it once with pipeline.load_lora_weights, which knows further formats, and save it with save_lora_adapter."
+        "kohya's scripts. Load it once with pipeline.load_lora_weights, which knows further formats, and save it with "
+        "save_lora_adapter."
     )
 
 
