@@ -96,6 +96,7 @@ def test_pickles_and_other_files(tmp_path: Path) -> None:
     (tmp_path / "renamed.pth").write_bytes(pickle.dumps(Loud(marker)))
     torch.save({"model": Loud(marker)}, tmp_path / "w.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"12345678{}")
+    (tmp_path / "text.pth").write_text("root:x:0:0\n")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     for name, words in (
         ("w.pkl", "is a pickle.*not opened"),
@@ -103,6 +104,7 @@ def test_pickles_and_other_files(tmp_path: Path) -> None:
         ("w.pth", "holds more than tensors"),
         ("broken.safetensors", "truncated"),
         ("list.pth", "holds a list"),
+        ("text.pth", "could not be read|holds more than tensors"),
     ):
         with pytest.raises(WeightsError, match=words):
             zoo.load(NAME, checkpoint=tmp_path / name, **SMALL)

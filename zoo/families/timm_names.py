@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.errors import nearest
 from zoo.library import library, pretrained_config
 
-__all__ = ["architecture", "channels_of", "image_config", "resampled"]
+__all__ = ["architecture", "channels_of", "image_config", "other_channels", "per_channel", "resampled"]
 
 PLACES = ("hf-hub:", "hf_hub:", "local-dir:")  # somebody's repository, or a folder
 
@@ -81,11 +81,17 @@ def resampled(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
             Exception
         ):  # made for names that these do not have: what is missing is named by the caller
             state = dict(fit(dict(state), module))
+    return other_channels(state, module)
+
+
+def other_channels(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The first convolution's weight for a network of other input channels, made of that for three as timm does it."""
+    own = module.state_dict()
     first = next((n for n, m in module.named_modules() if isinstance(m, nn.Conv2d)), None)
     key = f"{first}.weight"
     if first is not None and key in state and state[key].ndim == 4 and state[key].shape[1] != own[key].shape[1]:
         from timm.models._manipulate import adapt_input_conv
 
         with contextlib.suppress(NotImplementedError):  # timm converts from three channels
-            state[key] = adapt_input_conv(own[key].shape[1], state[key])
+            state = {**state, key: adapt_input_conv(own[key].shape[1], state[key])}
     return state

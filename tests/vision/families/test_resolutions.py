@@ -30,6 +30,21 @@ def test_input_channels(name: str, channels: int) -> None:
         torch.testing.assert_close(own, plain.repeat(1, channels // 3 + 1, 1, 1)[:, :channels] * 3 / channels)
 
 
+def test_input_channels_of_our_own_network() -> None:
+    """Seen: the embedded weights were refused as those of another network."""
+    model = zoo.load("groupmamba-micro", "lora", num_classes=3, in_chans=4)
+    assert model.example_batch(2)[0].shape == (2, 4, 32, 32) and len(model.mean) == 4
+    assert model(model.example_batch(2)[0]).shape == (2, 3)
+
+
+def test_a_network_without_pooling_gives_its_map() -> None:
+    model = zoo.load("timm:resnet18", "lora", pretrained=False, global_pool="")
+    x = torch.randn(2, 3, 64, 64)
+    assert model(x).shape == (2, 512, 2, 2) and model.num_classes == 0 and not model.family.pools
+    with pytest.raises(zoo.ZooError, match="no pooled features"):
+        zoo.load("timm:resnet18", pretrained=False, global_pool="", num_classes=3)
+
+
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_tiny_patch16_224", "timm:mixer_s32_224"])
 def test_input_channels_of_names(name: str) -> None:
     model = zoo.load(name, "lora", num_classes=3, in_chans=5, device="meta")

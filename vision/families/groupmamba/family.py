@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from vision.families.groupmamba.network import GroupMamba
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError, WeightsError
+from zoo.families.timm_names import channels_of, other_channels, per_channel
 from zoo.heads import TwoHeads
 from zoo.points import NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
@@ -189,6 +190,7 @@ class GroupMambaFamily(Backbone):
         except TypeError as error:
             raise ConfigError(f"GroupMamba does not take these options for '{short}': {error}") from error
         if state is not None:
+            state = other_channels(state, module)
             _fill(module, state, short, own_heads="num_classes" not in options and "distillation" not in options)
         module.source = RELEASED.get(short) if weights is None else None
         module.data = _MICRO if short == "groupmamba-micro" else _IMAGENET
@@ -297,7 +299,9 @@ class GroupMambaFamily(Backbone):
 
     def data_config(self) -> dict[str, Any]:
         """As the authors evaluate (resize to 8/7, centre crop, bicubic), at the size that the network was built for."""
-        return {"input_size": (3, self.module.img_size, self.module.img_size), **self.module.data}
+        channels = channels_of(self.module) or 3
+        config = {"input_size": (channels, self.module.img_size, self.module.img_size), **self.module.data}
+        return {**config, **{k: per_channel(config[k], channels) for k in ("mean", "std")}}
 
     def licence(self) -> str | None:
         """Licence of the pretrained weights."""

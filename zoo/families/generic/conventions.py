@@ -154,7 +154,7 @@ class Timm(Plain):
         tokens = module.forward_features(*inputs, **kwargs)
         found = first_tensor(module.forward_head(tokens, pre_logits=True))
         assert found is not None
-        return (found if found.ndim == 2 else averaged(found)).contiguous()
+        return (found if found.ndim == 2 or unpooled(module) else averaged(found)).contiguous()
 
     def take_head(self, module: Any, seen: Pass | None) -> nn.Linear | None:
         """timm's `get_classifier`, and `reset_classifier(0)`."""
@@ -209,6 +209,14 @@ class Transformers(Plain):
     def example(self, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What `main_input_name` and the configuration say."""
         return transformers_example(module)
+
+
+def unpooled(module: nn.Module) -> bool:
+    """Whether a network of timm was built with `global_pool=""`: tokens or a map come out, and no classifier stands on these."""
+    own = getattr(module, "global_pool", None)
+    own = getattr(own, "pool_type", own)
+    own = getattr(getattr(getattr(module, "head", None), "global_pool", None), "pool_type", own) if own is None else own
+    return own == ""
 
 
 def averaged(value: Tensor) -> Tensor:

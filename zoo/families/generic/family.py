@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.backbone import WRAPPED, Backbone
 from zoo.errors import AttachError, ConfigError
 from zoo.families.generic import sources
-from zoo.families.generic.conventions import Features, Plain, Timm, convention_of
+from zoo.families.generic.conventions import Features, Plain, Timm, convention_of, unpooled
 from zoo.families.generic.discover import Found, discover
 from zoo.families.generic.watch import Pass, first_tensor, run, silent, watching
 from zoo.points import Point
@@ -63,6 +63,8 @@ class Generic(Backbone):
         self._width: int | None = None
         self.proven = False
         self._rows = False  # a pass has shown that rows belong to one sample each
+        if isinstance(self.convention, Timm):
+            self.pools = not unpooled(module)
         if name.startswith("diffusers:"):
             self.modality, self.pools = "diffusion-image", False
 
@@ -145,6 +147,8 @@ class Generic(Backbone):
         self._check_place()
         seen = None if isinstance(self.convention, Timm) else self._look()
         head = self.convention.take_head(self.module, seen)
+        if not self.pools:
+            return None
         if head is not None:
             self._width = head.in_features
         if seen is not None and head is None:
