@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vision.families.parts.timm_family import OPTIONS, TimmBackbone, at_size
 from zoo.engine.attention import AttentionSite, FusedKeys, Given, Prompts, heads, mask_bias, recorder
-from zoo.errors import AttachError
+from zoo.errors import AttachError, ConfigError
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear, norm_dim
 from zoo.registry import register_backbone
@@ -95,8 +95,16 @@ class HieraFamily(TimmBackbone):
         size = kwargs.get("img_size")
         if isinstance(size, int):
             size = kwargs["img_size"] = (size, size)
-        module = super().build(name, pretrained=pretrained, **kwargs)
-        return module if size is None else at_size(module, size)
+        module: Any = super().build(name, pretrained=pretrained, **kwargs)
+        if size is None:
+            return module  # type: ignore[no-any-return]
+        whole = [stride * unit for stride, unit in zip(module.patch_stride, module.mask_unit_size)]
+        if any(side % each for side, each in zip(size, whole)):
+            raise ConfigError(
+                f"img_size is {tuple(size)}; '{name}' looks at mask units of {whole[0]} x {whole[1]} pixels, so sides have to be "
+                "multiples of these."
+            )
+        return at_size(module, size)
 
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """A map of every stage."""

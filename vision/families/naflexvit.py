@@ -107,6 +107,11 @@ class NaFlex(TimmBackbone):
         size = kwargs.get("img_size")
         return module if size is None else at_size(module, size)
 
+    def data_config(self) -> dict[str, Any]:
+        """timm's; the patch embedding is no convolution that would say how many channels images have."""
+        config = super().data_config()
+        return {**config, "input_size": (int(self.module.in_chans), *config["input_size"][1:])}  # type: ignore[arg-type]
+
     @property
     def num_prefix(self) -> int:
         """Class and register tokens in front of the patches."""

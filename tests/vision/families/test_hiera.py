@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.errors import AttachError
+from zoo.errors import AttachError, ConfigError
 
 SMALL: dict[str, Any] = {"img_size": (64, 64), "embed_dim": 12, "stages": (1, 2, 2, 2)}
 NETS = {"hiera": "hiera_tiny_224", "absolute windows": "hiera_small_abswin_256"}
@@ -153,6 +153,12 @@ def test_what_is_refused() -> None:
         load(adapter=zoo.adapter("vpt", deep=False))
     with pytest.raises(AttachError, match="prompts of one block"):
         load(adapter=zoo.adapter("vpt", pool="all"))
+
+
+def test_a_size_that_no_whole_units_fill_is_refused() -> None:
+    for size in (50, (64, 48)):
+        with pytest.raises(ConfigError, match="32 x 32 pixels"):
+            load(img_size=size)
 
 
 def test_maps_of_all_stages() -> None:

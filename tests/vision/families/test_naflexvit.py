@@ -150,6 +150,8 @@ def test_outputs_of_images() -> None:
         found["pooled"], model.features(x)
     )
     assert model.image_size == (32, 32)
+    (bands,) = load("map", in_chans=5).example_batch()
+    assert bands.shape == (2, 5, 32, 32) and load("map", in_chans=5)(bands).shape == (2, 3)
     meta = zoo.load("siglip2-naflex-b", num_classes=0, device="meta")
     assert meta.num_parameters() == sum(
         p.numel() for p in timm.create_model("naflexvit_base_patch16_siglip", num_classes=0).parameters()
