@@ -77,7 +77,7 @@ def evaluate(
     what = resolve(model, task)
     set_truncate(what, truncate)
     on_error: Any = "skip" if skip_broken else "raise"
-    if what.on_head:
+    if what.on_head or what.labels == "numbers":
         dataset = _dataset(label_options(what, labels, label_column), model, data, split, on_error)
     else:
         dataset = opened(what, model, data, split, on_error)

@@ -30,6 +30,7 @@ from zoo.errors import ConfigError, DataError, SaveError
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
+    from zoo.data import ImageDataset
     from zoo.model import Model
 
 
@@ -131,18 +132,15 @@ def fit(
     on_error: Any = "skip" if skip_broken else "raise"
     others = ((val, val_split), (test, test_split))
     classes: list[str] | None = None
-    if what.on_head:
+    if what.on_head or what.labels == "numbers":
         options: dict[str, Any] = {"seed": seed, "on_error": on_error, **label_options(what, labels, label_column)}
         train_set = cls.open_dataset(data, split=split, shots=shots, **options)
-        if not (classes := train_set.classes):
-            raise DataError(
-                f"The classes of '{data}' are not known. Give it class folders or a label column with names."
-            )
+        outputs, classes = _outputs(train_set, data)
         val_set, test_set = (
             cls.open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
             for source, part in others
         )
-        model = load(_new_head(adapters, len(classes)))
+        model = load(_new_head(adapters, outputs))
     else:
         if shots is not None:
             raise ConfigError(f"--shots chooses items of every class, and '{what.name}' knows no classes.")
@@ -216,6 +214,15 @@ def fit(
         print_json(result)
     else:
         _show_fit(result)
+
+
+def _outputs(dataset: ImageDataset, data: str) -> tuple[int, list[str] | None]:
+    """(outputs of the head, names of the classes): one for each class, or for each number of an item."""
+    if dataset.classes:
+        return len(dataset.classes), dataset.classes
+    if dataset.targets is None:
+        raise DataError(f"The classes of '{data}' are not known. Give it class folders or a label column with names.")
+    return (1 if dataset.targets.ndim == 1 else dataset.targets.shape[1]), None
 
 
 def _show_fit(result: dict[str, Any]) -> None:
