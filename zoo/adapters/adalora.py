@@ -169,6 +169,14 @@ class AdaLoRA(Adapter):
         """The rank of every point, 0 included."""
         return {n: m.rank for n, m in self.named_modules() if isinstance(m, Triplets)}
 
+    def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """diag(e) Q, and P with the scale."""
+        found = {}
+        for name, part in self.parts().items():
+            p, e, q = (part.get_parameter(n).detach() for n in NAMES)
+            found[name] = (e[:, None] * q, part.scale * p)
+        return found
+
     def merge(self, merger: Merger) -> None:
         """W <- W + s P diag(e) Q."""
         for name, part in self.parts().items():

@@ -54,6 +54,8 @@ class Adapter(Structured):
     later: ClassVar[tuple[str, ...]] = ()
     # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)
     identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
+    # Whether what it changes is linear in its parameters, from where they change nothing: weighted sums are exact then
+    sums: ClassVar[bool] = False
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
     trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
     trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points
@@ -92,6 +94,10 @@ class Adapter(Structured):
             f"'{self.method}' cannot be merged: what it adds is not a change of the weights. Keep the model as it is, or "
             "save the adapter with model.save_adapter(folder)."
         )
+
+    def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """A (r, i) and B (o, r) of each point's change `B A` of its weight, by name; None: it is none (the default)."""
+        return None
 
     def features(self, pooled: Tensor) -> Tensor:
         """What the head sees, from the pooled features (B, d); returns (B, feature_dim(d))."""

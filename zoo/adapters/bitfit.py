@@ -36,6 +36,7 @@ class BitFit(Adapter):
     default_lr = 1e-3
     paper = "Ben Zaken et al. 2021"
     taxonomy = "selective"
+    sums = True
 
     def attach(self, points: Points) -> None:
         """Train the bias of every selected point that has one."""

@@ -24,6 +24,7 @@ class Full(Adapter):
     trains_backbone = True
     default_lr = 5e-5
     taxonomy = "selective"
+    sums = True
 
     def attach(self, points: Points) -> None:
         """Put a trainable copy of every parameter in its place."""

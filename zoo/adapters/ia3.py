@@ -46,6 +46,7 @@ class IA3(Adapter):
     default_lr = 3e-3
     paper = "Liu et al. 2022"
     taxonomy = "reparametrised"
+    sums = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -269,6 +269,13 @@ class LoRA(Adapter):
         """The target points; "all-linear" takes those of q, k, v, o, in, out, gate, up and down that the backbone has."""
         return points.linears(self.targets, LoRA.targets)  # type: ignore[arg-type]
 
+    def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """A, and B with the scale in it; of DoRA, whose rows have a length of their own, None."""
+        if self.dora:
+            return None
+        parts = {point.name: self.module_at(point) for point in self.selected(points)}
+        return {n: (p.lora_a.detach(), (p.scale * p.scaled_b()).detach()) for n, p in parts.items()}
+
     def merge(self, merger: Merger) -> None:
         """W <- W + s B A, or the DoRA weight."""
         for point in self.selected(merger.points):

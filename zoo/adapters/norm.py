@@ -35,6 +35,7 @@ class Norm(Adapter):
     default_lr = 1e-3
     paper = "Qi et al. 2022; Basu et al. 2023"
     taxonomy = "selective"
+    sums = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,7 @@ class SSF(Adapter):
     default_lr = 1e-3
     paper = "Lian et al. 2022"
     taxonomy = "reparametrised"
+    sums = True
     identity = False
 
     def __post_init__(self) -> None:

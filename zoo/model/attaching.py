@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,10 @@ from zoo.engine.context import Want
 from zoo.engine.session import Session
 from zoo.engine.sites import Op, Site
 from zoo.engine.swaps import ByHand, Swap
-from zoo.errors import CombinationError, ConfigError, UnknownNameError, ZooError, nearest
+from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.model.compiled import one_more_set
 from zoo.model.headed import HALVES
 from zoo.model.sited import Sited
-
-PLANS = "plans"  # where they stand in a state_dict
 
 
 class AdapterHost(Sited):
@@ -66,41 +64,6 @@ class AdapterHost(Sited):
                     del hooks[key]
         self._by_hand = []
         self._hook_by_hand()
-
-    # -- state_dict -------------------------------------------------------------------------------------------------
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """With the plans of adapters: what a calibration chose decides which tensors there are, and where they act."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, adapter in self._planned():
-            text = json.dumps(adapter.plan, sort_keys=True).encode()
-            destination[f"{prefix}{PLANS}.{name}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *given: Any) -> None:
-        """Adapters are attached anew by the plans of the state, before their tensors are looked up."""
-        _, strict, missing, _, errors = given
-        found = {name: state.pop(f"{prefix}{PLANS}.{name}", None) for name in self.adapters}
-        for name, adapter in list(self.adapters.items()):
-            told = found[name]
-            if told is None:
-                if adapter.plan is not None and strict:
-                    missing.append(f"{prefix}{PLANS}.{name}")
-                continue
-            try:
-                plan = json.loads(bytes(told.to("cpu", torch.uint8).tolist()))
-                if plan != json.loads(json.dumps(adapter.plan)):
-                    former, adapter.plan = adapter.plan, plan
-                    try:
-                        self.reattach(name)
-                    except BaseException:
-                        adapter.plan = former
-                        raise
-            except (ValueError, ZooError) as error:
-                errors.append(f"the plan of '{name}' does not fit this model: {error}")
-        super()._load_from_state_dict(state, prefix, *given)
-
-    def _planned(self) -> list[tuple[str, Any]]:
-        return [(name, adapter) for name, adapter in self.adapters.items() if adapter.plan is not None]
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
@@ -319,6 +282,7 @@ class AdapterHost(Sited):
         for name, head in self.heads.items():
             self._rest(f"head/{name}", head, name != current)
         self._plan = "+".join(self._state.active)
+        one_more_set(self, self._state.active)
         self._beside = bool(self._state.active) and all(a.side_network for a in self._active_adapters())
         self._watch_memory()
         self.train(self.training)

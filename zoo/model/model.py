@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
 from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
 from zoo.errors import AbsentError, ConfigError
 from zoo.heads.folded import folded
-from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.answering import answer, apart, named_outputs
 from zoo.model.fingerprint import Watched
 from zoo.model.routing import Route, forward_routed, routed_parameters
-from zoo.model.stamped import Stamped
+from zoo.model.stated import Stated
 from zoo.points import Points
 from zoo.points.merger import Merger
 
@@ -29,7 +27,7 @@ from zoo.points.merger import Merger
 OF_DATA = {"image_size": ("input_size", "image size"), "mean": ("mean", "mean"), "std": ("std", "std")}
 
 
-class Model(Stamped):
+class Model(Stated):
     """What `zoo.load` returns. Call it on a batch; train `parameters_to_train()`; `merge()` gives the plain module back.
 
     Args:
@@ -291,24 +289,6 @@ class Model(Stamped):
             if self.classes is not None:
                 self.family.name_classes(plain, self.classes)
         return self.family.restore(plain).requires_grad_(True).eval()
-
-    def adapter_state(self, name: str) -> AdapterState:
-        """Copies of all tensors of an adapter, which can be added, scaled and averaged (`zoo.model.algebra`)."""
-        self._known(name)
-        return state_of(self.adapters[name], f"'{name}'")
-
-    def set_adapter_state(self, name: str, state: AdapterState) -> None:
-        """Put a state into an adapter. Raises MismatchError, naming the first key that differs, and changes nothing then."""
-        self._known(name)
-        put(self.adapters[name], state, f"'{name}'")
-
-    def copy_adapter(self, name: str, to: str, *, activate: bool = False) -> Adapter:
-        """A second adapter of the same settings, plan and numbers, under another name; by default not in use."""
-        self._known(name)
-        state = self.adapter_state(name)
-        twin = self.add_adapter(self.adapters[name], to, activate=activate)  # type: ignore[arg-type]
-        put(twin, state, f"'{to}'")
-        return twin
 
     def save_adapter(
         self,

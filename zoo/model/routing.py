@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CombinationError, ConfigError
 from zoo.model.answering import answer
+from zoo.model.compiled import one_more_set
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -110,6 +111,7 @@ class Route:
         back[torch.cat(list(rows.values()))] = torch.arange(batch, device=device)
         route = cls(batch, rows, back, tuple(model.adapters.keys()))
         if plan:
+            one_more_set(model, [f"route: {name}" for name in rows])
             train_also(model, route.named)
             if _row_by_row(model, order):
                 here = model._state.here()
