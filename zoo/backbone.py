@@ -25,7 +25,7 @@ from zoo.points import (
     SublayerPoint,
     TokensPoint,
 )
-from zoo.points.rows import Row, find, make_linear, norm_dim, side_of
+from zoo.points.rows import Row, find, make_linear, norm_dim, side_of, with_bias
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
@@ -280,6 +280,9 @@ class Backbone:
         """Random inputs for the tiny member, a batch of two."""
         return (torch.randn(2, *self.data_config()["input_size"]),)
 
+    def stir(self) -> None:
+        """Give a tiny random member numbers with which all of its parts act, where the library starts some of them at zero."""
+
     def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
         """Inputs of the shapes that the network is made for, `size` of each; `classify`: what a classifier stands on.
 
@@ -373,10 +376,7 @@ class Backbone:
     ) -> Point | None:
         if row.kind == "linear":
             linear = make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
-            owner = block.get_submodule(row.path.rpartition(".")[0])
-            if linear is not None and row.bias and owner._parameters.get(row.bias) is not None:
-                linear.beside = (owner, row.bias)
-            return linear
+            return with_bias(linear, block.get_submodule(row.path.rpartition(".")[0]), row.bias)
         if row.kind == "sublayer":
             (entry, first), (leave, last) = side_of(row.entry, "output"), side_of(row.exit, "input")
             return SublayerPoint(
@@ -386,6 +386,7 @@ class Backbone:
                 entry_side=first,
                 exit_side=last,
                 stream=block.get_submodule(row.stream) if row.stream else None,
+                inner=block.get_submodule(row.inner) if row.inner else None,
             )
         if row.kind == "norm":
             width = norm_dim(module)

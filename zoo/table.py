@@ -57,6 +57,7 @@ def tiny_model(family: str) -> tuple[Any, tuple[Tensor, ...]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = load_backbone(name, pretrained=False, num_classes=registry.family(family).tiny_classes, **options)
+        model.family.stir()
         return model, model.family.tiny_batch()
 
 

@@ -129,7 +129,7 @@ class Swin(TimmBackbone):
                     layout=Layout(0, tuple(block.input_resolution), tuple(block.window_size), tuple(block.shift_size)),
                     attention={
                         "head_dim": attention.qkv.out_features // 3 // attention.num_heads,
-                        "window": attention.window_area,
+                        "window": block.window_area,
                     },
                     tokens={"first": first},
                 )

@@ -227,13 +227,17 @@ class AttentionSite(Site):
         """Active ops that give keys and values; others say that prompts pass as tokens (`flow`), or look (`read`)."""
         return tuple(op for op in self.forwards if op.verb not in ("flow", "gate", "read"))
 
+    def ready(self, pair: Pair) -> Pair:
+        """Extra keys and values as the product takes them; an attention that compares cosines norms the keys."""
+        return pair
+
     # -- extra keys and values --------------------------------------------------------------------------------------
 
     def pairs(self, images: int, dtype: torch.dtype) -> list[Pair]:
         """Keys and values of all active ops, for `images` images; dtype is that of the attention's input."""
         ops = self.sources
         if not ops or torch.compiler.is_compiling():
-            return [op.fn(self, images) for op in ops]
+            return [self.ready(op.fn(self, images)) for op in ops]
         tensors: list[Tensor] = []
         key = None
         frame = self.state.context.frame
@@ -246,7 +250,7 @@ class AttentionSite(Site):
             self._kept = None
         elif self._kept is not None and self._kept[0] == key:
             return self._kept[2]
-        pairs = [op.fn(self, images) for op in ops]
+        pairs = [self.ready(op.fn(self, images)) for op in ops]
         if key is not None and all(t.shape[0] == 1 for pair in pairs for t in pair):
             # Aliases are held with the tensors: nothing else can come to stand at their addresses.
             self._kept = (key, [*tensors, *(t.detach() for t in tensors)], pairs)
@@ -320,7 +324,7 @@ class AttentionSite(Site):
         for owner in owners:
             index = self.state.route[owner]
             if index.shape[0]:
-                yield index, [op.fn(self, index.shape[0]) for op in self.sources if op.owner == owner]
+                yield index, [self.ready(op.fn(self, index.shape[0])) for op in self.sources if op.owner == owner]
         rest = [index for name, index in self.state.route.items() if name not in owners and index.shape[0]]
         if rest:
             yield torch.cat(rest), []

@@ -41,7 +41,7 @@ def require_plain(family: Backbone, method: str) -> None:
         raise AttachError(
             f"'{method}' runs blocks by hand, and those of the family '{family.family}' are not a plain sequence: they hand on "
             "more than their tokens, each is called with something of its own, or something stands between them. Families that "
-            "are: vit, eva (but for learned rotations), beit, swin, clip, ast, wav2vec2, whisper-encoder, "
+            "are: vit, eva (but for learned rotations), beit, swin, swinv2, clip, ast, wav2vec2, whisper-encoder, "
             "videomae, and the vision transformers of transformers (hf-vit, hf-dinov2, hf-clip, hf-sam)."
         )
 

@@ -58,12 +58,13 @@ def second_softmax(site: Any, q: Tensor, y: Tensor, images: int) -> Tensor:
             continue
         site._seen(op)
         if site.state.route is None:
-            y = y + _read(site, op.fn(site, images), q)
+            y = y + _read(site, site.ready(op.fn(site, images)), q)
             continue
         index = site.state.route[op.owner]
         if index.shape[0]:
             rows = (index[:, None] * windows + torch.arange(windows, device=q.device)).flatten()
-            y = y.index_add(0, rows, _read(site, op.fn(site, index.shape[0]), q.index_select(0, rows)).to(y.dtype))
+            given = site.ready(op.fn(site, index.shape[0]))
+            y = y.index_add(0, rows, _read(site, given, q.index_select(0, rows)).to(y.dtype))
     return y
 
 

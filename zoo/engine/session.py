@@ -261,7 +261,7 @@ class Session:
             around = Around(module, self.family.packs(point.module))
             self.op(point.module, self._make(point, verb, "around", around, module, per_row=False))
         elif verb == "before":
-            change(point.entry_side, point.entry, module)
+            change("input" if point.inner else point.entry_side, point.inner or point.entry, module)
         elif verb == "after":
             change(point.exit_side, point.exit, module)
         else:

@@ -40,7 +40,7 @@ from zoo.engine.attention import (
 )
 from zoo.engine.kept import Insert, Overwrite, kept
 from zoo.engine.memory import recomputable
-from zoo.engine.sites import BlockSite, Op, Site
+from zoo.engine.sites import BlockSite, Op, Site, site_at
 from zoo.errors import AttachError
 from zoo.families.timm_biases import OpenBeitAttention, OpenEvaAttention
 from zoo.points import Point, TokensPoint
@@ -82,6 +82,15 @@ def joined(block: Any, number: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 # -- attentions -------------------------------------------------------------------------------------------------------
+
+
+def entering(attention: nn.Module, x: Tensor) -> Tensor:
+    """Tokens that reach an attention by another way than its call, with what adapters do to its input."""
+    site = site_at(attention)
+    for op in () if site is None else site.inputs:
+        if op.where == "input":
+            x = site._apply(op, x)  # type: ignore[union-attr]
+    return x
 
 
 def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +150,7 @@ class Keys:
 
     def __call__(self, tokens: Tensor) -> Pair:
         """(n, T, d) -> two of (n, h, T, c)."""
-        _, k, v = project(self.attention, self.norm(tokens))
+        _, k, v = project(self.attention, entering(self.attention, self.norm(tokens)))
         k, v = for_each_head(self.attention, k, v)
         # copies without the queries, so that the storage which backward keeps holds no more than keys and values
         return k.contiguous(), v.contiguous()

@@ -76,10 +76,10 @@ def open_biases(module: nn.Module) -> None:
 
 def close_biases(module: nn.Module) -> None:
     """The library's own classes again."""
-    part: Any
-    for part in list(module.modules()):
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         if type(part) in CLOSED:
             part.__class__ = CLOSED[type(part)]
         elif isinstance(part, OpenProjection):
             del part.__dict__["owner"]
-            part.__class__ = nn.Linear
+            part.__class__ = nn.Linear  # type: ignore[assignment]

@@ -179,6 +179,7 @@ class SublayerPoint(Point):
     entry_side: str = "output"
     exit_side: str = "input"
     stream: nn.Module | None = field(default=None, repr=False)  # its input is the residual stream; None: the entry's is
+    inner: nn.Module | None = field(default=None, repr=False)  # its input is that of F alone; None: the entry's side is
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` on the input of F (behind its norm)."""

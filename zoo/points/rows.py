@@ -19,7 +19,8 @@ class Row:
     modules: the output of `entry` is the branch's input, the input of `exit` is its output before the residual sum. Where a
     library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
     the module whose input is the residual stream in front of the branch, where that is not the entry. `bias` is the attribute of
-    the projection's parent that holds the bias of this slice alone, where a library keeps it there.
+    the projection's parent that holds the bias of this slice alone, where a library keeps it there. `inner` is the module whose
+    input is a branch's alone, where its entry is the residual stream of the whole block (":input").
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Row:
     exit: str = ""
     stream: str = ""
     bias: str = ""
+    inner: str = ""
 
 
 def find(module: nn.Module, path: str) -> nn.Module | None:
@@ -86,6 +88,13 @@ def make_linear(
         num_heads=num_heads,
         transposed=is_transposed(module),
     )
+
+
+def with_bias(point: LinearPoint | None, owner: nn.Module, name: str) -> LinearPoint | None:
+    """The point, whose bias is a parameter of another module if that has one of this name."""
+    if point is not None and name and owner._parameters.get(name) is not None:
+        point.beside = (owner, name)
+    return point
 
 
 def side_of(path: str, default: str) -> tuple[str, str]:

@@ -36,7 +36,7 @@ class FlatStream(Stream):
         """Keys and values (B, h, N, c) -> the queries' outputs (B, T, d)."""
         block, attention = self.block, self.block.attn
         tokens = self.state.context.wide(self.module(batch), batch)
-        hidden = flat.norm_in_front(block)(tokens)
+        hidden = flat.entering(attention, flat.norm_in_front(block)(tokens))
         # a copy, so that a graph does not hold on to the storage of all three
         q = flat.project(attention, hidden)[0].contiguous()
         answers = flat.finish(attention, read(q, k, v, batch), flat.gate_of(attention, hidden))

@@ -65,6 +65,14 @@ class WindowSite(AttentionSite):
         """Also where timm by default keeps Swin from the fused product: with more keys it saves time and half the bytes."""
         return bool(self.module.fused_attn) or use_fused_attn()
 
+    def compared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the product takes them."""
+        return q, k
+
+    def table(self) -> Tensor:
+        """The bias of each offset in a window, (offsets, h)."""
+        return self.module.relative_position_bias_table  # type: ignore[return-value]
+
     def extended(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B * W, N, d), mask (W, N, N) or None -> (B * W, N, d)."""
         attention: Any = self.module
@@ -79,9 +87,11 @@ class WindowSite(AttentionSite):
             flowing = prompts.shape[1]
             if self.asking:
                 q, asking = recomputable(prepend, q, q_p), flowing
+        q, k = self.compared(q, k)
+        table = self.table()
 
         def bias(extra: int, images: int, index: Tensor | None) -> Tensor:
-            place = (attention.relative_position_bias_table, attention.relative_position_index, mask)
+            place = (table, attention.relative_position_index, mask)
             return recomputable(window_bias, *place, q.dtype, extra + flowing, asking, images, constant=True)
 
         y = self.attend(q, k, v, images, bias).transpose(1, 2)  # (B * W, asking + N, h, c)
@@ -196,6 +206,22 @@ class WindowBlock(BlockSite):
         return tokens[:, count:].reshape(x.shape), tokens[:, :count]
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """What stands at the attentions, blocks and mergings of one version of Swin."""
+
+    window: type[WindowSite] = WindowSite
+    block: type[WindowBlock] = WindowBlock
+    merge: type[Merge] = Merge
+    excludes: tuple[str, ...] = ()  # verbs of other adapters at a block or attention through which prompts flow
+
+    def prompts(self, owner: str, module: nn.Module, block: Any) -> Prompts:
+        """Keys and values of prompts of one block."""
+        attention = block.attn
+        through = (block.norm1, attention.qkv, nn.Identity())
+        return Prompts(owner, module, through, FusedKeys(*through, attention.num_heads))
+
+
 def record(
     family: Backbone,
     session: Recorder,
@@ -206,6 +232,7 @@ def record(
     keep: bool = False,
     pooled: bool = False,
     replace: bool = False,
+    kinds: Kinds | None = None,
 ) -> None:
     """Record the ops of `extend`, `gate` and `prompt`; see `vision.families.parts.attention.record`.
 
@@ -213,26 +240,25 @@ def record(
     """
     backbone: Any = family.module
     attention: Any = block.attn
+    kinds = kinds or Kinds()
     op = recorder(session, point, verb, module)
     last = backbone.layers[-1].blocks[-1]
     if not keep and not (pooled and block is last):
         source: Any = Given(module)
         if verb == "prompt":
-            through = (block.norm1, attention.qkv, nn.Identity())
-            project = FusedKeys(*through, attention.num_heads)  # type: ignore[arg-type]
-            source = Prompts(session.owner, module, through, project)  # type: ignore[arg-type]
-        op(attention, WindowSite, "forward", source)
-        op(block, WindowBlock, "forward", None, "windows")
+            source = kinds.prompts(session.owner, module, block)
+        op(attention, kinds.window, "forward", source)
+        op(block, kinds.block, "forward", None, "windows")
         return
     assert isinstance(point, TokensPoint)
     flow = Flow(module)
-    passing: dict[str, Any] = {"verb": "flow", "per_row": False, "excludes": ("replace",)}
+    passing: dict[str, Any] = {"verb": "flow", "per_row": False, "excludes": ("replace", *kinds.excludes)}
     for number, stage in enumerate(backbone.layers):
         if keep and number and not isinstance(stage.downsample, nn.Identity):
-            op(stage.downsample, Site, "watch_input", Merge(flow, stage.downsample), per_row=False)
+            op(stage.downsample, Site, "watch_input", kinds.merge(flow, stage.downsample), per_row=False)
         for each in stage.blocks:
             if keep or each is last:
-                op(each.attn, WindowSite, "forward", None, **passing)
-                op(each, WindowBlock, "forward", Pass(flow, each is block, each is not last or pooled), **passing)
+                op(each.attn, kinds.window, "forward", None, **passing)
+                op(each, kinds.block, "forward", Pass(flow, each is block, each is not last or pooled), **passing)
     if pooled:
         op(backbone.norm, Site, "input", flow.join, per_row=False)
