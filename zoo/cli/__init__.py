@@ -5,6 +5,7 @@ One file for each group of commands; each command imports what it needs when it 
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from zoo.cli import bench, catalog, convert, evaluate, listing, new, regime, run, share
 from zoo.cli.common import ZooGroup
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "wait_passively"]
 
 _EXAMPLES = """
 Small adapters for pretrained backbones, by name.
@@ -56,7 +57,16 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    wait_passively()
+
+
+def wait_passively() -> None:
+    """Threads that wait for work sleep instead of spinning, so that a busy machine does not slow training down.
+
+    OpenMP reads this when torch is loaded, which no command does before this. What the user has set stays.
+    """
+    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
+        os.environ.setdefault(name, value)
 
 
 for _command, _name in (

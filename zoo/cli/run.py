@@ -64,8 +64,12 @@ def fit(
     precision: Precision = "fp32",
     epochs: Annotated[int, training_option("Passes over the training data.", "--epochs", "-e")] = 10,
     steps: Annotated[int | None, training_option("Optimizer steps in all, instead of epochs.")] = None,
-    batch_size: Annotated[int, training_option("Samples of one optimizer step.", "--batch-size", "-b")] = 64,
-    lr: Annotated[float | None, training_option("Learning rate; by default the method's own.")] = None,
+    batch_size: Annotated[
+        int | None, training_option("Samples of one optimizer step; default: 64, less of few.", "--batch-size", "-b")
+    ] = None,
+    lr: Annotated[
+        str | None, training_option("Learning rate, or auto to search for one; by default the method's own.")
+    ] = None,
     weight_decay: Annotated[float | None, training_option("Weight decay of matrices.")] = None,
     optimizer: Annotated[str, training_option("adamw, adam, sgd, nesterov or rmsprop.")] = "adamw",
     schedule: Annotated[str, training_option("cosine, linear or constant, after the warm-up.")] = "cosine",
@@ -75,6 +79,11 @@ def fit(
     ] = None,
     clip: Annotated[float, training_option("Largest norm of the gradient; 0 does not clip.")] = 1.0,
     accumulate: Annotated[int, training_option("Compute each batch in so many parts.")] = 1,
+    loss: Annotated[str | None, training_option("focal, bce; of numbers mse, mae, huber.")] = None,
+    class_weights: Annotated[str | None, training_option("balanced, or a=2,b=0.5 by class.")] = None,
+    ema: Annotated[float | None, training_option("Measure and keep a moving average, 0.999 say.")] = None,
+    metrics: Annotated[str | None, training_option("Further numbers, comma-separated: f1,top3.")] = None,
+    monitor: Annotated[str | None, training_option("By which number the best epoch is chosen.")] = None,
     label_smoothing: Annotated[float, training_option("From 0 to below 1.")] = 0.0,
     mixup: Annotated[float, training_option("Alpha of mixup; 0 is off.")] = 0.0,
     cutmix: Annotated[float, training_option("Alpha of CutMix; 0 is off.")] = 0.0,
@@ -89,6 +98,16 @@ def fit(
         Path | None,
         typer.Option(help="Write checkpoints here; the same command goes on from them.", rich_help_panel=OUTPUT),
     ] = None,
+    resume_with: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings that may differ from the checkpoint's, comma-separated: lr,batch_size.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    logger: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow ...", rich_help_panel=OUTPUT)
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +120,8 @@ def fit(
       zoo fit vit-b16 vpt lora -s lora.rank=4 --data photos --shots 16 -o out/
       zoo fit swin-b spt --data hf:owner/name --split train -e 20 -o out/
       zoo fit vit-b16 out/ --data photos/more -o out2/     from a saved adapter
+      zoo fit vit-b16 lora --data photos --lr auto --loss focal --class-weights balanced -o out/
+      zoo fit vit-b16 lora --data photos -e 30 --checkpoints run/ -o out/     goes on from a finished run of 20
       zoo fit ast-micro lora --data sounds/ --split train -o out/
       zoo fit clip-vit-b32 lora --data captions/ --task contrast -o out/
 
@@ -157,7 +178,15 @@ def fit(
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
+        lr=_rate(lr),
+        loss=loss,
+        class_weights=_weights(class_weights),
+        ema=ema,
+        metrics=_words(metrics),
+        monitor=monitor,
+        resume=_words(resume_with) or True,
+        loggers=logger or None,
+        out=out if logger else None,
         weight_decay=weight_decay,
         optimizer=optimizer,
         schedule=schedule,
@@ -186,7 +215,8 @@ def fit(
             model,
             test_set,
             record="test",
-            batch_size=batch_size,
+            batch_size=batch_size or 64,
+            metrics=_words(metrics),
             precision=precision,
             device=device,
             progress=show,
@@ -223,6 +253,29 @@ def _outputs(dataset: ImageDataset, data: str) -> tuple[int, list[str] | None]:
     if dataset.targets is None:
         raise DataError(f"The classes of '{data}' are not known. Give it class folders or a label column with names.")
     return (1 if dataset.targets.ndim == 1 else dataset.targets.shape[1]), None
+
+
+def _rate(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--lr is '{text}'; expected a number, or auto.") from None
+
+
+def _weights(text: str | None) -> Any:
+    """ "balanced", or {"a": 2.0} of "a=2"."""
+    if text is None or "=" not in text:
+        return text
+    try:
+        return {name.strip(): float(weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(f"--class-weights is '{text}'; expected balanced, or a=2,b=0.5.") from None
+
+
+def _words(text: str | None) -> list[str] | None:
+    return [word.strip().replace("-", "_") for word in text.split(",") if word.strip()] if text else None
 
 
 def _show_fit(result: dict[str, Any]) -> None:

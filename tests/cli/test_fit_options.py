@@ -1,0 +1,81 @@
+"""`zoo fit`: losses, averages, metrics, a search for the rate, more epochs; and threads that wait passively."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from zoo.cli import app, wait_passively
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def test_options_of_a_fit(image_folder: Path, tmp_path: Path) -> None:
+    line = [
+        "fit",
+        "vit-micro",
+        "linear",
+        "--data",
+        image_folder / "train",
+        "--no-pretrained",
+        "--json",
+        "-o",
+        tmp_path / "out",
+    ]
+    more = ["--loss", "focal", "--class-weights", "red=2,blue=0.5", "--ema", 0.9, "--metrics", "f1", "--lr", "auto"]
+    val = ["--val", image_folder / "test", "--monitor", "f1", "--checkpoints", tmp_path / "run"]
+    found = json.loads(run(*line, *more, *val, "-e", 1).stdout)
+    assert 0 <= found["metrics"]["val_f1"] <= 1 and found["epochs"] == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["settings"]["lr_search"]) == 4 and report["settings"]["ema"] == 0.9
+    # the same with more epochs goes on; another clip is a change that is asked for
+    assert json.loads(run(*line, *more, *val, "-e", 2).stdout)["epochs"] == 2
+    refused = run(*line, *more, *val, "-e", 3, "--clip", 2, code=1)
+    assert "clip was 1.0, is 2.0" in refused.stderr
+    assert json.loads(run(*line, *more, *val, "-e", 3, "--clip", 2, "--resume-with", "clip").stdout)["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lr", "fast"), "--lr is 'fast'; expected a number, or auto"),
+        (("--class-weights", "red=x"), "--class-weights is 'red=x'"),
+        (("--loss", "vocal"), "Did you mean 'focal'"),
+        (("--logger", "tensorbord"), "There is no logger 'tensorbord'"),
+    ],
+)
+def test_what_is_refused(image_folder: Path, tmp_path: Path, options: tuple[str, str], words: str) -> None:
+    line = (
+        "fit",
+        "vit-micro",
+        "linear",
+        "--data",
+        image_folder / "train",
+        "--no-pretrained",
+        "-q",
+        "-o",
+        tmp_path / "out",
+    )
+    assert words in run(*line, *options, code=1).stderr
+
+
+def test_threads_wait_passively_in_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one busy process on each core the demo fell from 250 to 2 images a second: threads that wait spun."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KMP_BLOCKTIME", "200")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and os.environ["KMP_BLOCKTIME"] == "200"
+    script = "import sys, zoo.cli; assert 'torch' not in sys.modules, 'too late for OpenMP'"
+    subprocess.run([sys.executable, "-c", script], check=True)
