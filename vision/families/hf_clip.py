@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision.families.parts.transformers_family import HALVES, Places, TransformersVision
+from vision.families.parts.transformers_family import HALVES, Places, TransformersVision, pair
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
@@ -162,7 +162,7 @@ class TransformersCLIP(TransformersVision):
     @property
     def place(self) -> Places:
         """Where this network has its parts."""
-        found = super().place
+        found = self.places[self.model_type]
         if not self.classifying:
             return found
         behind = () if self.clip else (("norm", "post_layernorm"),)
@@ -192,7 +192,7 @@ class TransformersCLIP(TransformersVision):
     def own_size(self) -> tuple[int, int]:
         """NaFlex has a square table of positions, which is fitted to every image."""
         if self.model_type != "siglip2_vision_model":
-            return super().own_size
+            return pair(self.config.image_size)
         side = math.isqrt(int(self.config.num_patches)) * int(self.config.patch_size)
         return side, side
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import zoo
@@ -467,3 +468,13 @@ def test_naflex_sees_what_its_processor_makes_of_an_image() -> None:
     torch.testing.assert_close(rows(image), given["pixel_values"].double(), rtol=1e-5, atol=1e-5)
     expected = library(model)(rows(image), given["pixel_attention_mask"], given["spatial_shapes"]).pooler_output
     torch.testing.assert_close(model.features(image), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
+def test_it_is_one_graph(kind: str) -> None:
+    model = make(kind, zoo.adapter("lora", rank=2))
+    x = batch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)

@@ -95,7 +95,7 @@ class TransformersVision(TransformersBackbone):
         size = options.get("image_size")
         if size is None:
             return
-        wanted, patch = _pair(size), _pair(self.config.patch_size)
+        wanted, patch = pair(size), pair(self.config.patch_size)
         if any(n < p or n % p for n, p in zip(wanted, patch, strict=True)):
             raise ConfigError(f"image_size is {size!r}; expected a multiple of the patches' size, {patch[0]}.")
         if wanted != self.own_size and not self.resizes:
@@ -156,7 +156,7 @@ class TransformersVision(TransformersBackbone):
         found = self.linear_at("patch_embed", "patch", self.path(place.patch))
         for name, path in place.before:
             found += self.norm_at(name, self.path(path))
-        grid = tuple(n // p for n, p in zip(self.image, _pair(config.patch_size), strict=True))
+        grid = tuple(n // p for n, p in zip(self.image, pair(config.patch_size), strict=True))
         for i, block in enumerate(self.stack):
             attention = self.attention_of(block)
             width = named(attention, WIDTH)
@@ -223,7 +223,7 @@ class TransformersVision(TransformersBackbone):
     @property
     def own_size(self) -> tuple[int, int]:
         """(H, W) of the images that the checkpoint's positions are for."""
-        return _pair(self.config.image_size)
+        return pair(self.config.image_size)
 
     @property
     def image(self) -> tuple[int, int]:
@@ -243,7 +243,7 @@ class TransformersVision(TransformersBackbone):
 
     def check_images(self, images: Tensor) -> None:
         """Raise DataError unless these are images that the patches fit into."""
-        patch = _pair(self.config.patch_size)
+        patch = pair(self.config.patch_size)
         if images.ndim != 4 or any(n < p or n % p for n, p in zip(images.shape[-2:], patch, strict=True)):
             raise DataError(
                 f"images of shape {tuple(images.shape)}; expected (B, C, H, W), height and width multiples of {patch[0]}. "
@@ -271,7 +271,7 @@ class TransformersVision(TransformersBackbone):
         if "tokens" in want:
             found["tokens"] = tokens
         if "maps" in want:
-            height, width = (n // p for n, p in zip(images.shape[-2:], _pair(self.config.patch_size), strict=True))
+            height, width = (n // p for n, p in zip(images.shape[-2:], pair(self.config.patch_size), strict=True))
             patches = tokens[:, tokens.shape[1] - height * width :]
             found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
         return found
@@ -304,7 +304,8 @@ class TransformersVision(TransformersBackbone):
         return {"input_size": (channels, *self.image), **found}
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
+    """(height, width), of both or of one number."""
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return int(height), int(width)
 
