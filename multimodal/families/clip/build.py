@@ -114,7 +114,13 @@ def create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"open_clip does not take these options for '{name}': {error}") from error
     except Exception as error:
         if not pretrained and ":" not in architecture:
-            raise
+            if not isinstance(error, OSError):
+                raise
+            raise ConfigError(
+                f"The text tower of '{name}' is a network of transformers, whose configuration comes from the Hub, for random "
+                f"weights, too, and it could not be had: {type(error).__name__}: {error}. Check the network, or use an "
+                "architecture with a text tower of open_clip's own."
+            ) from error
         what = "pretrained weights" if pretrained else "configuration"
         raise ConfigError(
             f"The {what} of '{name}' could not be loaded: {type(error).__name__}: {error}. Check the network and the name "

@@ -211,7 +211,7 @@ def _text(module: Any) -> Tower | str:
 
     inner = getattr(module, "text", None)
     if inner is not None and not isinstance(inner, TextTransformer):
-        return f"is a {type(inner).__name__}"
+        return f"is a {type(inner).__name__}, and the text towers described here are open_clip's own"
     text, prefix = (module, "") if inner is None else (inner, "text.")
     stack = text.transformer
     if reason := _blocks_reason(stack.resblocks, ResidualAttentionBlock, CustomResidualAttentionBlock):

@@ -117,6 +117,17 @@ def test_every_kind_of_points_in_both_towers(name: str) -> None:
     assert split >= set(LINEARS) and ("gate" in split) == (name == "EVA02-B-16")
 
 
+def test_text_towers_of_transformers_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their configuration comes from the Hub, also for random weights: torch's and huggingface's errors came out."""
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(ConfigError, match=r"text tower of 'open_clip:roberta-ViT-B-32'.*Hub.*no network"):
+        zoo.load("open_clip:roberta-ViT-B-32", pretrained=False, device="meta")
+
+
 # -- names, weights, preprocessing ----------------------------------------------------------------------------------------
 
 
