@@ -230,7 +230,7 @@ class DescribedBackbone(DiffusersBackbone):
             if point.kind == "sublayer" and text and ".text." in point.name:
                 point.dim_in = point.dim_out = text
             if isinstance(point, AttentionPoint):
-                _of_heads(point)
+                of_heads(point)
             found += self._parted(point, block, name) if isinstance(point, LinearPoint) else [point]
         return found
 
@@ -375,7 +375,7 @@ class DescribedBackbone(DiffusersBackbone):
         return tuple(found)
 
 
-def _of_heads(point: AttentionPoint) -> None:
+def of_heads(point: AttentionPoint) -> None:
     """Heads and their width, as the attention itself says."""
     attention: Any = point.module
     heads = int(attention.heads)

@@ -124,7 +124,7 @@ class DiffusersBackbone(Backbone):
     @classmethod
     def known(cls, name: str) -> bool:
         """Also the repositories whose settings are listed here."""
-        return super().known(name) or name in cls.configs
+        return super().known(name) or name in cls.configs or name == f"diffusers:{cls.diffusers_class}"
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
@@ -139,9 +139,15 @@ class DiffusersBackbone(Backbone):
         """
         options = {k: v for k, v in kwargs.items() if v is not None}
         made = getattr(library("diffusers", "multimodal"), cls.diffusers_class)
+        named = name.removeprefix("diffusers:") in FAMILIES
+        if pretrained and named:
+            raise ConfigError(
+                f"'{name}' is a class of diffusers, of the sizes that it has by default: it has no weights. Pass "
+                "pretrained=False for random ones, or name a repository or folder (diffusers:<source>)."
+            )
         if pretrained:
             return cls._load(made, name, options, dtype)
-        config = cls.configs.get(name)
+        config = {} if named else cls.configs.get(name)
         if config is None:
             found, _ = source_config(name.removeprefix("diffusers:"))
             if isinstance(found, str):

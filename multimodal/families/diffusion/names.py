@@ -13,6 +13,7 @@ FAMILIES = {
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "UNet2DConditionModel": "unet",
     **dict.fromkeys(
         (
             *("ChromaTransformer2DModel", "BriaTransformer2DModel", "LongCatImageTransformer2DModel"),
@@ -44,6 +45,9 @@ def source_config(source: str) -> tuple[dict[str, Any] | str, str]:
     inside = pretrained_config(source, "transformer/config.json")
     if isinstance(inside, dict):
         return inside, "transformer"
+    unet = pretrained_config(source, "unet/config.json")
+    if isinstance(unet, dict):
+        return unet, "unet"
     alone = pretrained_config(source)
     return (alone, "") if isinstance(alone, dict) else (inside, "")
 
