@@ -83,6 +83,11 @@ def load(
         backbone_kwargs: handed to the library's builder, e.g. `img_size=384`; and `checkpoint=` (a file of your own weights),
             `source=` and `licence=` (where these are from, for cards).
 
+    Returns:
+        The model in evaluation mode, as it is used after training: no dropout, also in adapters. `zoo.fit` and `zoo.run` see to
+        modes by themselves; in a loop of your own, and with trainers that keep the modes they find (Lightning), call
+        `model.train()` first.
+
     Raises:
         UnknownNameError: no such backbone, method, folder or repository; with the nearest names.
         TrustError: a saved adapter names a backbone of an unknown source. Nothing of it was downloaded.

@@ -337,14 +337,21 @@ class AttentionSite(Site):
         self, q: Tensor, k: Tensor, v: Tensor, own: Tensor, images: int, bias: Bias, index: Tensor | None = None
     ) -> Tensor:
         added = bias(k.shape[2] - own.shape[2], images, index)
-        if self.fused:
+        drop = getattr(self.module, "attn_drop", None)
+        drop = drop if isinstance(drop, nn.Module) else None
+        # who hooks the attention's dropout wants to see the weights, which the fused product never forms
+        seen = (
+            drop is not None and not torch.compiler.is_compiling() and (drop._forward_hooks or drop._forward_pre_hooks)
+        )
+        if self.fused and not seen:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=self.dropout, scale=self.scale)
         scores = q * self.scale @ k.transpose(-2, -1)
         if added is not None and added.dtype == torch.bool:
             scores = scores.masked_fill(~added, float("-inf"))
         elif added is not None:
             scores = scores + added
-        return F.dropout(scores.softmax(dim=-1), self.dropout, self.dropout > 0) @ v
+        weights = scores.softmax(dim=-1)
+        return (F.dropout(weights, self.dropout, self.dropout > 0) if drop is None else drop(weights)) @ v
 
 
 @dataclass(eq=False)
