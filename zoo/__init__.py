@@ -59,6 +59,7 @@ _LAZY = {
     "register_head": "zoo.heads",
     "register_regime": "zoo.registry",
     "register_task": "zoo.registry",
+    "repeat": "zoo.train.repeats",
     "run": "zoo.regimes",
     "save_backbone": "zoo.model.stored",
     "saved_bytes": "zoo.engine.memory",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from zoo.table import compatibility
     from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks
+    from zoo.train.repeats import repeat
     from zoo.wrapping import wrap
 
 
