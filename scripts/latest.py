@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("demo", "multimodal", "audio", "dev")  # what `make test` installs
+EXTRAS = ("demo", "data", "multimodal", "audio", "export", "trackers", "dev")  # what `make test` installs
 BY_DESIGN = "tests/house/test_lock.py::test_this_environment_is_within_the_ranges"
 
 

@@ -26,7 +26,7 @@ def ranges() -> list[Requirement]:
     """What `make demo` and `make test` ask for."""
     sections = [
         re.search(rf"^{name} = \[(.*?)\]$", PROJECT, re.MULTILINE | re.DOTALL)
-        for name in ("dependencies", "demo", "multimodal", "audio", "dev")
+        for name in ("dependencies", "demo", "data", "multimodal", "audio", "export", "trackers", "dev")
     ]
     texts = [text for found in sections if found for text in re.findall(r'"([^"]+)"', found[1])]
     return [r for r in map(Requirement, texts) if r.name != "adapter-zoo"]
