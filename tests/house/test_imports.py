@@ -116,3 +116,9 @@ def test_no_circle_of_files() -> None:
 def works(module: str) -> bool:
     """Whether a file does more than open the doors of its package."""
     return MODULES[module].name != "__init__.py"
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest collects files by their name alone: of two of one name neither part of the suite would run."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({n for n in names if names.count(n) > 1}) == []
