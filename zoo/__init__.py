@@ -65,6 +65,7 @@ _LAZY = {
     "saved_bytes": "zoo.engine.memory",
     "second_order": "zoo.engine.second_order",
     "sparsify": "zoo.model.pruning",
+    "to_onnx": "zoo.exchange.onnx",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
     "wrap": "zoo.wrapping",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from zoo.engine.blocks import blocks
     from zoo.engine.memory import recomputable, saved_bytes
     from zoo.engine.second_order import second_order
+    from zoo.exchange.onnx import to_onnx
     from zoo.exchange.peft import from_peft, to_peft
     from zoo.heads import Head, register_head
     from zoo.loading import load

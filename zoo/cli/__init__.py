@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | convert | bench | new | demo`.
+"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | convert | export | bench | new | demo`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, convert, evaluate, listing, new, regime, run, share
+from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, regime, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main", "wait_passively"]
@@ -80,11 +80,12 @@ for _command, _name in (
     (share.pull, "pull"),
     (share.merge, "merge"),
     (convert.convert, "convert"),
+    (export.export, "export"),
     (bench.bench, "bench"),
     (new.new, "new"),
     (run.demo, "demo"),
 ):
     app.command(
         _name,
-        no_args_is_help=_name in ("points", "info", "fit", "run", "eval", "push", "pull", "merge", "convert", "new"),
+        no_args_is_help=_name not in ("list", "bench", "demo"),
     )(_command)
