@@ -16,6 +16,7 @@ from zoo.data.dataset import ImageDataset
 from zoo.data.joined import matched
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
+from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, Weighted, call, objective, of_classes
 from zoo.tasks.metrics import named_metrics
@@ -181,6 +182,12 @@ def fit(
         DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
         TrainingError: the loss became NaN or infinite.
     """
+    refuse(
+        model,
+        ConfigError,
+        "zoo.fit trains with DDP",
+        "Use a loop of your own with zoo.training_hooks, or do not shard it.",
+    )
     what = objective(model, task, loss, class_weights)
     keep = keep or ("best" if val is not None or patience is not None else "last")
     sampler = as_sampler(sampler)
