@@ -50,6 +50,7 @@ _LAZY = {
     "list_tasks": "zoo.registry",
     "load": "zoo.loading",
     "open_dataset": "zoo.data",
+    "predict": "zoo.train.prediction",
     "probing": "zoo.model.probing",
     "prune": "zoo.model.pruning",
     "quantise": "zoo.model.pruning",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from zoo.table import compatibility
     from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks
+    from zoo.train.prediction import predict
     from zoo.train.repeats import repeat
     from zoo.wrapping import wrap
 

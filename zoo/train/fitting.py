@@ -327,6 +327,8 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
         record["task"] = trainer.task.hub or model.family.hub_task(model.num_classes)
+    if trainer.task.name:
+        record["trained_for"] = trainer.task.name
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}
