@@ -70,6 +70,27 @@ def test_what_is_refused(image_folder: Path, tmp_path: Path, options: tuple[str,
     assert words in run(*line, *options, code=1).stderr
 
 
+def test_folds_seeds_and_kept_features(image_folder: Path, tmp_path: Path) -> None:
+    line = ["fit", "vit-micro", "linear", "--data", image_folder / "train", "--no-pretrained", "-e", 1]
+    many = ["--cache-features", "--folds", 2, "--seeds", "0,3", "-o", tmp_path / "folds"]
+    found = json.loads(run(*line, *many, "--json").stdout)
+    assert [(r["fold"], r["seed"]) for r in found["runs"]] == [(1, 0), (2, 0), (1, 3), (2, 3)]
+    assert found["mean"]["accuracy"] == pytest.approx(sum(r["accuracy"] for r in found["runs"]) / 4)
+    report = json.loads((tmp_path / "folds" / "fold-2-seed-3" / "report.json").read_text())
+    assert report["settings"]["cache_features"] is True and report["settings"]["seed"] == 3
+    tested = run(*line, "--test", image_folder / "test", "--seeds", "1,2", "-q", "-o", tmp_path / "seeds").stdout
+    assert "std" in tested and (tmp_path / "seeds" / "repeats.md").is_file()
+    one = json.loads(run(*line, "--cache-features", "--json", "-o", tmp_path / "one").stdout)
+    assert one["epochs"] == 1 and (tmp_path / "one" / "adapter_config.json").is_file()
+    for options, words in (
+        (("--seeds", "1,2"), "--seeds alone measures each run on --test data"),
+        (("--folds", 2, "--seeds", "a"), "--seeds is 'a'; expected whole numbers"),
+        (("--folds", 2, "--checkpoints", tmp_path / "c"), "are of a single fit"),
+        (("--folds", 2, "--test", image_folder / "test"), "leave --test out"),
+    ):
+        assert words in " ".join(run(*line, *options, "-q", "-o", tmp_path / "no", code=1).stderr.split())
+
+
 def test_threads_wait_passively_in_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside one busy process on each core the demo fell from 250 to 2 images a second: threads that wait spun."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):

@@ -26,6 +26,7 @@ from zoo.cli.options import (
     model_option,
     training_option,
 )
+from zoo.cli.repeated import check_repeats, repeat_fit
 from zoo.errors import ConfigError, DataError, SaveError
 
 if TYPE_CHECKING:
@@ -93,6 +94,13 @@ def fit(
     ] = None,
     patience: Annotated[int | None, training_option("Stop after so many epochs without improvement.")] = None,
     keep: Annotated[str | None, training_option("best or last; default: best if there are validation data.")] = None,
+    cache_features: Annotated[
+        bool, training_option("With linear: run the backbone once, and keep the features.", "--cache-features")
+    ] = False,
+    folds: Annotated[
+        int | None, training_option("Train on k - 1 of so many parts, measure the other, for each.")
+    ] = None,
+    seeds: Annotated[str | None, training_option("Several runs, 0,1,2: mean and standard deviation.")] = None,
     seed: Annotated[int, training_option("Of initial values, order and augmentation.")] = 0,
     checkpoints: Annotated[
         Path | None,
@@ -122,6 +130,7 @@ def fit(
       zoo fit vit-b16 out/ --data photos/more -o out2/     from a saved adapter
       zoo fit vit-b16 lora --data photos --lr auto --loss focal --class-weights balanced -o out/
       zoo fit vit-b16 lora --data photos -e 30 --checkpoints run/ -o out/     goes on from a finished run of 20
+      zoo fit vit-b16 linear --data photos --cache-features --folds 5 --seeds 0,1,2 -o folds/
       zoo fit ast-micro lora --data sounds/ --split train -o out/
       zoo fit clip-vit-b32 lora --data captions/ --task contrast -o out/
 
@@ -139,7 +148,10 @@ def fit(
     if image_size is not None:
         backbone_options["img_size" if "img_size" in cls.saved_options else "image_size"] = image_size
 
-    def load(classes: int | None) -> Model:
+    repeats = folds is not None or seeds is not None
+    several = check_repeats(folds, seeds, bool(test or test_split), checkpoints, resume_with) if repeats else []
+
+    def load(classes: int | None, seed: int = seed) -> Model:
         return zoo.load(
             backbone,
             adapter=_adapters(adapters, setting or []),
@@ -161,8 +173,10 @@ def fit(
             cls.open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
             for source, part in others
         )
-        model = load(_new_head(adapters, outputs))
+        model: Model | None = None if repeats else load(_new_head(adapters, outputs))
     else:
+        if repeats:
+            raise ConfigError(f"--folds and --seeds are of tasks with a head, and '{what.name}' has none.")
         if shots is not None:
             raise ConfigError(f"--shots chooses items of every class, and '{what.name}' knows no classes.")
         model = load(None)
@@ -171,43 +185,58 @@ def fit(
             opened(what, model, source or data, part, on_error) if source or part else None for source, part in others
         )
     show = not (quiet or as_json)
+    chosen: dict[str, Any] = {
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": _rate(lr),
+        "loss": loss,
+        "class_weights": _weights(class_weights),
+        "ema": ema,
+        "metrics": _words(metrics),
+        "monitor": monitor,
+        "loggers": logger or None,
+        "weight_decay": weight_decay,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "warmup": warmup,
+        "layer_decay": layer_decay,
+        "clip": clip or None,
+        "accumulate": accumulate,
+        "precision": precision,
+        "label_smoothing": label_smoothing,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "augment": augment,
+        "sampler": "balanced" if balanced else None,
+        "patience": patience,
+        "keep": keep,
+        "workers": workers,
+        "device": device,
+        "progress": show,
+        "task": what,
+        "cache_features": cache_features,
+    }
+    if model is None:
+        repeat_fit(
+            lambda seed: load(_new_head(adapters, outputs), seed),
+            *(train_set, val_set, test_set),
+            folds=folds,
+            seeds=several or [seed],
+            out=out,
+            as_json=as_json,
+            options=chosen,
+        )
+        return
     report = zoo.fit(
         model,
         train_set,
         val_set,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        lr=_rate(lr),
-        loss=loss,
-        class_weights=_weights(class_weights),
-        ema=ema,
-        metrics=_words(metrics),
-        monitor=monitor,
         resume=_words(resume_with) or True,
-        loggers=logger or None,
         out=out if logger else None,
-        weight_decay=weight_decay,
-        optimizer=optimizer,
-        schedule=schedule,
-        warmup=warmup,
-        layer_decay=layer_decay,
-        clip=clip or None,
-        accumulate=accumulate,
-        precision=precision,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        cutmix=cutmix,
-        augment=augment,
-        sampler="balanced" if balanced else None,
-        patience=patience,
-        keep=keep,
         seed=seed,
-        workers=workers,
-        device=device,
         checkpoint=checkpoints,
-        progress=show,
-        task=what,
+        **chosen,
     )
     measured = None
     if test_set is not None:

@@ -29,6 +29,8 @@ FILES = 100_000  # of which the sizes are looked at
 
 def content(dataset: ImageDataset) -> dict[str, Any]:
     """What makes data these and no others, as JSON: "items", "labels", "classes", "contents", "transform"."""
+    if (source := getattr(dataset.rows, "stands_for", None)) is not None:  # kept features of other data
+        dataset = source.select(dataset.indices)
     labels = dataset.labels if dataset.targets is None else dataset.targets
     return {
         "items": len(dataset),

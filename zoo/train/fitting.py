@@ -16,7 +16,6 @@ from zoo.data.dataset import ImageDataset
 from zoo.data.joined import matched
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
-from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, Weighted, call, objective, of_classes
 from zoo.tasks.metrics import named_metrics
@@ -33,6 +32,7 @@ from zoo.train.evaluation import (
     to_device,
 )
 from zoo.train.failing import Before
+from zoo.train.features import Kept, check_still
 from zoo.train.hooks import HOOKS
 from zoo.train.loggers import LOGGERS, Logger, make_loggers
 from zoo.train.optimizers import MakeOptimizer
@@ -107,6 +107,7 @@ def fit(
     drop_last: bool = False,
     ema: float | None = None,
     sampler: Any = None,
+    cache_features: bool | int = False,
     streams: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -160,6 +161,8 @@ def fit(
         ema: 0.999, say: the model is measured, chosen and left with a moving average of what is trained (`zoo.train.ema`).
         sampler: which items make a batch, instead of a shuffle: one of `zoo.train.samplers`, "balanced" (all classes equally
             often), or a sampler of torch over the items of `train`.
+        cache_features: where only a head is trained, run the backbone once for each item and keep the features, in at most 4 GiB
+            or as many bytes as are given; without augmentation, and to the same numbers (`zoo.train.features`).
         streams: further data beside the training data, by name, for methods and tasks that want a batch of it in a step
             (`optimizer.stream("replay")`): what `zoo.open_dataset` takes, or a `zoo.train.Stream` of it. A stream that ends
             begins again, in another order, or is refused beforehand (`Stream(..., ends="refuse")`).
@@ -182,12 +185,6 @@ def fit(
         DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
         TrainingError: the loss became NaN or infinite.
     """
-    refuse(
-        model,
-        ConfigError,
-        "zoo.fit trains with DDP",
-        "Use a loop of your own with zoo.training_hooks, or do not shard it.",
-    )
     what = objective(model, task, loss, class_weights)
     keep = keep or ("best" if val is not None or patience is not None else "last")
     sampler = as_sampler(sampler)
@@ -217,6 +214,7 @@ def fit(
         drop_last=drop_last,
         sampler=sampler,
         ema=ema,
+        cache_features=cache_features,
     )
     _check_given(streams, callbacks)
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
@@ -243,6 +241,10 @@ def fit(
     plain = None  # the transform of what is set aside
     if getattr(train, "transform", None) is None and train_set.transform is not None:
         plain = what.open(model, train_set.with_transform(None), train=False).transform
+    if cache_features:
+        check_still(model, what, settings, streams, callbacks)
+        if augment is None and plain is not None:
+            train_set = train_set.with_transform(plain)
     if val_set is None and (patience is not None or keep == "best"):
         train_set, val_set = split_train_val(train_set, val_fraction, seed)
         val_set = val_set.with_transform(plain or val_set.transform)
@@ -263,13 +265,20 @@ def fit(
     try:
         told = make_loggers(loggers, Path(out) if out is not None else folder) if processes.main else []
         with kept_generators(), Progress(progress and processes.main, processes.main) as bar, _ended(told):
+            kept = None
+            if cache_features:
+                kept = Kept(
+                    *(model, what, train_set, val_set, settings, processes),
+                    workers=workers,
+                    bar=bar,
+                    limit=cache_features,
+                )
             trainer = Trainer(
                 model,
-                train_set,
-                val_set,
+                *((train_set, val_set) if kept is None else kept.sets),
                 settings,
                 processes,
-                task=what,
+                task=what if kept is None else kept.task,
                 workers=workers,
                 folder=folder,
                 every=checkpoint_every,
@@ -279,7 +288,7 @@ def fit(
                 metrics=named_metrics(metrics, model.num_classes),
                 before=before,
                 loggers=told,
-                plain=plain,
+                plain=plain if kept is None else None,
             )
             trainer.prepare(resume)
             for logger in told:
@@ -290,6 +299,8 @@ def fit(
             if train_set.classes is not None and what.on_head:
                 model.classes = list(train_set.classes)
             report = report_of(trainer)
+            if kept is not None:
+                kept.close(trainer, report)
     except BaseException as error:
         before.settle(error)
         raise
@@ -327,8 +338,6 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
         record["task"] = trainer.task.hub or model.family.hub_task(model.num_classes)
-    if trainer.task.name:
-        record["trained_for"] = trainer.task.name
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}

@@ -50,6 +50,7 @@ KINDS: dict[str, Kind] = {
     "val_fraction": number(above=0, below=1),
     "drop_last": FLAG,
     "ema": number(0, below=1) | NOTHING,
+    "cache_features": Kind("True, False, or a whole number of bytes >= 1", (FLAG | whole(1)).take),
 }
 
 # what a run that goes on may be given anew, if it is asked for (`zoo.train.resuming`)
@@ -100,6 +101,7 @@ class Settings:
     drop_last: bool = False
     sampler: Any = None
     ema: float | None = None
+    cache_features: bool | int = False
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
@@ -113,6 +115,7 @@ class Settings:
         values = asdict(self)
         if callable(self.augment):
             values["augment"] = re.sub(r" at 0x[0-9a-f]+", "", repr(self.augment))
+        values["cache_features"] = True if self.cache_features else None  # how much they may take changes nothing
         values["sampler"] = None if self.sampler is None else repr(self.sampler)
         if callable(self.optimizer):
             values["optimizer"] = getattr(self.optimizer, "__name__", type(self.optimizer).__name__)
