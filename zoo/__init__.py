@@ -50,6 +50,7 @@ _LAZY = {
     "list_tasks": "zoo.registry",
     "load": "zoo.loading",
     "open_dataset": "zoo.data",
+    "predict": "zoo.train.prediction",
     "probing": "zoo.model.probing",
     "prune": "zoo.model.pruning",
     "quantise": "zoo.model.pruning",
@@ -65,6 +66,7 @@ _LAZY = {
     "saved_bytes": "zoo.engine.memory",
     "second_order": "zoo.engine.second_order",
     "sparsify": "zoo.model.pruning",
+    "to_onnx": "zoo.exchange.onnx",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
     "wrap": "zoo.wrapping",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from zoo.engine.blocks import blocks
     from zoo.engine.memory import recomputable, saved_bytes
     from zoo.engine.second_order import second_order
+    from zoo.exchange.onnx import to_onnx
     from zoo.exchange.peft import from_peft, to_peft
     from zoo.heads import Head, register_head
     from zoo.loading import load
@@ -114,6 +117,7 @@ if TYPE_CHECKING:
     from zoo.table import compatibility
     from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks
+    from zoo.train.prediction import predict
     from zoo.train.repeats import repeat
     from zoo.wrapping import wrap
 

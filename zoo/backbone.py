@@ -29,6 +29,7 @@ from zoo.points.rows import Row, find, make_linear, norm_dim, side_of, with_bias
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
+    from zoo.data.medium import Medium
     from zoo.points.recorder import Recorder
 
 
@@ -312,6 +313,13 @@ class Backbone:
         from zoo.data import open_dataset
 
         return open_dataset(data, split=split, **options)
+
+    @classmethod
+    def medium(cls) -> Medium:
+        """What its items are as files (`zoo.data.medium`); by default images."""
+        from zoo.data.medium import IMAGES
+
+        return IMAGES
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
         """What makes an input of the backbone out of an item of a data set; by default out of a PIL image."""

@@ -42,7 +42,10 @@ def test_after_a_linear(family: str) -> None:
     with torch.no_grad():
         before = model(*batch)
         model.add_adapter(attached(lambda points: [points[n].after(Turn()) for n in names]))  # type: ignore[func-returns-value]
-        assert torch.equal(model(*batch), before)
+        if family == "wavlm":  # with ops at its projections the attention forms its sums in another order
+            torch.testing.assert_close(model(*batch), before, rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(model(*batch), before)
         for name in names:
             model.adapters["trial"].module_at(name).s.fill_(0.3)
         changed = model(*batch)

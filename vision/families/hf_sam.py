@@ -107,6 +107,7 @@ class TransformersSAM(TransformersVision):
             "mlp_dim": 96,
             "window_size": 3,
             "global_attn_indexes": [1],
+            "initializer_range": 0.1,  # the library's 1e-10 is for weights that are loaded
             "output_channels": 24,
         },
     )

@@ -155,6 +155,10 @@ class VideoMAE(TransformersVision):
         everything = {"pooled": self.pool(output), "tokens": output.last_hidden_state}
         return {name: everything[name] for name in want}
 
+    def grid(self) -> tuple[int, ...]:
+        """Tubelets along time, height and width."""
+        return (int(self.config.num_frames) // int(self.config.tubelet_size), *super().grid())
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two random clips."""
         config = self.config

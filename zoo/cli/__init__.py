@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | run | eval | push | pull | merge | convert | bench | new | demo`.
+"""The command line: `zoo list | points | info | fit | run | eval | predict | push | pull | merge | convert | export ...`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, convert, evaluate, listing, new, regime, run, share
+from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, predict, regime, run, share
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main", "wait_passively"]
@@ -26,6 +26,7 @@ A first hour:
   zoo points vit-b16                  where a method can add something
   zoo fit vit-b16 lora --data photos/train --out out/
   zoo eval out/ --data photos/test
+  zoo predict out/ --data photos/new --out table.csv
   zoo push out/ you/vit-b16-lora-photos
 
 Each command explains itself: zoo fit --help. Exit codes: 0 done, 1 an error that is explained in one panel, 2 a command
@@ -76,15 +77,17 @@ for _command, _name in (
     (run.fit, "fit"),
     (regime.run, "run"),
     (evaluate.evaluate, "eval"),
+    (predict.predict, "predict"),
     (share.push, "push"),
     (share.pull, "pull"),
     (share.merge, "merge"),
     (convert.convert, "convert"),
+    (export.export, "export"),
     (bench.bench, "bench"),
     (new.new, "new"),
     (run.demo, "demo"),
 ):
     app.command(
         _name,
-        no_args_is_help=_name in ("points", "info", "fit", "run", "eval", "push", "pull", "merge", "convert", "new"),
+        no_args_is_help=_name not in ("list", "bench", "demo"),
     )(_command)

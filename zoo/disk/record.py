@@ -100,6 +100,7 @@ def _list(value: Any) -> bool:
 # key: what it must be, and how that is said. None stands for a key that is left out.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task": (_text, "a text, such as 'image-classification'"),
+    "trained_for": (_text, "a text, the name of a task, such as 'classify'"),
     "data": (_mapping, "an object with the data's name and sizes"),
     "metrics": (_mapping, "an object with a number for each metric, or with such an object for each split"),
     "hyperparameters": (_mapping, "an object with a value for each name"),

@@ -56,6 +56,7 @@ from zoo.disk.layout import (
 )
 from zoo.disk.record import check_record
 from zoo.disk.saved import SavedAdapter, contents, read
+from zoo.engine.sharded import with_whole_parameters
 from zoo.errors import ConfigError, MismatchError, SaveError, nearest
 from zoo.heads import kind_of
 from zoo.heads.folded import folded
@@ -66,12 +67,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SavedAdapter", "alone", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
 
-RESOLUTIONS = (
-    "img_size",
-    "image_size",
-    "input_size",
-    "max_length",
-)  # options at which tables of positions are resampled
+# options at which tables of positions are resampled
+RESOLUTIONS = ("img_size", "image_size", "input_size", "max_length")
 _STALE = re.compile(r"\.(" + "|".join(re.escape(name) for name in FILES) + r")\.[0-9a-f]{12}\.tmp")
 _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save that was killed
 
@@ -79,6 +76,7 @@ _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save th
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
+@with_whole_parameters
 def save(
     model: Host,
     folder: str | Path,
@@ -92,7 +90,8 @@ def save(
 
     `source` is what the card tells readers to load: a repository id, by default the folder's name. `dtype` is the
     precision of the stored numbers, by default the model's own; `codec` how they are encoded (`zoo.disk.codecs`). A kill or
-    a full disk at any moment leaves what the folder held before, or the complete new state.
+    a full disk at any moment leaves what the folder held before, or the complete new state. The parts of a sharded model come
+    together first, so that all its processes must call this.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.sharded import spread, whole
 from zoo.errors import ConfigError, MismatchError
 
 __all__ = ["AdapterState", "average", "move_towards", "put", "state_of"]
@@ -166,7 +167,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def state_of(module: nn.Module, origin: str) -> AdapterState:
     """Copies of an adapter's tensors."""
-    return AdapterState({n: t.detach().clone() for n, t in tensors_of(module).items()}, origin)
+    return AdapterState({n: whole(t.detach()).clone() for n, t in tensors_of(module).items()}, origin)
 
 
 @torch.no_grad()
@@ -175,8 +176,9 @@ def put(module: nn.Module, state: AdapterState, what: str) -> None:
     _is_state(state)
     own = tensors_of(module)
     state.check(own, what)
+    given = spread(state, own)
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        tensor.copy_(given[name])
 
 
 @torch.no_grad()

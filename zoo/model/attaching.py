@@ -16,12 +16,15 @@ from zoo.adapters.base import Adapter
 from zoo.engine import mixing
 from zoo.engine.context import Want
 from zoo.engine.session import Session
+from zoo.engine.sharded import refuse, reshard
 from zoo.engine.sites import Op, Site
 from zoo.engine.swaps import ByHand, Swap
-from zoo.errors import CombinationError, ConfigError, UnknownNameError, nearest
+from zoo.errors import AttachError, CombinationError, ConfigError, UnknownNameError, nearest
 from zoo.model.compiled import one_more_set
 from zoo.model.headed import HALVES
 from zoo.model.sited import Sited
+
+BEFORE = "Attach, calibrate and load adapters and make heads first, then call fully_shard."
 
 
 class AdapterHost(Sited):
@@ -160,6 +163,7 @@ class AdapterHost(Sited):
 
     def _attach(self, name: str, fresh: Adapter, activate: bool) -> Session:
         """Run `fresh.attach` and return what it asked for; the model is unchanged."""
+        refuse(self, AttachError, f"'{name}' would not be spread with the others", BEFORE)
         made: list[int] = []
 
         def site(module: nn.Module, kind: type[Site]) -> Site:
@@ -273,6 +277,7 @@ class AdapterHost(Sited):
                 )
         for name, other in itertools.combinations(dict.fromkeys(names), 2):
             self._check_pair(other, self._ops[other], self._swaps[other], name)
+        reshard(self)
         self._state.active = tuple(dict.fromkeys(names))
         trained = set(wanted)
         for name, adapter in self.adapters.items():

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.sharded import known_types, whole
+
 SAMPLES = 64
 
 
@@ -25,7 +27,7 @@ def fingerprint(module: nn.Module) -> str | None:
     for name, parameter in sorted([*module.named_parameters(), *rounded], key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         parts.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.float16))
     if parts:
@@ -78,8 +80,8 @@ class Watched:
         if self.text is None or versions is None or versions == self.versions:
             return self.text
         self.versions = versions
-        if any(type(p.data) is not Tensor or p.device.type == "meta" for p in parameters.values()):
-            return self.text  # sharded
+        if any(type(p.data) not in known_types() or p.device.type == "meta" for p in parameters.values()):
+            return self.text  # quantised by a library
         same = parameters.keys() == self.samples.keys() and all(
             torch.equal(_sample(p), self.samples[n].to(p.dtype)) for n, p in parameters.items()
         )
@@ -93,7 +95,7 @@ class Watched:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+    flat = whole(parameter.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().clone()
 
 

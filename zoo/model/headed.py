@@ -10,6 +10,7 @@ from torch import nn
 
 from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone
+from zoo.engine.sharded import refuse
 from zoo.engine.sites import State
 from zoo.errors import AttachError, ConfigError
 from zoo.heads import Head, make_head
@@ -140,6 +141,9 @@ class Headed(nn.Module):
             raise ConfigError(
                 f"num_classes is {num_classes}, and classes {classes!r}; expected a list of as many names."
             )
+        refuse(
+            self, ConfigError, "a new head would not be spread with the rest", "Make it first, then call fully_shard."
+        )
         dim, name = self._feature_dim(self._active_adapters()), self._place_of_head()
         made_for: Any = dict(self.adapters.items()).get(name)
         if num_classes and kind == "linear" and made_for is not None:
@@ -156,6 +160,9 @@ class Headed(nn.Module):
         Raises:
             ConfigError: it does not stand on features of this width, or has no name for each class.
         """
+        refuse(
+            self, ConfigError, "a new head would not be spread with the rest", "Put it first, then call fully_shard."
+        )
         dim = self._feature_dim(self._active_adapters())
         if head.in_features != dim:
             raise ConfigError(f"the head takes features of width {head.in_features}; the model gives {dim}.")

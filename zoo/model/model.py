@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from zoo.backbone import Backbone
 from zoo.engine.memory import MEMORY_SETTINGS, Saver
+from zoo.engine.sharded import refuse
 from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
-from zoo.errors import AbsentError, ConfigError
+from zoo.errors import AbsentError, ConfigError, MergeError
 from zoo.heads.folded import folded
 from zoo.model.answering import answer, apart, named_outputs
 from zoo.model.fingerprint import Watched
@@ -65,6 +66,7 @@ class Model(Stated):
         self._wants, self._by_hand = {}, []
         self._beside = False
         self._answers = False
+        self._outside = ""
         self._plan = ""  # read in forward, so that a compiled model notices another set of adapters
         if num_classes is None and own_head is not None:
             self.heads["default"] = own_head
@@ -276,6 +278,12 @@ class Model(Stated):
         Raises:
             MergeError: a method whose mathematics does not allow it, or that other active methods forbid.
         """
+        refuse(
+            self,
+            MergeError,
+            "nothing is folded in here",
+            "Save the adapter, and merge it in one process that loads it.",
+        )
         active, head = self._active_adapters(), self.head
         trained = [(s.module, s.name, s.trained) for n in self._state.active for s in self._swaps[n]]
         paths = {id(m): p for p, m in self.backbone.named_modules()}

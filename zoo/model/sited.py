@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.engine.sharded import refuse
 from zoo.engine.sites import BlockSite, Op, Place, Site
 from zoo.engine.swaps import ByHand, Risen, Swap
 from zoo.errors import ConfigError
@@ -16,6 +17,10 @@ from zoo.model.headed import HALVES, Headed
 from zoo.points import Points
 
 _LOG = logging.getLogger("zoo")
+OUTSIDE = (
+    "run",
+    "query",
+)  # verbs of ops that compute with frozen weights while their block does not run, in backward too
 # how timm and open_clip, and how transformers and diffusers call the switch
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
@@ -31,6 +36,7 @@ class Sited(Headed):
     memory: Any
     _resting: dict[str, set[str]]
     _by_hand: list[Any]
+    _outside: str  # an active adapter with ops of these verbs
 
     def _replace_site(self, old: Site, new: Site) -> None:
         ops, recompute = old.ops, old.recompute
@@ -69,7 +75,9 @@ class Sited(Headed):
 
     def _stand_in(self) -> None:
         """What stands in for the backbone's parameters in each pass from now on: the copies of the active adapters."""
-        swaps = tuple(swap for name in self._state.active for swap in self._swaps.get(name, ()))
+        active = self._state.active
+        swaps = tuple(swap for name in active for swap in self._swaps.get(name, ()))
+        self._outside = next((n for n in active if any(op.verb in OUTSIDE for _, op in self._ops.get(n, ()))), "")
         if swaps or self._state.swaps:
             self._state.stand(swaps)
 
@@ -98,6 +106,11 @@ class Sited(Headed):
 
     def _enter(self) -> Risen | None:
         """A pass of the backbone begins; what it returns goes to `_state.settle` when the pass is over."""
+        if self._outside and not torch.compiler.is_compiling():
+            why = f"'{self._outside}' reads weights of the backbone outside of the blocks' own passes"
+            refuse(
+                self, ConfigError, why, "Train it without sharding (DDP, or model.memory = 'min'), or another method."
+            )
         if self.adapters and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._take_over()
         return self._state.rise()

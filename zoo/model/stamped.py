@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.backbone import WRAPPED
+from zoo.engine.sharded import reshard
 from zoo.library import only_tensors
 from zoo.model.contextual import Contextual
 from zoo.model.fingerprint import Watched, at_any_resolution, fingerprint
@@ -20,6 +21,7 @@ class Stamped(Contextual):
     def fingerprint(self) -> str | None:
         """Of the backbone's weights as they are now (`zoo.model.fingerprint`); None on the meta device."""
         stand_ins = {id(s.trained): s.frozen for swaps in self._swaps.values() for s in swaps}
+        reshard(self)
         before, found = self._weights.own, self._weights.now(self.backbone, stand_ins)
         if before and not self._weights.own:
             self.family.pretrained = False  # they are the user's own from now on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
+from zoo.engine.sharded import reshard, spread, whole
 from zoo.errors import MismatchError, ZooError
 from zoo.model.algebra import AdapterState, put, state_of
 from zoo.model.combining import combine
@@ -60,9 +61,10 @@ class Stated(Stamped):
         """The part of `state_dict` that belongs to adapters and heads: a small checkpoint for any trainer.
 
         All adapters are in it, active or not, and what a calibration chose (`plans.<name>`). The keys are those of `state_dict`,
-        so both `load_adapter_state_dict` and `load_state_dict(..., strict=False)` take it.
+        so both `load_adapter_state_dict` and `load_state_dict(..., strict=False)` take it. Of a sharded model (FSDP) the whole
+        tensors, on every process, all of which must call this; `load_adapter_state_dict` spreads them again.
         """
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        return {k: whole(v) for k, v in self.state_dict().items() if not k.startswith("backbone.")}
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `adapter_state_dict` gave, into a model with the same adapters and heads; the backbone stays as it is.
@@ -73,7 +75,7 @@ class Stated(Stamped):
         before = {k: v.detach().clone() for k, v in self.adapter_state_dict().items()}
         trouble = ""
         try:
-            found = self.load_state_dict(dict(state), strict=False)
+            found = self.load_state_dict(spread(state, self.state_dict()), strict=False)
             wrong = {"unknown": found.unexpected_keys, "missing": found.missing_keys}
             wrong["missing"] = [k for k in wrong["missing"] if not k.startswith("backbone.")]
             wrong["missing"] += [k for k in before if k.startswith(f"{PLANS}.") and k not in state]
@@ -82,7 +84,7 @@ class Stated(Stamped):
         except RuntimeError as error:
             trouble = " ".join(str(error).split())
         if trouble:
-            self.load_state_dict(before, strict=False)
+            self.load_state_dict(spread(before, self.state_dict()), strict=False)
             raise MismatchError(
                 f"the state does not fit the adapters and heads of this model: {trouble}. Attach the same adapters with the same "
                 "settings and heads first."
@@ -93,11 +95,13 @@ class Stated(Stamped):
     def adapter_state(self, name: str) -> AdapterState:
         """Copies of all tensors of an adapter, which can be added, scaled and averaged (`zoo.model.algebra`)."""
         self._known(name)
+        reshard(self)
         return state_of(self.adapters[name], f"'{name}'")
 
     def set_adapter_state(self, name: str, state: AdapterState) -> None:
         """Put a state into an adapter. Raises MismatchError, naming the first key that differs, and changes nothing then."""
         self._known(name)
+        reshard(self)
         put(self.adapters[name], state, f"'{name}'")
 
     def copy_adapter(self, name: str, to: str, *, activate: bool = False) -> Adapter:

@@ -13,7 +13,8 @@ class Layout:
 
     Args:
         prefix: class, register and other tokens in front.
-        grid: places along each axis: (H, W) of patches, (F, T) of a spectrogram, (L,) of a text; () where the input says it.
+        grid: places along each axis: (H, W) of patches, (T, H, W) of a clip's, (F, T) of a spectrogram, (L,) of a text; () where
+            the input says it.
         window: (h, w) of the windows in which tokens see each other; None: all see all, but what a mask hides.
         shift: by how many places the windows are moved.
         causal: a token sees itself and those in front of it.

@@ -16,6 +16,7 @@ from zoo.data.dataset import ImageDataset
 from zoo.data.joined import matched
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
+from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError
 from zoo.tasks import Classify, Task, Weighted, call, objective, of_classes
 from zoo.tasks.metrics import named_metrics
@@ -185,6 +186,12 @@ def fit(
         DataError, MismatchError: data that cannot be read, or whose classes are not those of the model.
         TrainingError: the loss became NaN or infinite.
     """
+    refuse(
+        model,
+        ConfigError,
+        "zoo.fit trains with DDP",
+        "Use a loop of your own with zoo.training_hooks, or do not shard it.",
+    )
     what = objective(model, task, loss, class_weights)
     keep = keep or ("best" if val is not None or patience is not None else "last")
     sampler = as_sampler(sampler)
@@ -338,6 +345,8 @@ def _record(model: Model, report: Report, trainer: Trainer) -> None:
     record, processes = model.record, trainer.processes
     if trainer.task.hub is not None or isinstance(trainer.task, Classify):
         record["task"] = trainer.task.hub or model.family.hub_task(model.num_classes)
+    if trainer.task.name:
+        record["trained_for"] = trainer.task.name
     name = trainer.train.name
     split = split_of(name)
     record["data"] = {**(record.get("data") or {}), "name": name[: -len(split) - 1] if split else name}

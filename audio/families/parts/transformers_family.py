@@ -12,6 +12,7 @@ from zoo.families.transformers_family import COMMON, Fields, TransformersBackbon
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
+    from zoo.data.medium import Medium
 
 __all__ = ["OPTIONS", "Fields", "TransformersAudio"]
 
@@ -60,3 +61,10 @@ class TransformersAudio(TransformersBackbone):
         from audio.data.sounds import open_audio
 
         return open_audio(data, split=split, **options)
+
+    @classmethod
+    def medium(cls) -> Medium:
+        """Files of sound."""
+        from audio.data.sounds import SOUNDS
+
+        return SOUNDS

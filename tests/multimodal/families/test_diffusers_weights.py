@@ -56,7 +56,8 @@ def test_the_precision_that_is_asked_for(own: torch.dtype, wanted: torch.dtype, 
     assert stored_dtype(str(tmp_path), "transformer") == own
     default = zoo.load(f"diffusers:{tmp_path}", "lora", seed=0)
     model = zoo.load(f"diffusers:{tmp_path}", "lora", dtype=wanted, seed=0)
-    assert {p.dtype for p in model.parameters()} == {wanted} and default.dtype == torch.float32
+    assert {p.dtype for p in model.backbone.parameters()} == {wanted} and default.dtype == torch.float32
+    assert {p.dtype for p in model.parameters_to_train().values()} == {torch.float32}  # whatever the backbone's is
     assert model.fingerprint == default.fingerprint
     for key, value in source.state_dict().items():
         assert torch.equal(model.backbone.get_parameter(key), value.float().to(wanted)), key

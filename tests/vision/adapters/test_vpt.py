@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from straightforward_vpt import StraightViT
+from timm.layers import Attention
 from torch import Tensor, nn
 from vpt_models import BOTH, DEEP, EVERY, VIT, images, loss, make, same_gradients, straightforward
 
@@ -244,8 +245,16 @@ def test_wrong_settings(settings: dict[str, Any]) -> None:
 
 
 def test_refuses_an_attention_that_is_not_described() -> None:
-    model = zoo.load("vit-micro", pretrained=False, num_classes=5, **VIT, attn_layer="diff")
-    with pytest.raises(AttachError, match="Diff"):
+    class Odd(Attention):
+        """Somebody's own, of which nobody knows what its forward does."""
+
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            return super().forward(x).flip(1)
+
+    model = zoo.load("vit-micro", pretrained=False, num_classes=5, **VIT)
+    for block in model.backbone.blocks:
+        block.attn.__class__ = Odd
+    with pytest.raises(AttachError, match="Odd"):
         model.add_adapter("vpt")
     assert not model.adapters
 

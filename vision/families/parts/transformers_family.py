@@ -150,13 +150,17 @@ class TransformersVision(TransformersBackbone):
 
     # -- points -----------------------------------------------------------------------------------------------------
 
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis."""
+        return tuple(n // p for n, p in zip(self.image, pair(self.config.patch_size), strict=True))
+
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every block, and of what stands behind them."""
         place, config = self.place, self.config
         found = self.linear_at("patch_embed", "patch", self.path(place.patch))
         for name, path in place.before:
             found += self.norm_at(name, self.path(path))
-        grid = tuple(n // p for n, p in zip(self.image, pair(config.patch_size), strict=True))
+        grid = self.grid()
         for i, block in enumerate(self.stack):
             attention = self.attention_of(block)
             width = named(attention, WIDTH)

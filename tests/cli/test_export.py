@@ -1,0 +1,91 @@
+"""`zoo export --onnx`: what ONNX Runtime computes from the file is what the model computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import zoo
+from zoo.cli import app
+from zoo.errors import ConfigError, MergeError, MissingPackageError, SaveError
+from zoo.table import tiny_model
+
+pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+def tiny(family: str, method: str) -> tuple[zoo.Model, tuple[torch.Tensor, ...]]:
+    """A model of milliseconds with adapters that do something."""
+    model, batch = tiny_model(family)
+    model.add_adapter(method)
+    with torch.no_grad():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+    return model.eval(), batch
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "folded"), [("vit", "lora", True), ("vit", "vpt", False), ("ast", "lora", True)]
+)
+def test_same_outputs(tmp_path: Path, family: str, method: str, folded: bool) -> None:
+    model, batch = tiny(family, method)
+    facts = zoo.to_onnx(model, tmp_path / "new" / "m.onnx")
+    assert facts["merged"] is folded and facts["largest_difference"] < 1e-4
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["m.onnx"]
+    session = runtime.InferenceSession(str(tmp_path / "new" / "m.onnx"), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    for count in (1, 5):
+        given = tuple(torch.cat([x, x.flip(0), x, x, x])[:count] for x in batch)
+        found = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(*given), rtol=1e-4, atol=1e-5)
+
+
+def test_live_and_of_one_size(tmp_path: Path) -> None:
+    model, _ = tiny("vit", "lora")
+    model.train()
+    facts = zoo.to_onnx(model, tmp_path / "m.onnx", merged=False, batch_size=3)
+    assert not facts["merged"] and facts["inputs"]["input"][0] == 3 and model.training
+
+
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny("vit", "vpt")
+    with pytest.raises(MergeError, match="cannot be merged"):
+        zoo.to_onnx(model, tmp_path / "m.onnx", merged=True)
+    with pytest.raises(ConfigError, match=r"ends in \.onnx"):
+        zoo.to_onnx(model, tmp_path / "m.pt")
+    with pytest.raises(ConfigError, match="batch_size"):
+        zoo.to_onnx(model, tmp_path / "m.onnx", batch_size=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="no place for a file"):
+        zoo.to_onnx(model, tmp_path / "file" / "m.onnx")
+    monkeypatch.setattr("zoo.exchange.onnx.TOLERANCE", 0.0)
+    with pytest.raises(SaveError, match="computes something else"):
+        zoo.to_onnx(model, tmp_path / "m.onnx", batch_size=1)
+
+    def absent(name: str, extra: str) -> Any:
+        raise MissingPackageError(f"{name} of {extra}")
+
+    monkeypatch.setattr("zoo.exchange.onnx.library", absent)
+    with pytest.raises(MissingPackageError, match="onnx of export"):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_command(tmp_path: Path) -> None:
+    model = zoo.load("vit-micro", "lora", num_classes=2)
+    model.classes = ["ant", "bee"]
+    model.save_adapter(tmp_path / "out")
+    line = ["export", str(tmp_path / "out"), "--onnx", str(tmp_path / "out.onnx")]
+    result = CliRunner().invoke(app, [*line, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["largest_difference"] < 1e-4
+    found = runtime.InferenceSession(str(tmp_path / "out.onnx")).get_modelmeta().custom_metadata_map
+    assert json.loads(found["classes"]) == ["ant", "bee"] and found["backbone"] == model.backbone_name
+    assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "out.pt")]).exit_code == 1
