@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA, LowRank
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
+from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError, MismatchError, SaveError, UnknownNameError, nearest
 from zoo.exchange.peft_extras import extras
 from zoo.exchange.peft_head import fits
@@ -56,6 +57,12 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
         ConfigError: the adapter is not a LoRA, several are active, or the folder is in use.
         MismatchError: a point or head that peft's format cannot name. SaveError: writing failed; old files stay whole.
     """
+    refuse(
+        model,
+        ConfigError,
+        "peft's format is not written here",
+        "Save the adapter, and convert it in one process that loads it.",
+    )
     name = choose(model, adapter)
     lora: LoRA = model.adapters[name]  # type: ignore[assignment]
     folder = Path(folder)
