@@ -17,7 +17,7 @@ from disk_parts import edit, parts, small_model
 import zoo
 from zoo import disk
 from zoo.disk.layout import CARD, CONFIG, METRICS, WEIGHTS, pack, unpack
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, MismatchError
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +171,52 @@ def test_two_processes_that_save_into_one_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == sorted(
         [WEIGHTS, METRICS, CARD, CONFIG]
     )
+
+
+def by_numpy(p: torch.Tensor) -> None:
+    p.detach().numpy()[...] += 0.1
+
+
+WAYS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "load through data": lambda p: p.data.copy_(p.data + 0.1),
+    "another tensor": lambda p: setattr(p, "data", p.data + 0.1),
+    "an initialiser": lambda p: torch.nn.init.normal_(p.data),
+    "numpy": by_numpy,
+    "in place": lambda p: p.data.add_(0.1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backbone_whose_numbers_were_changed_by_hand(tmp_path: Path, way: str) -> None:
+    """What is written through `.data` or numpy counts in no version, and the adapter loaded onto the package's weights."""
+    model = small_model()
+    first = model.save_adapter(tmp_path / "first")
+    for parameter in model.backbone.parameters():
+        WAYS[way](parameter)
+    second = model.save_adapter(tmp_path / "second")
+    loaded(first)
+    with pytest.raises(MismatchError, match="other weights"):
+        loaded(second)
+
+
+def test_a_backbone_that_was_only_rounded(tmp_path: Path) -> None:
+    """Loading in half precision is no change of weights, and neither is having been there and back."""
+    model = small_model()
+    model.to(torch.bfloat16)
+    loaded(model.save_adapter(tmp_path / "half"))
+    loaded(model.float().save_adapter(tmp_path / "back"))
+
+
+def test_numbers_and_names_that_no_file_can_hold(saved: Path, tmp_path: Path) -> None:
+    """1e999 in a record loaded as infinity and could not be saved; a lone surrogate in a class name failed while saving."""
+    folder = copy(saved, tmp_path / "out")
+    (folder / METRICS).write_text('{"hyperparameters": {"lr": 1e999}}')
+    assert loaded(folder).save_adapter(tmp_path / "again").is_dir()
+    (folder / CONFIG).write_text((folder / CONFIG).read_text().replace("0.1", "1e999"))
+    with pytest.raises(ConfigError, match="range of numbers"):
+        loaded(folder)
+    model = small_model()
+    with pytest.raises(ConfigError):
+        model.classes = ["a", "b", "\ud800"]
+        model.save_adapter(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

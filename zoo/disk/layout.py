@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -285,10 +286,20 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def finite(text: str) -> float:
+    """For `json.loads`: a number beyond the range of floats is none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond the range of numbers")
+    return value
+
+
 def to_json(value: Mapping[str, Any], what: str) -> str:
     """Readable JSON; raises ConfigError for what has no place in it, NaN and Inf included."""
     try:
-        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text.encode()  # a lone surrogate is no Unicode
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{what} cannot be written as JSON: {error}. Use finite numbers, strings, booleans, lists and dicts."

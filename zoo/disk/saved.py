@@ -25,6 +25,7 @@ from zoo.disk.layout import (
     check_config,
     check_tensors,
     check_version,
+    finite,
     no_constant,
     refuse_pickle,
     to_json,
@@ -222,7 +223,7 @@ def _small(folder: Path, name: str) -> bytes:
 
 def _as_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data, parse_constant=no_constant)
+        value = json.loads(data, parse_constant=no_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"'{path}' is not JSON ({error}). Copy or download the folder again.") from error
     if not isinstance(value, dict):
