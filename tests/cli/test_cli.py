@@ -248,7 +248,7 @@ def test_errors_are_one_panel_and_code_1() -> None:
 def test_usage_errors_are_code_2() -> None:
     assert "list" in run("lst", code=2).output  # the nearest command
     run("points", "vit-micro", "--stage", "one", code=2)
-    run("bench", "--batch-size", "0", code=2)
+    run("bench", "--batch-size", "none", code=2)  # what is a number but cannot be is explained, with code 1
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------

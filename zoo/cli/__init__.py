@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, predict, regime, run, share
+from zoo.cli.checks import checked
 from zoo.cli.common import ZooGroup
 
 __all__ = ["app", "main", "wait_passively"]
@@ -90,4 +91,4 @@ for _command, _name in (
     app.command(
         _name,
         no_args_is_help=_name not in ("list", "bench", "demo"),
-    )(_command)
+    )(checked(_name, _command))

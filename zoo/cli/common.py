@@ -53,6 +53,13 @@ class ZooGroup(TyperGroup):
         except ZooError as error:
             show_error(error)
             raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            from zoo.cli.checks import memory_error
+
+            if (told := memory_error(error)) is None:
+                raise
+            show_error(told)
+            raise typer.Exit(1) from None
 
 
 def print_json(document: Any) -> None:

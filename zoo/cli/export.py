@@ -21,7 +21,7 @@ def export(
         typer.Option("--merged/--live", help="Adapters folded into the weights, or not; default: where they can be."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Of batches of one size only; default: any size.")
+        int | None, typer.Option("--batch-size", "-b", help="Of batches of one size only; default: any size.")
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="On the backbone's pretrained weights, or on random ones.")] = True,
     seed: Annotated[int, typer.Option(help="Of random weights (--no-pretrained): that of zoo fit.")] = 0,

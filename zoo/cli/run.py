@@ -360,7 +360,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, the picture and the adapter.")] = Path(
         "demo-out"
     ),
-    epochs: Annotated[int, typer.Option("--epochs", "-e", min=1, help="Passes over the training images.")] = 12,
+    epochs: Annotated[int, typer.Option("--epochs", "-e", help="Passes over the training images.")] = 12,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all five.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
