@@ -64,7 +64,7 @@ OPTIONS: dict[str, Kind] = {
     "batch_size": whole(1, 65536),
     **dict.fromkeys(("epochs", "steps", "shots", "sessions", "accumulate", "patience"), whole(1, 10**9)),
     **dict.fromkeys(("rounds", "num_classes", "top"), whole(1, 10**6)),
-    **dict.fromkeys(("stage", "block"), whole(0, 10**6)),
+    **dict.fromkeys(("stage", "block", "folds"), whole(0, 10**6)),
     "image_size": whole(1, 4096),
     "workers": whole(0, 256),
     "seed": SEED,
