@@ -115,7 +115,7 @@ def test_a_damaged_record(saved: Path, tmp_path: Path, wrong: str) -> None:
     tensors, held, _ = unpack((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
     try:
         data, digest = pack(held["config"], WRONG[wrong], held["card"], tensors)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, ConfigError):
         return  # no such file can be made here
     (folder / WEIGHTS).write_bytes(data)
     config = json.loads((folder / CONFIG).read_text())
