@@ -116,6 +116,128 @@ def test_another_head_is_another_run(tmp_path: Path) -> None:
         fit(model, easy_data(16), epochs=1, checkpoint=tmp_path)
 
 
+def stopped(model: zoo.Model, folder: Path, **options: Any) -> None:
+    """A run of two epochs that was killed after the first."""
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, easy_data(16), epochs=2, checkpoint=folder, callbacks=[stop], **options)
+
+
+def on(model: zoo.Model, folder: Path) -> None:
+    fit(model, easy_data(16), epochs=2, checkpoint=folder, callbacks=[lambda record: None])
+
+
+def test_another_precision_of_the_backbone_is_another_run(tmp_path: Path) -> None:
+    """A run killed in float32 went on in bfloat16, and one of bfloat16 in float32, without a word."""
+    wide, half = torch.float32, torch.bfloat16
+    for then, now in ((wide, half), (half, wide)):
+        folder = tmp_path / str(then)
+        stopped(lora().to(dtype=then), folder)
+        model = lora().to(dtype=now)
+        before = weights(model)
+        words = f"the precision of the backbone was '{str(then)[6:]}', is '{str(now)[6:]}'"
+        with pytest.raises(ConfigError, match=words):
+            on(model, folder)
+        assert difference(weights(model), before) == 0
+        on(lora().to(dtype=then), folder)
+
+
+@pytest.mark.parametrize("change", ["one number", "all", "places"])
+def test_other_numbers_of_the_backbone_are_another_run(tmp_path: Path, change: str) -> None:
+    """Weights that were changed through `.data`, or in a place that the fingerprint does not look at, went on in silence."""
+    stopped(lora(), tmp_path)
+    model = lora()
+    weight = model.backbone.get_submodule("blocks.1.mlp.fc1").weight.data
+    if change == "one number":
+        weight.view(-1)[1] += 1e-6
+    elif change == "all":
+        weight.mul_(1.0001)
+    else:
+        weight.copy_(weight.flip(0))
+    with pytest.raises(ConfigError, match="the numbers of the backbone are others"):
+        on(model, tmp_path)
+    on(lora(), tmp_path)
+
+
+def test_what_is_frozen_is_part_of_the_run(tmp_path: Path) -> None:
+    """A head that was frozen after the checkpoint was unfrozen in silence, and moved; so were halves of an adapter."""
+    stopped(lora(), tmp_path / "all")
+    model = lora()
+    model.heads.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.heads.named_parameters()}
+    with pytest.raises(ConfigError, match="frozen now, and trained then: 'head/weight' and 1 more"):
+        on(model, tmp_path / "all")
+    assert not any(p.requires_grad for p in model.heads.parameters())
+    assert difference(dict(model.heads.named_parameters()), before) == 0
+    half = lora()
+    for name, parameter in half.adapters["lora"].named_parameters():
+        parameter.requires_grad_("lora_a" not in name)
+    with pytest.raises(ConfigError, match=r"frozen now, and trained then: 'lora/.*lora_a' and 3 more"):
+        on(half, tmp_path / "all")
+    # the same is frozen on both sides: it goes on, and what is frozen stays
+    stopped(model, tmp_path / "frozen")
+    assert not any(p.requires_grad for p in model.heads.parameters())
+    with pytest.raises(ConfigError, match="trained now, and frozen then: 'head/weight' and 1 more"):
+        on(lora(), tmp_path / "frozen")
+    again = lora()
+    again.heads.requires_grad_(False)
+    on(again, tmp_path / "frozen")
+    assert not any(p.requires_grad for p in again.heads.parameters())
+    assert difference(dict(again.heads.named_parameters()), before) == 0
+
+
+def test_another_choice_of_trained_adapters_is_another_run(tmp_path: Path) -> None:
+    """`set_active(..., train=...)` was forgotten: the run went on with both, or with the other one."""
+
+    def two(train: str | None) -> zoo.Model:
+        model = tiny_model(["lora", "ssf"])
+        model.set_active("lora", "ssf", train=train)
+        return model
+
+    stopped(two("lora"), tmp_path)
+    for train in ("ssf", None):
+        with pytest.raises(ConfigError, match="trained now, and frozen then: 'ssf/"):
+            on(two(train), tmp_path)
+    on(two("lora"), tmp_path)
+
+
+def test_a_step_that_breaks_off_leaves_frozen_what_was() -> None:
+    """What a method freezes for a step stayed frozen where that step broke off."""
+
+    class Freezes:
+        def fit_start(self, model: Any, optimizer: Any, total_steps: int) -> None:
+            self.optimizer = optimizer
+
+        def step_end(self, model: Any, step: int) -> None:
+            self.optimizer.freeze("lora/*")
+            if step == 1:
+                raise KeyboardInterrupt
+
+    model = lora()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, easy_data(64), callbacks=[Freezes()])
+    assert all(p.requires_grad for p in model.adapters.parameters())
+
+
+def test_a_change_on_the_way_needs_a_run_to_change(tmp_path: Path) -> None:
+    """`resume=["lr"]` began anew where there was no checkpoint, as if it had gone on."""
+    for folder, words in ((None, "no checkpoint= is given"), (tmp_path / "none", "holds no checkpoint")):
+        with pytest.raises(ConfigError, match=words):
+            fit(lora(), easy_data(16), resume=["lr"], checkpoint=folder)
+
+
+def test_a_monitor_needs_data_to_measure_it_on() -> None:
+    """`monitor="zz"` was ignored without validation data, and where the last weights are kept."""
+    with pytest.raises(ConfigError, match="monitor is 'zz', and there is no validation data"):
+        fit(lora(), easy_data(16), monitor="zz")
+    with pytest.raises(ConfigError, match="monitor is 'zz', which the evaluation does not give"):
+        fit(lora(), easy_data(16), easy_data(8), monitor="zz", keep="last")
+
+
 # -- whole checkpoints ------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ class Before:
                 self.undo()
                 self.model.to(self.device)
         else:
+            self._thaw()  # what a method froze for the step that broke off is still to be trained
             _say(error, self._words())
         self.model.train(self.mode)
 
@@ -48,10 +49,15 @@ class Before:
         for adapter in self.model.adapters.values():
             adapter.join(None)  # type: ignore[operator]
         self.state.put(self.model)
+        self._thaw()
         for parameter in self.model.parameters():
-            parameter.requires_grad_(self.trained.get(id(parameter), parameter.requires_grad))
             parameter.grad = None
         self.model.train(self.mode)
+
+    def _thaw(self) -> None:
+        """What was trained or frozen before is so again; parameters that came since keep what they are."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(self.trained.get(id(parameter), parameter.requires_grad))
 
     def _words(self) -> str:
         further = (

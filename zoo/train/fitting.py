@@ -255,6 +255,11 @@ def fit(
     if val_set is None and (patience is not None or keep == "best"):
         train_set, val_set = split_train_val(train_set, val_fraction, seed)
         val_set = val_set.with_transform(plain or val_set.transform)
+    if monitor is not None and val_set is None:
+        raise ConfigError(
+            f"monitor is '{monitor}', and there is no validation data to measure it on. Pass val=..., or keep='best', which sets "
+            "a part of the training data aside (val_fraction); or leave monitor out."
+        )
     if batch_size is None:
         settings.batch_size = max(accumulate, default_batch_size(len(train_set)))
     what.check(model, train_set, "training data")

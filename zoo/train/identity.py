@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zoo.data.dataset import ImageDataset
 from zoo.data.digest import content
+from zoo.engine.sharded import known_types
 from zoo.tasks import Task
 from zoo.train.settings import Settings
 from zoo.train.streams import Stream
@@ -29,7 +32,7 @@ def identity(
     val: ImageDataset | None,
     streams: Mapping[str, Stream],
 ) -> dict[str, Any]:
-    """Settings, data, backbone, adapters with their settings, head, memory, task and loss."""
+    """Settings, data, backbone with its numbers, adapters with their settings, head, what is frozen, memory, task and loss."""
     adapters: Any = model.adapters
     data: dict[str, Any] = {"train": content(train)}
     if val is not None:
@@ -43,9 +46,58 @@ def identity(
         "options of the backbone": {k: repr(v) for k, v in model.backbone_kwargs.items()},
         "adapters": {name: {"method": adapters[name].method, **adapters[name].config()} for name in model.active},
         "head": [type(model.head).__name__, model.num_classes],
+        "weights": _weights(model.backbone),
+        "frozen": _frozen(model),
         "memory": model.memory,
         "task": {"name": task.name or type(task).__name__, **_settings(task)},
     }
+
+
+def _weights(backbone: torch.nn.Module) -> dict[str, str]:
+    """The precision of a backbone, and a digest of its numbers as they are in memory.
+
+    Its fingerprint is that of weights which were cast, or changed where torch counts no change (`parameter.data`). This sees a
+    change of a single bit: a sum over all numbers, taken as integers, which is the same on every device and in any order.
+    """
+    digest, kinds, counts = hashlib.blake2b(digest_size=8), set(), []
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if type(tensor) not in known_types() or tensor.is_meta or not tensor.numel():
+            continue  # quantised by a library, or without numbers
+        if tensor.is_floating_point():
+            kinds.add(str(tensor.dtype).removeprefix("torch."))
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        counts.append(_whole_numbers(tensor))
+    for count in counts:  # one after the other only here: a GPU is not waited for at each tensor
+        digest.update(str(count.tolist()).encode())
+    return {"precision": ", ".join(sorted(kinds)), "numbers": digest.hexdigest()}
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAMPLES = 64
+
+
+def _whole_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bits as integers, and some of these by themselves, for numbers that changed places."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.to(torch.uint8)
+    flat = tensor.view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # where it lies in a file must not matter
+    flat = flat.view(_INTEGERS[flat.element_size() if flat.nbytes % 8 else 8])  # eight bytes at once are faster
+    samples = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.int64)
+    return torch.cat([flat.sum(dtype=torch.int64)[None], samples])
+
+
+def _frozen(model: Model) -> list[str]:
+    """Names of what is not trained in the active adapters and the head: what the user froze, or `set_active(train=...)`."""
+    owners = [(name, model.adapters[name]) for name in model.active]
+    return [
+        f"{owner}/{name}"
+        for owner, module in [*owners, ("head", model.head)]
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    ]
 
 
 def _settings(task: Task) -> dict[str, Any]:
@@ -90,8 +142,17 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
             for name, new in value.items():
                 if then.get(name) != new:
                     found[name] = _changed(name, then.get(name), new)
-        elif then == value:
-            continue
+        elif then == value or (part not in former and part in ("weights", "frozen")):
+            continue  # the second: a checkpoint from before they were noted
+        elif part == "weights":
+            same = then["precision"] == value["precision"]
+            found[part] = (
+                "the numbers of the backbone are others (its weights were changed since)"
+                if same
+                else _changed("the precision of the backbone", then["precision"], value["precision"])
+            )
+        elif part == "frozen":
+            found[part] = _other_frozen(then, value)
         elif part == "data":
             found[part] = f"the data changed ({_data(then, value)})"
         elif part == "adapters" and isinstance(then, Mapping):
@@ -108,6 +169,18 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 def _changed(name: str, then: Any, now: Any) -> str:
     return f"{name} was {then!r}, is {now!r}"
+
+
+def _other_frozen(then: list[str], now: list[str]) -> str:
+    parts = []
+    for words, names in (
+        ("frozen now, and trained then", [n for n in now if n not in then]),
+        ("trained now, and frozen then", [n for n in then if n not in now]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{words}: '{names[0]}'{more}")
+    return "; ".join(parts)
 
 
 def _settings_of(owner: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

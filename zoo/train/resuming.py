@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from zoo.errors import ConfigError
-from zoo.train.checkpoint import Saved
+from zoo.train.checkpoint import LAST, Saved
 from zoo.train.schedule import warmup_steps
 from zoo.train.settings import CHANGEABLE
 
 __all__ = ["asked", "batches_of_epoch", "length", "may_differ", "new_leg"]
 
 
-def asked(resume: bool | Iterable[str]) -> tuple[bool, tuple[str, ...]]:
+def asked(resume: bool | Iterable[str], folder: Path | None) -> tuple[bool, tuple[str, ...]]:
     """Whether to go on at all, and which settings may differ.
 
     Raises:
-        ConfigError: a name of nothing that may be changed.
+        ConfigError: a name of nothing that may be changed, or no checkpoint to go on from under other settings.
     """
     if isinstance(resume, bool):
         return resume, ()
@@ -36,6 +37,12 @@ def asked(resume: bool | Iterable[str]) -> tuple[bool, tuple[str, ...]]:
     if wrong := [name for name in names if name not in CHANGEABLE]:
         raise ConfigError(
             f"resume names '{wrong[0]}', which a run that goes on keeps. It may change: {', '.join(CHANGEABLE)}."
+        )
+    if names and (folder is None or not (folder / LAST).is_file()):
+        where = "no checkpoint= is given" if folder is None else f"'{folder}' holds no checkpoint"
+        raise ConfigError(
+            f"resume asks to go on under another {', '.join(names)}, and {where}: there is nothing to go on from. Name the "
+            "folder of the run's checkpoints, or leave resume out to begin anew."
         )
     return True, names
 

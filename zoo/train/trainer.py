@@ -110,7 +110,7 @@ class Trainer:
     def prepare(self, resume: bool | Sequence[str]) -> None:
         """Calibrate, make the optimizer, and go back to where the checkpoint is, if there is one."""
         model, processes, settings = self.model, self.processes, self.settings
-        again, may = asked(resume)
+        again, may = asked(resume, self.store.folder)
         model.to(processes.device)
         processes.share_module(model)
         saved = None
@@ -197,7 +197,7 @@ class Trainer:
             return
         few = self.val.select(range(min(4, len(self.val), self.settings.batch_size)))
         known = rehearsal(self.model, few, self.processes, self.task, self.settings.precision, self.metrics)
-        if known is not None and self._chooses:
+        if known is not None and (self._chooses or self.settings.monitor != self.task.monitor):
             self._check_monitor(known)
 
     @property
