@@ -102,6 +102,8 @@ class Backbone:
         self.name = name
         self.pretrained = False  # set by zoo.load: whether the weights are those of `hub_id`
         self.own_weights: OwnWeights | None = None  # set by zoo.load where they are the user's
+        self.asked: int | None = None  # width of a new head, set by the model before it asks for the network's own
+        self.own_output = False  # set by take_head: nothing was taken off, the network's own output comes out
 
     # -- building ---------------------------------------------------------------------------------------------------
 

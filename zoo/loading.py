@@ -106,7 +106,11 @@ def load(
         from zoo.disk import read
 
         packs = {id(s): read(s) for s in saved}
-        if num_classes is None and len(saved) == len(sources) and not any(p.has_head for p in packs.values()):
+        if (
+            num_classes is None
+            and len(saved) == len(sources)
+            and not any(p.has_head or p.backbone_kwargs.get("own_output") for p in packs.values())
+        ):
             num_classes = 0  # saved on features, and so they come out again
     else:
         packs = {}
@@ -187,6 +191,7 @@ def of_file(
     check_backbone(name, theirs, where, trust)
     cls, own = registry.find_backbone(name)
     more = {k: v for k, v in given.items() if k not in own_words}
+    own_options(cls, more)  # a checkpoint of the user's is filled in later
 
     def build(options: dict[str, Any]) -> torch.nn.Module:
         with torch.device("meta"), only_tensors():

@@ -354,11 +354,18 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
             return
         wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
         if wrapped or saved.backbone_name == model.backbone_name:
+            seen = getattr(model.family, "known_example", True)
+            example = (
+                ""
+                if seen
+                else " No example was given, so a classifier that was taken off when it was saved may be still in: "
+                "zoo.load(network, adapter=..., example=batch)."
+            )
             raise MismatchError(
                 f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
                 f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
                 "pretrained=True unless you saved it on random ones; checkpoint= for a file of your own), or train it again on "
-                "these."
+                f"these.{example}"
             )
     elif registry.library_name(saved.backbone_name) == registry.library_name(model.backbone_name):
         return  # compared by name alone: what a file names is not looked up

@@ -47,11 +47,14 @@ class Model(Stated):
         kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        family.asked = num_classes
         own_head = family.take_head()
         self.backbone = family.module
         self.family = family
         self.backbone_name = family.name
         self.backbone_kwargs = dict(kwargs or {})
+        if family.own_output:
+            self.backbone_kwargs["own_output"] = True
         self._weights = Watched(self.backbone)
         self.backbone.requires_grad_(False)
         self.points = Points(family.points(), family.name, family.refused)
@@ -121,8 +124,8 @@ class Model(Stated):
 
     def check_width(self, features: Tensor, head: nn.Module) -> None:
         """Raise ConfigError unless the head takes features of this width."""
-        width = getattr(head, "in_features", features.shape[-1])
-        if features.shape[-1] != width:
+        width = getattr(head, "in_features", None)
+        if width is not None and features.shape[-1:] != (width,):
             raise ConfigError(
                 f"The head takes features of width {width}; these inputs give {tuple(features.shape)}. model.features(...) gives "
                 "what stands in front of the head, and zoo.load(..., num_classes=0) a model without one."

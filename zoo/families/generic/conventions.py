@@ -6,12 +6,14 @@
 | `Transformers` | with a `config` and an output class | `pooler_output`, else the mean of `last_hidden_state` | as `Plain` |
 | `Plain` | any other | the output itself where it is (B, d) | `fc`, `head`, `classifier`, ..., if it makes the output |
 
-A user who says `head=` (a module's path) or `features=` (a function, or a field of the output) is believed.
+A user who says `features=` (a function, or a field of the output) is believed. A classifier is only taken where it, on the
+features, gives what the network itself gives on the example (`heads.py`); elsewhere the network's own output comes out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,13 @@ Features = Callable[..., Tensor] | str | None
 def convention_of(module: nn.Module, features: Features = None, head: str | None = None) -> Plain:
     """The convention that a network follows."""
     says = features is not None or head is not None
-    if not says and all(hasattr(module, n) for n in ("forward_features", "forward_head", "reset_classifier")):
+    # A forward of somebody's own may do more than timm's
+    timms = type(module).forward.__module__.startswith("timm.") and "forward" not in module.__dict__
+    if (
+        not says
+        and timms
+        and all(map(partial(hasattr, module), ("forward_features", "forward_head", "reset_classifier")))
+    ):
         return Timm()
     if hasattr(module, "config") and hasattr(module, "main_input_name"):
         return Transformers(features, head)
@@ -45,6 +53,7 @@ class Plain:
     def __init__(self, features: Features = None, head: str | None = None) -> None:
         self.says, self.head = features, head
         self.path: str | None = None  # where the classifier stood
+        self.whole = False  # nothing is taken off: what the network itself gives comes out
 
     # -- features -----------------------------------------------------------------------------------------------------
 
@@ -65,6 +74,10 @@ class Plain:
                 "how they are made: features=lambda module, x: ..."
             )
         return found
+
+    def own(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> Tensor:
+        """What the network itself gives, with its classifier."""
+        return self.call(module, *inputs, **kwargs)
 
     def pick(self, output: Any) -> Tensor | None:
         """The tensor of an output on which a classifier would stand."""
@@ -104,6 +117,10 @@ class Plain:
         self.path = next(p for p, m in module.named_modules() if m is found)
         place(module, self.path, nn.Identity())
         return found
+
+    def stands(self, module: nn.Module, seen: Pass | None) -> bool:
+        """Whether there may be a classifier to take."""
+        return self.says is None and (self.head is not None or self._usual_head(module, seen) is not None)
 
     def _usual_head(self, module: nn.Module, seen: Pass | None) -> nn.Linear | None:
         """A Linear of a usual name that makes the network's output, as the pass has shown."""
@@ -151,10 +168,18 @@ class Timm(Plain):
 
     def call(self, module: Any, *inputs: Any, **kwargs: Any) -> Tensor:
         """Features in front of the classifier."""
+        if self.whole:
+            return self.own(module, *inputs, **kwargs)
         tokens = module.forward_features(*inputs, **kwargs)
         found = first_tensor(module.forward_head(tokens, pre_logits=True))
         assert found is not None
         return (found if found.ndim == 2 or unpooled(module) else averaged(found)).contiguous()
+
+    def own(self, module: Any, *inputs: Any, **kwargs: Any) -> Tensor:
+        """What timm's forward gives."""
+        found = first_tensor(module(*inputs, **kwargs))
+        assert found is not None
+        return found
 
     def take_head(self, module: Any, seen: Pass | None) -> nn.Linear | None:
         """timm's `get_classifier`, and `reset_classifier(0)`."""
@@ -163,14 +188,28 @@ class Timm(Plain):
         module.reset_classifier(0)
         return head if isinstance(head, nn.Linear) else None
 
+    def stands(self, module: Any, seen: Pass | None) -> bool:
+        """Whether `get_classifier` gives one."""
+        return isinstance(module.get_classifier(), nn.Linear)
+
     def put_head(self, module: Any, head: nn.Module) -> None:
         """timm's `reset_classifier`, with these numbers."""
         if not isinstance(head, nn.Linear):
             raise MismatchError(
                 "the head is no nn.Linear on the backbone's own features, so timm's classifier cannot hold it."
             )
+        if self.whole:
+            raise MergeError(
+                f"The classifier of a {type(module).__name__} is no nn.Linear on its features, and this head stands on what it "
+                "gives. Merge without it (model.reset_head(0)) and keep `model.head` beside the merged module."
+            )
+        absent = [name for name, part in module._modules.items() if part is None]
         module.reset_classifier(head.out_features)
         own = module.get_classifier()
+        for name in absent:  # a second classifier beside this one, which nobody trained
+            part = module._modules[name]
+            if part is not None and own not in list(part.modules()):
+                module._modules[name] = None
         if not isinstance(own, nn.Linear) or own.weight.shape != head.weight.shape:
             raise MergeError(
                 f"timm's classifier of a {type(module).__name__} is a {type(own).__name__}, which cannot hold the head. Merge "
@@ -203,7 +242,7 @@ class Transformers(Plain):
         for name in SEQUENCES:
             value = getattr(output, name, None)
             if isinstance(value, Tensor):
-                return averaged(value) if name == "last_hidden_state" or value.ndim == 4 else value
+                return averaged(value) if name == "last_hidden_state" else value
         return first_tensor(output)
 
     def example(self, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

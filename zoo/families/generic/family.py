@@ -21,6 +21,7 @@ from zoo.errors import AttachError, ConfigError
 from zoo.families.generic import sources
 from zoo.families.generic.conventions import Features, Plain, Timm, convention_of, unpooled
 from zoo.families.generic.discover import Found, discover
+from zoo.families.generic.heads import Taken, told
 from zoo.families.generic.watch import Pass, first_tensor, run, silent, watching
 from zoo.points import Point
 from zoo.registry import register_backbone
@@ -76,8 +77,13 @@ class Generic(Backbone):
         return sources.accepts(name)
 
     @classmethod
-    def build(cls, name: str, *, pretrained: bool, probe: bool = True, **kwargs: Any) -> nn.Module:
-        """The library's own network; `probe=False` leaves out the pass that shows what is called (`configure`)."""
+    def build(
+        cls, name: str, *, pretrained: bool, probe: bool = True, own_output: bool = False, **kwargs: Any
+    ) -> nn.Module:
+        """The library's own network; `probe=False` leaves out the pass that shows what is called (`configure`).
+
+        `own_output` is what a saved adapter says of one whose classifier was not taken off.
+        """
         return sources.build(name, pretrained=pretrained, options=kwargs)
 
     def configure(self, probe: bool = True, **options: Any) -> None:
@@ -89,6 +95,7 @@ class Generic(Backbone):
         twin = Generic(
             module, name, example=self.kwargs or self.inputs or None, features=self.convention.says, probe=self.probes
         )
+        twin.convention.whole = self.convention.whole
         twin.convention.path, twin._width, twin.pools, twin.said = (
             self.convention.path,
             self._width,
@@ -146,7 +153,18 @@ class Generic(Backbone):
         """The library's classifier, or the one that the user named."""
         self._check_place()
         seen = None if isinstance(self.convention, Timm) else self._look()
-        head = self.convention.take_head(self.module, seen)
+        kept = self.convention.whole  # a changed copy: nothing was taken of the first one
+        asked = self.asked is not None or not self.pools
+        taken = None if kept else Taken(self.convention, self.module, seen, self._numbered(), asked)
+        head = None if taken is None else taken.head
+        if taken is not None and taken.why:
+            if self.convention.head is not None:
+                raise ConfigError(
+                    f"head='{self.convention.head}': {taken.why} on the example. Name the nn.Linear that comes last, or say "
+                    "how the features are made: features=lambda module, x: ..."
+                )
+            told(self.module, self.name, taken.why)
+        self.own_output = self.convention.whole
         if not self.pools:
             return None
         if head is not None:
@@ -154,6 +172,12 @@ class Generic(Backbone):
         if seen is not None and head is None:
             self._measure(seen)
         return head
+
+    def _numbered(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The example, where a pass with numbers may be made."""
+        if not self.probes or not self.known_example:
+            return None
+        return self._placed(self.inputs), self._placed(self.kwargs)
 
     def _check_place(self) -> None:
         device = next((p.device for p in self.module.parameters()), None)

@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {
     "window_size": range(1, 513),
     "global_pool": ("", "avg", "avgmax", "max", "token", "map"),
     **dict.fromkeys(("drop_rate", "drop_path_rate", "mlp_ratio", "init_values"), float),
-    **dict.fromkeys(("dynamic_img_size", "strict_img_size", "qkv_bias", "probe"), bool),
+    **dict.fromkeys(("dynamic_img_size", "strict_img_size", "qkv_bias", "probe", "own_output"), bool),
 }
 TASKS = ("ImageClassification", "AudioClassification", "VideoClassification")
 # Of types that the library has no bare network of

@@ -106,10 +106,16 @@ def silent(root: nn.Module) -> Iterator[None]:
             site.run_only(ops)
 
 
-def run(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+def run(
+    root: nn.Module,
+    call: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    numbers: bool = False,
+) -> Pass:
     """One small forward pass in evaluation mode; buffers, modes and random numbers are afterwards what they were.
 
-    A large network runs without numbers (fake tensors) where it can, which costs no product.
+    A large network runs without numbers (fake tensors) where it can, which costs no product, unless `numbers` are wanted.
 
     Raises:
         Whatever the network raises.
@@ -120,7 +126,7 @@ def run(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kwar
     root.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if count > LARGE and device.type != "meta":
+            if count > LARGE and not numbers and device.type != "meta":
                 with suppress(Exception):  # what looks at numbers cannot run so; then it runs with them
                     return _fake(root, call, inputs, kwargs)
             buffers = [(b, b.clone()) for b in root.buffers() if b.device.type != "meta"]
