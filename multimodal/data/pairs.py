@@ -149,7 +149,7 @@ class HubPairs(_Captioned, HubRows):
     def _label(self, wanted: str | None, features: Mapping[str, Any], kind: Any) -> str:
         return choose_column(self.name, wanted, CAPTIONS, list(features), list(features), "caption_column")
 
-    def _know(self, values: list[Any], names: Any, labels: str, given: bool) -> None:
+    def _know(self, values: list[Any], names: Any, labels: str, own: Any = None) -> None:
         self.know(values)
 
 
@@ -158,7 +158,7 @@ class ShardPairs(_Captioned, ShardRows):
 
     label_parts = ("txt", "caption", "json")
 
-    def _know(self, texts: list[Any], names: Any, labels: str) -> None:
+    def _know(self, texts: list[Any], names: Any, labels: str, own: Any = None) -> None:
         self.know(texts)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from zoo.data.folders import read_file
 from zoo.data.labels import Labelled, read_labels
 from zoo.data.medium import IMAGES, Medium
+from zoo.data.names import names_of
 from zoo.errors import DataError, MissingPackageError, nearest
 
 __all__ = ["HubRows", "is_hub", "one_split"]
@@ -72,17 +73,14 @@ class HubRows(Labelled):
         if not len(loaded):
             raise DataError(f"'{self.name}' (split {split!r}) is empty.")
         columns = [list(loaded[name]) for name in chosen]
-        names = class_names
-        if len(chosen) > 1:
-            names = names if names is not None else chosen
-        elif names is None:
-            feature = features[chosen[0]]
-            names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+        own = chosen if len(chosen) > 1 else names_of(features[chosen[0]])
         values = columns[0] if len(columns) == 1 else [list(row) for row in zip(*columns, strict=True)]
-        self._know(values, names, labels, class_names is not None)
+        self._know(values, class_names, labels, own)
 
-    def _know(self, values: list[Any], names: Sequence[str] | None, labels: str, given: bool) -> None:
-        self.take(read_labels(values, self.where, names, labels, given=given))
+    def _know(
+        self, values: list[Any], names: Sequence[str] | None, labels: str, own: Sequence[str] | None = None
+    ) -> None:
+        self.take(read_labels(values, self.where, names, labels, given=names is not None, own=own))
 
     def _label(self, wanted: str | None, features: Mapping[str, Any], kind: Any) -> str:
         others = [name for name in features if name != self.column]

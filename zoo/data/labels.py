@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.data.names import not_among, places
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = [
@@ -121,7 +122,13 @@ def _list(text: str) -> list[Any]:
 
 
 def read_labels(
-    values: Any, where: Where, names: Sequence[str] | None = None, kind: str = "auto", *, given: bool = False
+    values: Any,
+    where: Where,
+    names: Sequence[str] | None = None,
+    kind: str = "auto",
+    *,
+    given: bool = False,
+    own: Sequence[str] | None = None,
 ) -> Labels:
     """The labels of all rows.
 
@@ -129,12 +136,17 @@ def read_labels(
         values: (n,) or (n, K) numbers as an array, or any sequence of labels.
         where: the place of a row, for messages. names: class names, if they are known.
         given: the names are the user's own word: where they are numbers, but not 0 ... n-1 in order, labels are these numbers.
+        own: the names that the data themselves have for labels that are indices. Other names then choose an order, in which
+            labels follow theirs; they rename nothing.
 
     Raises:
         DataError: a row without a label, or with one that is none of the kind; its place is named.
     """
     check_kind(kind)
-    names = None if names is None else [str(name) for name in names]
+    own = None if own is None else [str(name) for name in own]
+    names = own if names is None else [str(name) for name in names]
+    if own and names is not None and own != names and not bare(own) and _indices(values):
+        return _by_name(read_labels(values, where, own, kind), names, where)
     if isinstance(values, Tensor):
         values = values.numpy()
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf" and values.ndim in (1, 2):
@@ -158,6 +170,37 @@ def read_labels(
     if any(words):
         return _texts(plain, where, names, kind)
     return _numbers(np.asarray(plain), where, names, kind, given)
+
+
+def _indices(values: Any) -> bool:
+    """Whether labels are numbers, which class names translate, rather than names themselves."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        return not isinstance(values, np.ndarray) or values.dtype.kind in "biuf"
+    for value in values:
+        parts = value if isinstance(value, (list, tuple, set)) else [value]
+        if any(isinstance(part, (str, bytes)) for part in parts):
+            return False
+    return True
+
+
+def _by_name(found: Labels, names: list[str], where: Where) -> Labels:
+    """Labels that are indices of names of their own, as those of other names."""
+    if found.classes is None and found.targets is not None:
+        return found  # numbers
+    table = places(found.classes or [], names)
+    if found.labels is not None:
+        labels = table[found.labels]
+        for row in np.flatnonzero(labels < 0)[:1].tolist():
+            raise not_among((found.classes or [])[found.labels[row]], names, where(row))
+        return Labels(labels, None, names)
+    assert found.targets is not None
+    targets = np.zeros((len(found.targets), len(names)), dtype=np.float32)
+    for column, place in enumerate(table.tolist()):
+        if place >= 0:
+            targets[:, place] = found.targets[:, column]
+        elif len(rows := np.flatnonzero(found.targets[:, column])):
+            raise not_among((found.classes or [])[column], names, where(int(rows[0])))
+    return Labels(None, targets, names)
 
 
 _MIXED = "labels are {} in some rows and {} in others; expected one form."
@@ -236,14 +279,20 @@ def _numbers(values: np.ndarray, where: Where, names: list[str] | None, kind: st
         table = {int(name): i for i, name in enumerate(names)}
         if set(np.unique(labels).tolist()) <= set(table):
             return Labels(np.asarray([table[label] for label in labels.tolist()], dtype=np.int64), None, names)
+    stated = names is not None
     if names is None:
         names = [str(i) for i in range(_largest(labels, where) + 1)]
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
+        advice = "Pass all class names as classes=[...], or mend the labels."
+        if stated and not given:
+            advice = (
+                f"The data name these classes themselves ({', '.join(names[:4])} ...): mend their names, or the labels."
+            )
         more = " Whole numbers below 0 can be regressed: labels='numbers'." if labels[wrong[0]] < 0 else ""
         raise DataError(
             f"{where(int(wrong[0]))}: label {labels[wrong[0]]} is outside the {len(names)} classes "
-            f"(0..{len(names) - 1}); {len(wrong)} such rows. Pass all class names as classes=[...], or mend the labels.{more}"
+            f"(0..{len(names) - 1}); {len(wrong)} such rows. {advice}{more}"
         )
     return Labels(labels, None, names)
 

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from zoo.data.dataset import ImageDataset, OnError, Transform
 from zoo.data.folders import SPLITS, FolderRows
 from zoo.data.hub import HubRows, is_hub, one_split
-from zoo.data.labels import check_kind
+from zoo.data.joined import with_classes
+from zoo.data.labels import bare, check_kind
 from zoo.data.locate import SHARD, is_paths, locate
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.parquet import ParquetRows
-from zoo.data.sampling import few_shot
+from zoo.data.sampling import check_range, few_shot, known_labels
 from zoo.data.shards import ShardRows
 from zoo.data.sources import TorchRows, unwrapped
 from zoo.data.tables import ListedRows
@@ -53,8 +54,9 @@ def open_dataset(
             that a test split is never trained on by accident.
         image_column, label_column: columns of tables and rows; guessed if there is one candidate. Several label columns (a
             list of names) make tags or numbers.
-        classes: all class names, in the order of the labels. By default `classes.json` beside the files, the names in
-            the files' metadata, the names of the folders, or the labels themselves.
+        classes: all class names, in the order of the labels; labels of data that have names of their own follow these
+            names. By default `classes.json` beside the files, the names in the files' metadata, the names of the folders,
+            or the labels themselves.
         labels: what the labels are: "classes", "tags" (several classes for each item), "numbers" (to regress); by default
             by their type (`zoo.data.labels`).
         shots: take only so many images of every class, drawn with `seed`.
@@ -96,7 +98,7 @@ def open_with(
     if isinstance(source, DataLoader):
         source = unwrapped(source)
     if isinstance(source, ImageDataset):
-        return source if transform is None else source.with_transform(transform)
+        return _opened(source, transform, split, names)
     if isinstance(source, Mapping):
         return open_with(
             medium,
@@ -134,16 +136,28 @@ def open_with(
         given = names if names is not None else _classes_json(place)
         rows = FolderRows(place, given, name=folder_name(place), medium=medium)
     elif found.kind == "table":
-        if names is None:
-            options["class_names"] = partial(_classes_json, Path(found.place).parent)
+        options["own_names"] = partial(_classes_json, Path(found.place).parent)
         rows = ListedRows(Path(found.place), below=found.below, split=found.split, **options)
     elif found.kind == "shards":
         rows = ShardRows(found.files, name=short_name(found.files), **options)
     else:
-        if names is None:
-            options["class_names"] = partial(_classes_json, found.files[0].parent)
+        options["own_names"] = partial(_classes_json, found.files[0].parent)
         rows = ParquetRows(found.files, name=short_name(found.files), **options)
     return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
+
+
+def _opened(
+    dataset: ImageDataset, transform: Transform | None, split: str | None, names: list[str] | None
+) -> ImageDataset:
+    """A data set that is open already, with another transform, and its classes in another order."""
+    if split is not None:
+        raise DataError(f"'{dataset.name}' is open already, and is one data set; leave split='{split}' out.")
+    if names is not None and dataset.classes is not None and not bare(dataset.classes):
+        dataset = with_classes(dataset, names)
+    elif names is not None and names != dataset.classes:
+        check_range(known_labels(dataset), dataset._like(classes=names))
+        dataset = dataset._like(classes=names)
+    return dataset if transform is None else dataset.with_transform(transform)
 
 
 def short_name(files: Sequence[Path]) -> str:

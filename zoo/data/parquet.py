@@ -30,8 +30,6 @@ HOLD_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
 
-ClassNames = Sequence[str] | Callable[[str], list[str] | None] | None
-
 
 class ParquetRows(Labelled):
     """The rows of `files`, one after the other.
@@ -40,8 +38,8 @@ class ParquetRows(Labelled):
         files: Parquet files with the same columns.
         medium: what the encoded items are.
         column, label_column: their names; guessed if None. Several label columns make tags (of 0 and 1) or numbers.
-        class_names: names (a label is then an index or a name), or what finds them for a label column; otherwise from the
-            files' own metadata, or from the labels.
+        class_names: names; a label is then an index or a name. Otherwise those of the data, or the labels.
+        own_names: what finds the data's own names for a label column; otherwise these are from the files' own metadata.
         labels: see `zoo.data.labels`.
         hold_bytes: up to this size all encoded images are kept in memory.
         cache_bytes: of larger data sets, how many bytes of row groups are kept.
@@ -55,7 +53,8 @@ class ParquetRows(Labelled):
         medium: Medium = IMAGES,
         column: str | None = None,
         label_column: str | Sequence[str] | None = None,
-        class_names: ClassNames = None,
+        class_names: Sequence[str] | None = None,
+        own_names: Callable[[str], list[str] | None] | None = None,
         labels: str = "auto",
         hold_bytes: int = HOLD_BYTES,
         cache_bytes: int = CACHE_BYTES,
@@ -76,10 +75,8 @@ class ParquetRows(Labelled):
             else [self._find_label(schema, label_column)]  # type: ignore[arg-type]
         )
         self._index(cache_bytes, hold_bytes)
-        given = class_names is not None and not callable(class_names)
-        if callable(class_names):
-            class_names = class_names(self.label_columns[0])
-        self._read_labels(schema, class_names, labels, given)
+        self._own_names = own_names
+        self._read_labels(schema, class_names, labels, class_names is not None)
 
     def _find_column(self, schema: pa.Schema, wanted: str | None) -> str:
         """The column of encoded images: the named one, or one with a usual name, or the only one of bytes."""
@@ -159,12 +156,13 @@ class ParquetRows(Labelled):
     def _read_labels(self, schema: pa.Schema, class_names: Sequence[str] | None, labels: str, given: bool) -> None:
         columns = [self._values(name) for name in self.label_columns]
         if len(columns) == 1:
-            values, names = columns[0], class_names
-            names = names if names is not None else _hub_names(schema, self.label_columns[0])
+            name = self.label_columns[0]
+            values, own = columns[0], None if self._own_names is None else self._own_names(name)
+            own = own if own is not None else _hub_names(schema, name)
         else:
             values = [list(row) for row in zip(*(list(c) for c in columns), strict=True)]
-            names = class_names if class_names is not None else self.label_columns
-        self.take(read_labels(values, self.where, names, labels, given=given))
+            own = self.label_columns
+        self.take(read_labels(values, self.where, class_names, labels, given=given, own=own))
 
     def _values(self, name: str, *, nulls: bool = False) -> Any:
         """A label column of all files: an array of numbers, or a list; `nulls`: rows without a label are None."""

@@ -134,15 +134,15 @@ class ShardRows(Labelled):
         own = tuple(wanted) if named else (("json",) if wanted[0] is not None else self.label_parts)
         columns = [[self._label(i, own, name) for i in range(count)] for name in wanted]
         texts = columns[0] if len(columns) == 1 else [list(row) for row in zip(*columns, strict=True)]
-        if len(wanted) > 1 and class_names is None:
-            class_names = [str(name) for name in wanted]
-        self._know(texts, class_names, labels)
+        self._know(texts, class_names, labels, [str(name) for name in wanted] if len(wanted) > 1 else None)
 
-    def _know(self, texts: list[Any], names: Sequence[str] | None, labels: str) -> None:
+    def _know(
+        self, texts: list[Any], names: Sequence[str] | None, labels: str, own: Sequence[str] | None = None
+    ) -> None:
         values = parsed(texts) if all(isinstance(t, str) for t in texts) else texts
         if names is not None and all(isinstance(t, str) for t in texts) and set(texts) <= set(names):
             values = texts
-        self.take(read_labels(values, self.where, names, labels, given=names is not None))
+        self.take(read_labels(values, self.where, names, labels, given=names is not None, own=own))
 
     def _label(self, index: int, endings: Sequence[Any], wanted: str | None) -> Any:
         part = self.shards.part(index, endings, "label")

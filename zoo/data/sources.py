@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset, default_col
 from zoo.data.dataset import Skipped
 from zoo.data.folders import read_file
 from zoo.data.hub import is_hub
-from zoo.data.labels import Labelled, parsed, read_labels
+from zoo.data.labels import Labelled, bare, parsed, read_labels
 from zoo.data.medium import IMAGES, Medium
+from zoo.data.names import own_classes, placed, places
 from zoo.data.seeds import kept_generators
 from zoo.errors import DataError, nearest
 
@@ -54,15 +55,21 @@ class TorchRows(Labelled):
         self.medium, self.noun, self.kind = medium, medium.noun, labels
         self.column, self.label_column = column, label_column
         self.name = name or type(dataset).__name__
+        own = own_classes(dataset, label_column, medium.label_columns)
         indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         if isinstance(dataset, IterableDataset) or is_hub(dataset, "IterableDataset") or not indexed:
             dataset = _held(dataset, self.name)
         self.dataset = dataset
         if len(self) == 0:
             raise DataError(f"{self.name}: the data set is empty.")
-        self.class_names = list(class_names) if class_names is not None else _own_classes(dataset)
-        if self.class_names is None and isinstance(label_column, (list, tuple)) and len(label_column) > 1:
-            self.class_names = list(label_column)
+        if own is None and isinstance(label_column, (list, tuple)) and len(label_column) > 1:
+            own = list(label_column)
+        self.class_names = list(class_names) if class_names is not None else own
+        self._own = own
+        ordered = own is None or bare(own) or own == self.class_names
+        self._places = (
+            None if ordered else places(own or [], self.class_names or [])
+        )  # of labels that only reading tells
         self._mapped = False
         self._know(labels_of(dataset), class_names is not None)
         self._positions = {name: i for i, name in enumerate(self.class_names or ())}
@@ -89,7 +96,7 @@ class TorchRows(Labelled):
         if isinstance(values, list) and values and all(isinstance(v, bytes) for v in values):
             values = parsed([v.decode("utf-8", "replace") for v in values])
         array = isinstance(values, np.ndarray)
-        found = read_labels(values, self.where, names, self.kind, given=given)
+        found = read_labels(values, self.where, names, self.kind, given=given, own=self._own)
         self.take(found)
         if found.targets is None and found.classes is None:
             self.class_names = names
@@ -158,7 +165,7 @@ class TorchRows(Labelled):
             raise DataError(f"{where}: there is no {self.medium.thing} (None).")
         else:
             value = self.medium.accept(value, where)
-        return value, self.target(index) if self._mapped else self._coerced(label, where)
+        return value, self.target(index) if self._mapped else self._placed(label, where)
 
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
         if isinstance(item, Mapping):
@@ -195,6 +202,13 @@ class TorchRows(Labelled):
                 f"{', '.join(map(str, names))}."
             )
         return row[key], row[label]
+
+    def _placed(self, label: Any, where: str) -> Any:
+        """`_coerced`, and an index of the data's own classes as that of the user's."""
+        found = self._coerced(label, where)
+        if self._places is None or isinstance(label, (str, bytes)):
+            return found
+        return placed(found, self._places, self._own or [], self.class_names or [], where)
 
     def _coerced(self, label: Any, where: str) -> Any:
         """A label in the form in which batches hold it; of any kind but "any" and "auto", as the kind has it."""
@@ -311,13 +325,6 @@ def labels_of(dataset: Any) -> Any:
     if labels.dtype.kind in "biuf" and labels.ndim in (1, 2):
         return labels
     return labels.tolist() if labels.dtype.kind in "OU" and labels.ndim == 1 else None
-
-
-def _own_classes(dataset: Any) -> list[str] | None:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", None)
-    return None if names is None else [str(name) for name in names]
 
 
 def unwrapped(loader: Any) -> Any:

@@ -125,7 +125,8 @@ class ListedRows(Labelled):
         medium: Medium = IMAGES,
         column: str | None = None,
         label_column: str | Sequence[str] | None = None,
-        class_names: Sequence[str] | Callable[[str], list[str] | None] | None = None,
+        class_names: Sequence[str] | None = None,
+        own_names: Callable[[str], list[str] | None] | None = None,
         labels: str = "auto",
         below: Path | None = None,
         split: str | None = None,
@@ -145,9 +146,7 @@ class ListedRows(Labelled):
             [n for n in there if n != files and n.lower() not in SPLIT_COLUMNS],
             there,
         )
-        own_word = class_names is not None and not callable(class_names)
-        if callable(class_names):
-            class_names = class_names(given[0])
+        own = given if len(given) > 1 else None if own_names is None else own_names(given[0])
         splits = next((n for n in there if n.lower() in SPLIT_COLUMNS and n not in (files, *given)), None)
         self._choose_split(splits, split, [row for _, row in rows])
         self._paths, kept, lines = [], [], []
@@ -179,7 +178,7 @@ class ListedRows(Labelled):
         kept, lines = self._together(kept, lines, labels)
         cells = [[row[i] for row in kept] for i in range(len(given))]
         if table.suffix.lower() != ".jsonl":
-            known = set(map(str, class_names or ()))
+            known = set(map(str, class_names or own or ()))
             cells = [
                 c
                 if (known and all(isinstance(v, str) and v in known for v in c)) or any(isinstance(v, list) for v in c)
@@ -191,8 +190,11 @@ class ListedRows(Labelled):
             if isinstance(label_column, str) or len(given) == 1
             else [list(row) for row in zip(*cells, strict=True)]
         )
-        names = list(class_names) if class_names is not None else (given if len(given) > 1 else None)
-        self.take(read_labels(values, lambda row: f"{table}, line {lines[row]}", names, labels, given=own_word))
+        self._lines = lines
+        self.take(read_labels(values, self._line, class_names, labels, given=class_names is not None, own=own))
+
+    def _line(self, row: int) -> str:
+        return f"{self.table}, line {self._lines[row]}"
 
     def _choose_split(self, column: str | None, split: str | None, rows: Sequence[dict[str, Any]]) -> None:
         """Raise DataError unless it is clear which rows are meant."""

@@ -58,7 +58,7 @@ class Classify(Weighted):
             raise MismatchError(
                 f"The {what} '{dataset.name}' has {len(dataset.classes)} classes, the model's head {model.num_classes}. "
                 f"Load the model with num_classes={len(dataset.classes)}, or open the data with classes=[...] (all "
-                f"{model.num_classes} names, in the order of the labels)."
+                f"{model.num_classes} names, in the order of the head's outputs; labels follow the names that data have)."
             )
         if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < model.num_classes:
             wrong = int(((labels < 0) | (labels >= model.num_classes)).argmax())
