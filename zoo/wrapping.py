@@ -11,6 +11,7 @@ What is saved names the class of the network and its settings as text, for peopl
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from torch import nn
 
 from zoo import registry
 from zoo.backbone import WRAPPED, Backbone, OwnWeights
+from zoo.engine.sites import site_at
 from zoo.errors import ConfigError
 from zoo.model import Model
 
 __all__ = ["wrap"]
 
+# Networks that a model stands on, while it lives
+_HELD: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Model]] = weakref.WeakKeyDictionary()
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -76,6 +80,7 @@ def wrap(
         raise ConfigError(
             "This network is compiled. Wrap the network itself, and compile the model: torch.compile(zoo.wrap(...))."
         )
+    _check_free(module)
     label = name or type(module).__name__
     if not _NAME.fullmatch(label):
         raise ConfigError(f"name={label!r}; expected letters, digits, '.', '-' and '_'.")
@@ -93,7 +98,22 @@ def wrap(
         family = made(module, f"{WRAPPED}{label}", example=example, features=features, head=head, probe=probe)
     family.pretrained = next((p.device.type != "meta" for p in module.parameters()), False)
     family.own_weights = OwnWeights(label, source, licence)
-    return Model(family, num_classes=num_classes, memory=memory, kwargs={"recipe": recipe(module)})
+    model = Model(family, num_classes=num_classes, memory=memory, kwargs={"recipe": recipe(module)})
+    _HELD[module] = weakref.ref(model)
+    return model
+
+
+def _check_free(module: nn.Module) -> None:
+    """Raise ConfigError if a model stands on this network, or on a part of it, already."""
+    for path, part in module.named_modules():
+        held = _HELD.get(part)
+        if site_at(part) is not None or (held is not None and held() is not None):
+            where = f"Its part '{path}' is" if path and site_at(part) is None else "This network is"
+            raise ConfigError(
+                f"{where} in a model of zoo already, which took off its classifier, and adapters of both would act on each "
+                "other. Add adapters to that model (model.add_adapter), wrap its `merge()`, or hand over a copy of the network "
+                "that was made before (copy.deepcopy)."
+            )
 
 
 def recipe(module: nn.Module) -> str:

@@ -205,3 +205,57 @@ def test_an_adapter_names_the_backbone_of_a_checkpoint(tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "out")
     again = zoo.load(adapter=tmp_path / "out", checkpoint=tmp_path / "net.pth")
     torch.testing.assert_close(again(x), model(x))
+
+
+@torch.no_grad()
+def test_a_hook_of_the_users_on_a_point() -> None:
+    """A hook acts in front of the adapter; merged, it would act behind it (off by 1.5)."""
+    x, net = batch(4, 8), Net(lambda net, x: net.fc(net.a(x).relu()))
+    net.a.register_forward_hook(lambda module, args, output: output * 3)
+    own = net(x)
+    model = zoo.load(net, "lora", example=x)
+    torch.testing.assert_close(model(x), own)
+    with pytest.raises(zoo.errors.MergeError, match=r"'a'.*a forward hook of the user's stands on it"):
+        model.merge()
+
+
+@pytest.mark.parametrize("method", ["lora", "ssf"])
+def test_a_weight_that_is_called_and_read(method: str) -> None:
+    """A merge changed what is read there, too, which the live adapter does not (off by 4.1)."""
+    x = batch(4, 8)
+    net = Net(
+        lambda net, x: net.fc(nn.functional.linear(net.a(x), net.a.weight.t()).relu() + net.a.weight.dtype.itemsize)
+    )
+    with pytest.raises(zoo.errors.SelectionError, match=r"'1.a' cannot be chosen.*is also read besides its call"):
+        zoo.load(nn.Sequential(nn.Linear(8, 8), net), zoo.adapter(method, targets="1.a"), example=x)
+
+
+def test_a_network_that_is_wrapped_already(tmp_path: Path) -> None:
+    """The second model had no classifier, and its training moved the output of the first."""
+    x, net = batch(4, 8), Net(lambda net, x: net.fc(net.a(x).relu()))
+    first = zoo.load(net, "lora", example=x)
+    for again in (net, nn.Sequential(net), net.a):
+        with pytest.raises(ConfigError, match="in a model of zoo already"):
+            zoo.load(again, "lora", example=x)
+    assert zoo.load(first.merge(), "lora", example=x).num_classes == 5
+
+
+def test_rows_that_are_chosen_by_their_values() -> None:
+    """One good batch stood for all: later the rows of the others went through the wrong adapter (off by 0.9)."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.fc = nn.Linear(8, 16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            k = x.abs().sum(-1) > 0
+            o = x.new_zeros(*x.shape[:2], 16)
+            o[k] = self.a(x[k])
+            return self.fc(o.mean(1))  # type: ignore[no-any-return]
+
+    x = batch(4, 3, 8)
+    model = zoo.load(Packed(), "lora", example=x)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="chooses rows by their values"):
+            model(x, adapters=["lora", None, None, None])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.sites import site_at
 from zoo.families.generic.roles import is_norm, linear_role
 from zoo.families.generic.watch import Pass
 from zoo.points import BlockPoint, NormPoint, Point, SublayerPoint
@@ -56,6 +57,11 @@ def discover(root: nn.Module, seen: Pass | None, head: nn.Module | None = None) 
             continue
         if seen is not None and path not in seen.modules:
             found.refused[path] = "it is never called: its weight is read directly, or the example does not reach it"
+            continue
+        if seen is not None and path in seen.read:
+            found.refused[path] = (
+                "its weight is also read besides its call, and a merge would change what is read there"
+            )
             continue
         index, stage = _place(path, blocks)
         point.block, point.stage = index, stage
@@ -140,6 +146,8 @@ OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, n
 def _odd(module: nn.Module) -> str:
     """Why a class does not use its weight as it stands; "" if it does. Tried once for each class, on a small copy."""
     kind = type(module)
+    if module._forward_hooks and site_at(module) is None:
+        return "a forward hook of the user's stands on it and changes its output before an adapter does"
     if kind in OWN or (kind.forward in {o.forward for o in OWN} and not module._forward_pre_hooks):
         return ""
     if kind not in _PLAIN:

@@ -9,7 +9,6 @@ A small forward pass shows that every hook fires. What it does not reach is no p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +21,10 @@ from zoo.families.generic import sources
 from zoo.families.generic.conventions import Features, Plain, Timm, convention_of, unpooled
 from zoo.families.generic.discover import Found, discover
 from zoo.families.generic.heads import Taken, told
-from zoo.families.generic.watch import Pass, first_tensor, run, silent, watching
+from zoo.families.generic.roles import activates
+from zoo.families.generic.watch import Pass, first_tensor, reading, run, silent, watching
 from zoo.points import Point
 from zoo.registry import register_backbone
-
-# Elementwise functions whose backward needs their input (their output can be computed again), by what libraries call them
-ACTIVATIONS = re.compile(r"\w*(gelu|silu|swish|mish|softplus|selu)\w*", re.IGNORECASE)
-LIBRARIES = ("torch", "timm", "transformers", "diffusers", "open_clip")
 
 
 @register_backbone
@@ -253,7 +249,7 @@ class Generic(Backbone):
     def elementwise_modules(self) -> list[nn.Module]:
         """Activations of the libraries' own that ran, and do not write into their input."""
         ran = [] if self._pass is None else self._pass.modules
-        return [m for m in map(self.module.get_submodule, ran) if _activates(m)]
+        return [m for m in map(self.module.get_submodule, ran) if activates(m)]
 
     @property
     def refused(self) -> dict[str, str]:
@@ -312,6 +308,13 @@ class Generic(Backbone):
         if self._rows or batch < 2 or torch.compiler.is_compiling():
             return
         with silent(self.module), torch.no_grad():
+            picks = self._picks(inputs)
+            if picks:
+                raise ConfigError(
+                    f"This {type(self.module).__name__} chooses rows by their values ({', '.join(sorted(picks))}), so which "
+                    "rows belong to which sample changes with the batch. Call the model once for each adapter "
+                    "(model.set_active)."
+                )
             both, one = (self._rows_of(inputs, batch, part) for part in (slice(0, 2), slice(1, 2)))
         for point in self._found.points if self._found is not None else ():
             first, second = (seen.modules.get(point.path) for seen in (both, one))
@@ -324,6 +327,12 @@ class Generic(Backbone):
                     "adapters cannot be chosen for each sample. Call the model once for each adapter (model.set_active)."
                 )
         self._rows = True
+
+    def _picks(self, inputs: tuple[Any, ...]) -> set[str]:
+        seen = Pass()
+        with reading(self.module, seen):
+            self._named(*inputs)
+        return seen.picks
 
     def _rows_of(self, inputs: tuple[Any, ...], batch: int, part: slice) -> Pass:
         rows = tuple(v[part] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for v in inputs)
@@ -381,14 +390,6 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
-
-
-def _activates(module: nn.Module) -> bool:
-    """Whether a module is an elementwise function of a known kind, without parameters, that makes a tensor of its own."""
-    kind = type(module)
-    known = ACTIVATIONS.fullmatch(kind.__name__) and kind.__module__.split(".")[0] in LIBRARIES
-    state = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
-    return bool(known) and not state and not getattr(module, "inplace", False)
 
 
 def _told(value: Any) -> str:

@@ -100,3 +100,16 @@ def is_norm(module: nn.Module) -> bool:
         return False
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 1
+
+
+# Elementwise functions whose backward needs their input (their output can be computed again), by what libraries call them
+ACTIVATIONS = re.compile(r"\w*(gelu|silu|swish|mish|softplus|selu)\w*", re.IGNORECASE)
+LIBRARIES = ("torch", "timm", "transformers", "diffusers", "open_clip")
+
+
+def activates(module: nn.Module) -> bool:
+    """Whether a module is an elementwise function of a known kind, without parameters, that makes a tensor of its own."""
+    kind = type(module)
+    known = ACTIVATIONS.fullmatch(kind.__name__) and kind.__module__.split(".")[0] in LIBRARIES
+    state = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    return bool(known) and not state and not getattr(module, "inplace", False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zoo.engine.sites import site_at
 
@@ -42,6 +43,8 @@ class Pass:
 
     modules: dict[str, Seen] = field(default_factory=dict)
     output: Any = None
+    read: set[str] = field(default_factory=set)  # modules whose parameters were used while they were not called
+    picks: set[str] = field(default_factory=set)  # functions that choose rows by their values
 
     def forget(self) -> None:
         """Keep shapes, order, and who handed what to whom; let the numbers go."""
@@ -92,6 +95,66 @@ def watching(root: nn.Module) -> Iterator[Pass]:
             handle.remove()
 
 
+class Reading(TorchFunctionMode):
+    """Notes which modules' parameters are used besides their call, and what chooses rows by their values."""
+
+    PICKS = frozenset(
+        {"nonzero", "masked_select", "masked_scatter", "masked_scatter_", "argwhere", "argsort", "sort", "unique"}
+    )
+
+    def __init__(self, root: nn.Module, seen: Pass) -> None:
+        super().__init__()
+        self.seen = seen
+        self.running: list[nn.Module] = []
+        self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in root.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append((path, module))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As the function does."""
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        values = [*args, *kwargs.values()]
+        if name in self.PICKS or (name == "where" and len(values) == 1) or (name == "__getitem__" and _masks(args[1])):
+            self.seen.picks.add("an index of truth values" if name == "__getitem__" else name)
+        for value in values:
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                owners = self.owners.get(id(one), ()) if isinstance(one, nn.Parameter) else ()
+                if owners and first_tensor(made) is not None and not any(m in self.running for _, m in owners):
+                    self.seen.read.update(path for path, _ in owners)
+        return made
+
+
+def _masks(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.ndim for part in parts)
+
+
+@contextmanager
+def reading(root: nn.Module, seen: Pass) -> Iterator[None]:
+    """A context in which it is noted what is read besides calls (`Pass.read`), and what chooses rows (`Pass.picks`)."""
+    mode = Reading(root, seen)
+
+    def enter(module: nn.Module, args: Any) -> None:
+        mode.running.append(module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        while mode.running and mode.running.pop() is not module:  # those that broke inside of it
+            continue
+
+    handles = [m.register_forward_pre_hook(enter, prepend=True) for m in root.modules()]
+    handles += [m.register_forward_hook(leave) for m in root.modules()]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def silent(root: nn.Module) -> Iterator[None]:
     """A context in which no adapter does anything."""
@@ -131,7 +194,7 @@ def run(
                     return _fake(root, call, inputs, kwargs)
             buffers = [(b, b.clone()) for b in root.buffers() if b.device.type != "meta"]
             try:
-                with watching(root) as seen:
+                with watching(root) as seen, reading(root, seen):
                     seen.output = call(*inputs, **kwargs)
             finally:
                 for buffer, value in buffers:
@@ -151,7 +214,7 @@ def _fake(root: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], kw
         def fake(value: Any) -> Any:
             return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
-        with watching(root) as seen:
+        with watching(root) as seen, reading(root, seen):
             seen.output = call(*(fake(v) for v in inputs), **{k: fake(v) for k, v in kwargs.items()})
     return seen
 
