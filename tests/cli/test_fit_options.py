@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import zoo
 from zoo.cli import app, wait_passively
 
 
@@ -100,3 +101,15 @@ def test_threads_wait_passively_in_commands(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and os.environ["KMP_BLOCKTIME"] == "200"
     script = "import sys, zoo.cli; assert 'torch' not in sys.modules, 'too late for OpenMP'"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_pictures_and_calibration_of_an_evaluation(image_folder: Path, tmp_path: Path) -> None:
+    line = ["eval", "vit-micro", "--data", image_folder / "test", "--no-pretrained"]
+    model = zoo.load("vit-micro", "linear", pretrained=False, seed=0, classes=["blue", "red"])
+    folder = model.save_adapter(tmp_path / "out")
+    line[1] = folder
+    found = json.loads(run(*line, "--confusion", tmp_path / "cm.png", "--calibration", "--json").stdout)
+    assert 0 <= found["calibration"] <= 1 and sum(map(sum, found["confusion"])) == found["images"]
+    assert (tmp_path / "cm.png").read_bytes().startswith(b"\x89PNG")
+    assert "calibration" in run(*line, "--calibration").output
+    run(*line, "--confusion", tmp_path / "cm.zzz", code=1)

@@ -90,7 +90,7 @@ def test_in_an_evaluation() -> None:
             zoo.evaluate(model, data, metrics=wrong, progress=False, device="cpu")
     with pytest.raises(ConfigError, match="one of a classifier"):
         named_metrics(["miou"], 0)
-    assert named_metrics("map", 0) and len(METRICS) == 18
+    assert named_metrics("map", 0) and len(METRICS) == 19
 
 
 class Proxies(Task):
@@ -188,3 +188,22 @@ def test_two_processes(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]))
+
+
+def test_the_calibration_error_by_hand() -> None:
+    """The mean over 15 bins of confidence of |accuracy - confidence|, weighted by their shares; logits between 0 and 1 are logits."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.5, 4.0):
+        logits = torch.rand(400, 4, generator=generator) * scale
+        labels = torch.randint(0, 4, (400,), generator=generator)
+        found = metric("calibration", 4)
+        for part in range(0, 400, 64):
+            found.update(logits[part : part + 64], labels[part : part + 64])
+        sure, taken = logits.softmax(-1).max(-1)
+        bins = (sure * 15).ceil().long() - 1
+        wanted = sum(
+            (bins == b).float().mean()
+            * ((taken[bins == b] == labels[bins == b]).float().mean() - sure[bins == b].mean()).abs()
+            for b in bins.unique().tolist()
+        )
+        assert abs(float(found.compute()) - float(wanted)) < 1e-6

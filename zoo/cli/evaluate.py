@@ -54,6 +54,20 @@ def evaluate(
     labels: LabelKind = "auto",
     label_column: LabelColumn = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also each class.", rich_help_panel=OUTPUT)] = False,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw which classes are taken for which, into this .png, .pdf or .svg.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibration",
+            help="Also by how much confidence and accuracy differ (expected calibration error, 15 bins).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Write the numbers into the folder's card.", rich_help_panel=OUTPUT)
     ] = False,
@@ -68,6 +82,7 @@ def evaluate(
       zoo eval out/ --data photos/test
       zoo eval out/ --data 'cifar10/test-*.parquet' --save      # the card then says so
       zoo eval you/vit-b16-lora-photos --data photos/test --json
+      zoo eval out/ --data photos/test --confusion cm.png --calibration
       zoo eval vit-micro --data cifar100/ --split test
     """
     import zoo
@@ -90,6 +105,8 @@ def evaluate(
         device=device,
         workers=workers,
         per_class=per_class,
+        metrics=["calibration"] if calibration else None,
+        confusion=False if confusion is None else confusion,
         progress=not (quiet or as_json),
         task=what,
     )
@@ -106,7 +123,7 @@ def evaluate(
     rows = [
         (k.replace("_", " ").replace("images", what.items(model)), f"{v:.4f}" if isinstance(v, float) else v)
         for k, v in result.items()
-        if k != "per_class"
+        if k not in ("per_class", "confusion")
     ]
     console().print(table(["", ""], rows))
     if per_class:

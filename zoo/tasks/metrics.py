@@ -30,7 +30,7 @@ __all__ = ["METRICS", "metric", "named_metrics"]
 _REGRESSION = ("mae", "mse", "rmse", "r2", "pearson", "spearman")
 _TAGS = ("multilabel_f1", "multilabel_auroc", "hamming")
 METRICS = (
-    *("accuracy", "top<k>", "mean_accuracy", "f1", "auroc", "map", "miou", "recall@<k>", "verification"),
+    *("accuracy", "top<k>", "mean_accuracy", "f1", "auroc", "map", "miou", "calibration", "recall@<k>", "verification"),
     *_TAGS,
     *_REGRESSION,
 )
@@ -77,6 +77,10 @@ def metric(name: str, num_classes: int = 0) -> Any:
         MulticlassJaccardIndex,
     )
 
+    if name == "calibration":
+        from torchmetrics.classification import MulticlassCalibrationError
+
+        return _OfProbabilities(MulticlassCalibrationError(num_classes, n_bins=15, norm="l1"))
     if name == "auroc":
         return MulticlassAUROC(num_classes, average="macro")
     if name == "miou":
@@ -124,6 +128,14 @@ class _Around:
     def compute(self) -> Any:
         """The number."""
         return self.inner.compute()
+
+
+class _OfProbabilities(_Around):
+    """Of probabilities, which torchmetrics would take logits for that all happen to lie between 0 and 1."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Add a batch of logits."""
+        self.inner.update(outputs.float().softmax(-1), targets)
 
 
 class _Averaged(_Around):
