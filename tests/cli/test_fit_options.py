@@ -113,3 +113,18 @@ def test_pictures_and_calibration_of_an_evaluation(image_folder: Path, tmp_path:
     assert (tmp_path / "cm.png").read_bytes().startswith(b"\x89PNG")
     assert "calibration" in run(*line, "--calibration").output
     run(*line, "--confusion", tmp_path / "cm.zzz", code=1)
+
+
+def test_zero_shot_with_several_templates(image_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="open_clip is not installed (pip install 'adapter-zoo[multimodal]')")
+    line = ["zeroshot", "clip-micro", "--data", image_folder / "test"]
+    texts = ["--template", "a photo of a {}.", "--template", "a {} thing."]
+    found = json.loads(run(*line, *texts, "--json").stdout)
+    model = zoo.load("clip-micro")
+    model.family.zero_shot(model, ["blue", "red"], ("a photo of a {}.", "a {} thing."))
+    assert found["accuracy"] == zoo.evaluate(model, image_folder / "test", progress=False)["accuracy"]
+    run(*line, "--classes", "blue,red", "--out", tmp_path / "t.csv")
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 13
+    for wrong in (["--classes", "blue"], ["--template", "no place"], ["--out", tmp_path / "x.csv"]):
+        run(*line, *wrong, code=1)
+    assert "tower of texts" in run("zeroshot", "vit-micro", "--data", image_folder / "test", code=1).stderr

@@ -191,7 +191,7 @@ if __name__ == "__main__":
 
 
 def test_the_calibration_error_by_hand() -> None:
-    """The mean over 15 bins of confidence of |accuracy - confidence|, weighted by their shares; logits between 0 and 1 are logits."""
+    """The mean over 15 bins of confidence of |accuracy - confidence|, weighted by shares; also of logits between 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     for scale in (0.5, 4.0):
         logits = torch.rand(400, 4, generator=generator) * scale

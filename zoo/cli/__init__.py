@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, predict, regime, run, share
+from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, predict, regime, run, share, zeroshot
 from zoo.cli.checks import checked
 from zoo.cli.common import ZooGroup
 
@@ -79,6 +79,7 @@ for _command, _name in (
     (regime.run, "run"),
     (evaluate.evaluate, "eval"),
     (predict.predict, "predict"),
+    (zeroshot.zeroshot, "zeroshot"),
     (share.push, "push"),
     (share.pull, "pull"),
     (share.merge, "merge"),

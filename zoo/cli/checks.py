@@ -23,7 +23,11 @@ __all__ = ["OPTIONS", "checked", "memory_error"]
 LONGEST = 255  # bytes in a file's name, which most words of a command line may be
 FREE = ("setting", "message")  # texts that name no file
 PICTURES = (".png", ".pdf", ".svg")
-IN_FILES = {"merge": "out", "predict": "out"}  # commands whose --out is a file; that of the others is a folder
+IN_FILES = {
+    "merge": "out",
+    "predict": "out",
+    "zeroshot": "out",
+}  # commands whose --out is a file; that of the others is a folder
 
 
 def _each(kind: Kind) -> Kind:

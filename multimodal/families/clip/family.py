@@ -383,6 +383,12 @@ class CLIPBackbone(Backbone):
             lines[-1] = f"scores = model(image[None], {texts}).softmax(-1)  # (1, 2)"
         return imports, lines
 
+    def zero_shot(self, model: Any, classes: Sequence[str], templates: Sequence[str] = ()) -> None:
+        """Make the names of classes the model's head (`multimodal.tasks.zero_shot`)."""
+        from multimodal.tasks.zero_shot import TEMPLATES, put_zero_shot_classifier
+
+        put_zero_shot_classifier(model, classes, templates or TEMPLATES)
+
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two images and two texts as token ids: start, words, end (the highest id), padding."""
         vocab, context = int(self.module.vocab_size), self.context_length  # type: ignore[arg-type]
