@@ -32,6 +32,7 @@ __all__ = [
     "FUNCTION",
     "NAMES",
     "NOTHING",
+    "ONE_OR_MORE",
     "PATH",
     "TEXT",
     "Kind",
@@ -242,6 +243,7 @@ FLAG = Kind("True or False", _flag)
 TEXT = instance("text", str)
 FUNCTION = Kind("a function", _function)
 NAMES = Kind("a list of names", _names)
+ONE_OR_MORE = Kind("a name, or a list of names", lambda value: [value] if isinstance(value, str) else _names(value))
 PATH = Kind("a path", _path)
 DTYPE = Kind("a floating type such as torch.bfloat16 or 'bfloat16'", _dtype)
 DEVICE = Kind("a device such as 'cpu', 'cuda' or 'cuda:1'", _device)

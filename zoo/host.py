@@ -62,6 +62,9 @@ class Host(Protocol):
     def classes(self, names: Sequence[str] | None) -> None:
         """Name them."""
 
+    def take_names(self, names: Sequence[str] | None) -> None:
+        """Name them as data or a file does, where two may share a name."""
+
     @property
     def record(self) -> dict[str, Any]:
         """What is known of the adapters in use together."""
@@ -70,10 +73,10 @@ class Host(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """Replace it."""
 
-    def record_of(self, names: Sequence[str]) -> dict[str, Any]:
+    def record_of(self, names: str | Sequence[str]) -> dict[str, Any]:
         """What is known of these adapters together."""
 
-    def set_record(self, names: Sequence[str], record: Mapping[str, Any]) -> None:
+    def set_record(self, names: str | Sequence[str], record: Mapping[str, Any]) -> None:
         """Keep a record of these adapters together."""
 
     def classes_of(self, head: str) -> list[str] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +19,16 @@ from zoo.backbone import WRAPPED
 from zoo.disk.checkpoints import fill, own_options, read_checkpoint
 from zoo.engine.memory import MEMORY_SETTINGS
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
+from zoo.heads.names import class_names
 from zoo.library import only_tensors
 from zoo.model import Model
 from zoo.model.stored import is_changed, load_changed
 from zoo.wrapping import wrap
+
+if TYPE_CHECKING:
+    from zoo.disk import SavedAdapter
+
+_LOG = logging.getLogger("zoo")
 
 
 def _adapters(value: Any) -> Any:
@@ -70,8 +77,10 @@ def load(
             left out if `adapter` is a saved one, which knows its backbone.
         adapter: a method's name ("lora"), a config object (`zoo.adapter("lora", rank=4)`), the name of an embedded adapter,
             a folder, a Hub repository `user/name[@revision]`, or a list of these.
-        num_classes: width of a new head; None keeps the checkpoint's own (or the saved adapter's); 0 means features.
-        classes: names of the classes, in the order of the labels; without `num_classes` they say how many there are.
+        num_classes: width of the head; None keeps the checkpoint's own (or the saved adapter's); 0 means features. A saved
+            adapter's head stays where it is as wide, else a new, untrained one takes its place, with a warning.
+        classes: names of the classes, in the order of the labels; without `num_classes` they say how many there are. A saved
+            adapter's head stays where it has these names, or none.
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
         dtype: precision of the backbone; large checkpoints are read in it, without a float32 copy. Adapters and heads stay in
@@ -94,6 +103,7 @@ def load(
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
     if classes is not None:
+        classes = class_names(classes)
         num_classes = len(classes) if num_classes is None else num_classes
         if num_classes != len(classes):
             raise ConfigError(
@@ -159,10 +169,26 @@ def load(
             else:
                 from zoo.disk import attach
 
-                attach(model, packs[id(source)], head=num_classes is None)
+                attach(model, packs[id(source)], head=_keeps_head(packs[id(source)], num_classes, classes))
         if classes is not None:
-            model.classes = [str(name) for name in classes]
+            model.classes = classes
     return model
+
+
+def _keeps_head(saved: SavedAdapter, num_classes: int | None, classes: Sequence[str] | None) -> bool:
+    """Whether the head of a saved adapter is the one that is asked for; where another is, a warning says that it is new."""
+    if num_classes is None or not saved.has_head:
+        return True
+    named = saved.classes is None or classes is None or list(saved.classes) == list(classes)
+    if saved.num_classes == num_classes and named:
+        return True
+    if num_classes:
+        theirs = f"{saved.num_classes} classes" + (f" ({', '.join(saved.classes[:3])} ...)" if saved.classes else "")
+        _LOG.warning(
+            "The head saved in '%s' is for %s, not for the %d that are asked for: a new, untrained head stands in its place.",
+            *(saved.folder, theirs, num_classes),
+        )
+    return False
 
 
 def _for_wrap(options: dict[str, Any]) -> dict[str, Any]:

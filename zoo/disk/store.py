@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from zoo import registry
+from zoo.arguments import ONE_OR_MORE, PATH
 from zoo.backbone import WRAPPED
 from zoo.disk.budget import budget
 from zoo.disk.codecs import encode
@@ -80,7 +81,7 @@ _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save th
 def save(
     model: Host,
     folder: str | Path,
-    adapters: Sequence[str] | None = None,
+    adapters: str | Sequence[str] | None = None,
     *,
     source: str | None = None,
     dtype: torch.dtype | None = None,
@@ -104,7 +105,7 @@ def save(
             f"dtype is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}: in any other the numbers would be lost."
         )
 
-    folder = Path(folder)
+    folder = Path(PATH.of("folder", folder))
     names = _select(model, adapters)
     methods = [cast("Adapter", model.adapters[name]) for name in names]
     for name, method in zip(names, methods, strict=True):
@@ -276,13 +277,13 @@ def _sweep(folder: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def _select(model: Host, wanted: Sequence[str] | None) -> list[str]:
+def _select(model: Host, wanted: str | Sequence[str] | None) -> list[str]:
     known = list(model.adapters)
     if wanted is None:
         if known and not model.active:
             raise ConfigError(f"No adapter is active, so none would be saved. Name those to save: {', '.join(known)}.")
         return list(model.active)
-    for name in wanted:
+    for name in (wanted := ONE_OR_MORE.of("adapters", wanted)):
         if name not in known:
             raise ConfigError(f"The model has no adapter named '{name}' to save. {nearest(name, known)}")
     return list(dict.fromkeys(wanted))
@@ -338,7 +339,7 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
             if not own_head or saved.head_kind != "linear":
                 model.reset_head(saved.num_classes, saved.classes, kind=saved.head_kind)
             _fill(model.head, saved.head_tensors(), "head", model, saved)
-            model.classes = saved.classes
+            model.take_names(saved.classes)
         model.set_record(added, saved.record)
     return added
 

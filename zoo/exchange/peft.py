@@ -29,6 +29,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA, LowRank
+from zoo.arguments import PATH
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError, MismatchError, SaveError, UnknownNameError, nearest
@@ -63,9 +64,9 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
         "peft's format is not written here",
         "Save the adapter, and convert it in one process that loads it.",
     )
+    folder = Path(PATH.of("folder", folder))
     name = choose(model, adapter)
     lora: LoRA = model.adapters[name]  # type: ignore[assignment]
-    folder = Path(folder)
     _check_folder(folder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -344,6 +345,6 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             if not shared:  # a new one: the old one is put back if anything fails
                 model.heads["default"] = model._new_head(head.num_classes, model.family.feature_dim)
             model.head.load_state_dict(head.state)
-            model.classes = saved.classes
+            model.take_names(saved.classes)
             model.train(model.training)
     return added

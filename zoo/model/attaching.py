@@ -87,9 +87,15 @@ class AdapterHost(Sited):
         """
         from zoo import registry
 
+        if not isinstance(adapter, (str, Adapter)):
+            raise ConfigError(f"adapter is {adapter!r:.80}; expected a method's name or a config object (zoo.adapter).")
         fresh: Adapter = registry.adapter(adapter) if isinstance(adapter, str) else adapter.fresh()
-        name = name or self._free_name(fresh.method)
-        if not name.replace("_", "").replace("-", "").isalnum() or name in ("default", "head"):
+        name = self._free_name(fresh.method) if name is None or name == "" else name
+        if (
+            not isinstance(name, str)
+            or not name.replace("_", "").replace("-", "").isalnum()
+            or name in ("default", "head")
+        ):
             raise ConfigError(
                 f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head')."
             )

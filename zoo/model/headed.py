@@ -15,6 +15,7 @@ from zoo.engine.sites import State
 from zoo.errors import AttachError, ConfigError
 from zoo.heads import Head, make_head
 from zoo.heads.growing import grown
+from zoo.heads.names import check_texts, class_names
 from zoo.registry import head_class
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -84,9 +85,14 @@ class Headed(nn.Module):
 
     @classes.setter
     def classes(self, names: Sequence[str] | None) -> None:
+        self.take_names(None if names is None else class_names(names, self.num_classes))
+
+    def take_names(self, names: Sequence[str] | None) -> None:
+        """As `classes = names`, also where two classes share a name, as data and files may have it."""
         if names is None:
             self._classes.pop(self.head_name, None)
         else:
+            check_texts(names)
             self._classes[self.head_name] = list(names)
 
     @property
@@ -98,13 +104,13 @@ class Headed(nn.Module):
     def record(self, record: dict[str, Any]) -> None:
         self._records[_key(self._state.active)] = record
 
-    def record_of(self, names: Sequence[str]) -> dict[str, Any]:
-        """The record of these adapters together; empty where they were never measured or trained together."""
-        return self._records.get(_key(self._acting(names))) or {}
+    def record_of(self, names: str | Sequence[str]) -> dict[str, Any]:
+        """The record of these adapters together (or of one by its name); empty where they were never measured or trained so."""
+        return self._records.get(_key(self._acting(_several(names)))) or {}
 
-    def set_record(self, names: Sequence[str], record: Mapping[str, Any]) -> None:
+    def set_record(self, names: str | Sequence[str], record: Mapping[str, Any]) -> None:
         """Keep a record of these adapters together, whoever is in use now."""
-        self._records[_key(self._acting(names))] = dict(record)
+        self._records[_key(self._acting(_several(names)))] = dict(record)
 
     def _acting(self, names: Sequence[str]) -> Sequence[str]:
         """Those that are in use when these are attached; what another one runs itself is not."""
@@ -141,6 +147,7 @@ class Headed(nn.Module):
             raise ConfigError(
                 f"num_classes is {num_classes}, and classes {classes!r}; expected a list of as many names."
             )
+        check_texts(classes or ())
         refuse(
             self, ConfigError, "a new head would not be spread with the rest", "Make it first, then call fully_shard."
         )
@@ -151,7 +158,7 @@ class Headed(nn.Module):
         self.heads[name] = head = self._new_head(num_classes, dim, made_for, kind)
         if isinstance(head, Head) and classes is not None:
             head.name_classes(classes)
-        self.classes = list(classes) if classes is not None else None
+        self.take_names(classes)
         self.train(self.training)
 
     def set_head(self, head: nn.Linear, classes: Sequence[str] | None = None) -> None:
@@ -185,6 +192,7 @@ class Headed(nn.Module):
         if isinstance(classes, str):
             raise ConfigError(f"classes is '{classes}'; expected a list of names, ['{classes}'].")
         names, width = [str(c) for c in classes], self.num_classes
+        check_texts(names)
         own = self.classes or []
         if width and len(own) != width:
             raise ConfigError(
@@ -249,6 +257,10 @@ class Headed(nn.Module):
         if adapter is not None and (adapter.head_kind == kind or widened):
             adapter.init_head(head)
         return head
+
+
+def _several(names: str | Sequence[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _key(names: Sequence[str]) -> str:

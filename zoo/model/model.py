@@ -304,7 +304,7 @@ class Model(Stated):
     def save_adapter(
         self,
         folder: str | Path,
-        adapters: Sequence[str] | None = None,
+        adapters: str | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         codec: str = "plain",
     ) -> Path:

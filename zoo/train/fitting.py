@@ -18,6 +18,7 @@ from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError
+from zoo.heads.names import check_texts
 from zoo.tasks import Classify, Task, Weighted, call, objective, of_classes
 from zoo.tasks.metrics import named_metrics
 from zoo.train.evaluation import (
@@ -263,6 +264,7 @@ def fit(
     if batch_size is None:
         settings.batch_size = max(accumulate, default_batch_size(len(train_set)))
     what.check(model, train_set, "training data")
+    check_texts(train_set.classes or ())
     if isinstance(what, Weighted):
         what.weigh(model, train_set)
     if val_set is not None:
@@ -309,7 +311,7 @@ def fit(
                 )
             trainer.fit()
             if train_set.classes is not None and what.on_head:
-                model.classes = list(train_set.classes)
+                model.take_names(train_set.classes)
             report = report_of(trainer)
             if kept is not None:
                 kept.close(trainer, report)

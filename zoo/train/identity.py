@@ -137,7 +137,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     """Of two identities: what differs, by the name of the setting (or of the part), in words."""
     found: dict[str, str] = {}
     for part, value in now.items():
-        then = former.get(part)
+        then: Any = former.get(part)
         if part == "settings" and isinstance(then, Mapping):
             for name, new in value.items():
                 if then.get(name) != new:
