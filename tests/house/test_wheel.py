@@ -55,3 +55,16 @@ def test_the_source_distribution_has_what_make_calls(built: Path) -> None:
     code = re.search(r"^CODE := (.*)$", makefile, re.MULTILINE)[1].split()
     assert called <= names and "requirements/lock-py311.txt" in names
     assert all(any(name.startswith(f"{folder}/") for name in names) for folder in code)
+
+
+def test_extras_install_what_code_uses() -> None:
+    """Extras of packages that no code imports were offered."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    imports = {"scikit-learn": "sklearn", "open_clip_torch": "open_clip"}
+    files = [p for folder in ("zoo", "vision", "multimodal", "audio") for p in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(p.read_text(encoding="utf-8") for p in files)
+    for line in section.split("dev = [")[0].splitlines():
+        for package in re.findall(r'"([A-Za-z_-]+)[><=]', line):
+            name = imports.get(package, package.replace("-", "_"))
+            assert re.search(rf"\b{name}\b", code), f"no code uses {package}"
