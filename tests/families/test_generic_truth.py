@@ -259,3 +259,12 @@ def test_rows_that_are_chosen_by_their_values() -> None:
     for _ in range(2):
         with pytest.raises(ConfigError, match="chooses rows by their values"):
             model(x, adapters=["lora", None, None, None])
+
+
+def test_what_cannot_be_adapted_is_called_by_its_name() -> None:
+    """Complex weights were called quantised, and a bare projection was told that it had none."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(zoo.errors.SelectionError, match=r"of complex numbers \(complex64\)"):
+        zoo.load(net, zoo.adapter("lora", targets="1"))
+    with pytest.raises(zoo.errors.AttachError, match=r"itself such a module: in an nn.Sequential"):
+        zoo.load(nn.Linear(4, 4), "lora", example=batch(2, 4))

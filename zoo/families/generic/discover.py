@@ -96,6 +96,11 @@ def _point(
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
     if weight is not None and _quantised(weight):
+        if weight.is_complex():
+            refused[path] = (
+                f"the weight of this {what} is of complex numbers ({str(weight.dtype).removeprefix('torch.')})"
+            )
+            return None
         refused[path] = f"the weight of this {what} is quantised ({str(weight.dtype).removeprefix('torch.')})"
         return None
     for name, parameter in module._parameters.items():

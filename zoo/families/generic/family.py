@@ -237,7 +237,8 @@ class Generic(Backbone):
             why = "; ".join(f"'{p}': {w}" for p, w in list(self._found.refused.items())[:3])
             raise AttachError(
                 f"This {type(self.module).__name__} has no projection, convolution or norm that a method could change"
-                f"{f' ({why})' if why else ''}. Wrap a network that has nn.Linear, nn.Conv or norm modules."
+                f"{f' ({why})' if why else ''}. Wrap a network that has nn.Linear, nn.Conv or norm modules in it (one that "
+                "is itself such a module: in an nn.Sequential)."
             )
         return self._found.points
 
