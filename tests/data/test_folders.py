@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,87 @@ def test_validation_data_that_lack_a_class(tmp_path: Path) -> None:
     put(tmp_path, "val/d/1.png")
     with pytest.raises(zoo.ZooError, match="Class 1 is 'b' for the model, 'c' in the data set"):
         zoo.evaluate(model, tmp_path / "val", progress=False)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("seg_train", "seg_test"), ("training_set", "test_set"), ("train_set", "val_set"), ("train2017", "val2017")),
+        *(("train_images", "test_images"), ("x_train", "x_test"), ("train-clean", "test-clean"), ("fold0", "fold1")),
+        *(("trainset", "testset"), ("imagesTrain", "imagesTest"), ("fold_1", "fold_2", "fold_3"), ("my_train", "val2")),
+    ],
+)
+def test_splits_by_words_in_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They were trained on as classes: "seg_train" against "seg_test"."""
+    for name in names:
+        for i, cls in enumerate(("cat", "dog")):
+            (tmp_path / name / cls).mkdir(parents=True)
+            (tmp_path / name / cls / "0.png").write_bytes(encoded(i))
+    with pytest.raises(DataError, match=rf"{names[0]}.*look like splits.*split='.*classes=\[\.\.\.\]"):
+        open_dataset(tmp_path)
+    assert open_dataset(tmp_path, split=names[-1]).classes == ["cat", "dog"]
+    assert open_dataset(tmp_path, classes=sorted(names)).classes == sorted(names)
+
+
+def test_names_with_words_of_splits_that_are_classes(tmp_path: Path) -> None:
+    """Trains beside test tubes are things; a split that holds a folder of its own name is one split."""
+    for name in ("train_station", "test_tube", "seg"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "0.png").write_bytes(encoded(0))
+    assert len(open_dataset(tmp_path / "a").classes or ()) == 3
+    shutil.rmtree(tmp_path / "a" / "seg")
+    assert open_dataset(tmp_path / "a").classes == ["test_tube", "train_station"]
+    for name in ("seg_train", "seg_test"):
+        for cls in ("sea", "sky"):
+            (tmp_path / "b" / name / name / cls).mkdir(parents=True)
+            (tmp_path / "b" / name / name / cls / "0.png").write_bytes(encoded(0))
+    with pytest.raises(DataError, match="look like splits"):
+        open_dataset(tmp_path / "b")
+    assert open_dataset(tmp_path / "b", split="seg_test").classes == ["sea", "sky"]
+    assert open_dataset(tmp_path / "b/seg_train").classes == ["sea", "sky"]
+
+
+def test_a_class_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+    """With on_error="skip" it was left with nothing, without a word."""
+    for name, data in (("a", encoded(0)), ("b", b"broken"), ("c", encoded(1))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(data)
+    with pytest.warns(UserWarning, match="no images are left of the class b: none there can be read"):
+        open_dataset(tmp_path, on_error="skip")
+    (tmp_path / "b" / "1.png").write_bytes(encoded(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_dataset(tmp_path, on_error="skip")
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "NA", "None", "N/A", "null"])
+def test_cells_that_say_that_nothing_is_known(photos: Path, text: str) -> None:
+    """They became classes."""
+    files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))[:2]
+    (photos / "labels.csv").write_text(f"file,label\n{files[0]},cat\n{files[1]},{text}\n")
+    with pytest.raises(DataError, match=rf"line 3: no label \('{text}'\)"):
+        open_dataset(photos)
+    assert open_dataset(photos, classes=["cat", text]).labels.tolist() == [0, 1]  # type: ignore[union-attr]
+
+
+def test_numbers_and_truths_of_text_tables(photos: Path) -> None:
+    """Labels 1, 2 made three classes unsaid, 01 and 1 one; True and False were texts of CSV, and numbers of JSONL."""
+    files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))[:2]
+
+    def labelled(first: str, second: str) -> Path:
+        (photos / "labels.csv").write_text(f"file,label\n{files[0]},{first}\n{files[1]},{second}\n")
+        return photos
+
+    with pytest.warns(UserWarning, match="make 3 classes, and no item has 0"):
+        assert open_dataset(labelled("1", "2")).classes == ["0", "1", "2"]
+    assert open_dataset(labelled("1", "2"), classes=["1", "2"]).labels.tolist() == [0, 1]  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="'01' and '1' are one number"):
+        open_dataset(labelled("01", "1"))
+    assert open_dataset(labelled("01", "02")).classes == ["01", "02"]
+    data = open_dataset(labelled("True", "False"))
+    assert data.classes == ["0", "1"] and data.labels.tolist() == [1, 0]  # type: ignore[union-attr]
+    (photos / "labels.csv").unlink()
+    rows = [{"file": files[0], "label": True}, {"file": files[1], "label": False}]
+    (photos / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    other = open_dataset(photos)
+    assert other.classes == data.classes and other.labels.tolist() == [1, 0]  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ What people, systems and tools leave beside the data never counts: hidden files 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,49 @@ from zoo.data.labels import Labelled, Labels, natural
 from zoo.data.medium import IMAGES, Medium
 from zoo.errors import DataError, nearest
 
-__all__ = ["SPLITS", "FolderRows", "entries", "files_below", "folders_in", "holds", "read_file", "shown", "visible"]
+__all__ = [
+    "SPLITS",
+    "FolderRows",
+    "are_splits",
+    "entries",
+    "files_below",
+    "folders_in",
+    "holds",
+    "read_file",
+    "shown",
+    "split_word",
+    "visible",
+]
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 SYSTEM = ("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+
+
+def split_word(name: str) -> tuple[str, str] | None:
+    """(the split's word, the rest) of a folder's name: ("train", "seg") of "seg_train", ("fold", "") of "fold0"."""
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    for i, word in enumerate(words):
+        plain = word.removesuffix("set")
+        if plain in SPLITS:
+            return plain, " ".join([*words[:i], *words[i + 1 :]]).removesuffix("set").strip()
+        if word in ("fold", "kfold") and words[i + 1 : i + 2] and words[i + 1].isdecimal():
+            return "fold", " ".join([*words[:i], *words[i + 2 :]])
+    return None
+
+
+def are_splits(folder: Path, names: Sequence[str], extensions: Sequence[str]) -> bool:
+    """Whether folders are splits of one data set, by their names and by what is in them.
+
+    Each name has a split's word in it; and what is left of the names agrees, or the names of the folders inside do.
+    """
+    words = [split_word(name) for name in names]
+    if len(names) < 2 or any(word is None for word in words):
+        return False
+    if len({word[1] for word in words if word}) == 1:
+        return True
+    inside = [{sub for sub in folders_in(folder / name) if holds(folder / name / sub, extensions)} for name in names]
+    most = max(inside, key=len)
+    return all(own and 2 * len(own & most) >= len(own) for own in inside)
 
 
 def visible(name: str) -> bool:
@@ -152,7 +192,11 @@ class FolderRows(Labelled):
         self.take(Labels(np.asarray(labels, dtype=np.int64), None, names))
 
     def _check_splits(self, class_name: str, files: Sequence[str]) -> None:
-        inside = sorted({part for f in files if (part := f.partition("/")[0]).lower() in SPLITS and "/" in f})
+        parts = sorted({f.partition("/")[0] for f in files if "/" in f})
+        inside = [part for part in parts if part.lower() in SPLITS]
+        worded = [part for part in parts if split_word(part)]
+        if len(inside) < 2 and are_splits(self.folder / class_name, worded, self.medium.extensions):
+            inside = worded
         if len(inside) > 1:
             raise DataError(
                 f"{self.folder / class_name}: holds the splits {', '.join(inside)} within one class, and all would be taken "

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.data.names import not_among, places
+from zoo.data.names import not_among, places, warn_of_gaps
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = [
@@ -98,10 +98,15 @@ def probabilities(rows: np.ndarray) -> bool:
 
 
 def parsed(texts: Sequence[Any]) -> list[Any]:
-    """The cells of a column of text as whole numbers, floats or lists in brackets, if all are; empty ones are None."""
+    """The cells of a column of text as true and false, whole numbers, floats or lists in brackets, if all are.
+
+    Empty ones are None.
+    """
     cells = [text.strip() if isinstance(text, str) else text for text in texts]
     cells = [None if cell == "" else cell for cell in cells]
     words = [cell for cell in cells if isinstance(cell, str)]
+    if words and {word.lower() for word in words} <= {"true", "false"}:
+        return [cell.lower() == "true" if isinstance(cell, str) else cell for cell in cells]
     for kind in (int, float, _list):
         try:
             if any("_" in word for word in words) and kind is not _list:
@@ -282,6 +287,7 @@ def _numbers(values: np.ndarray, where: Where, names: list[str] | None, kind: st
     stated = names is not None
     if names is None:
         names = [str(i) for i in range(_largest(labels, where) + 1)]
+        warn_of_gaps(labels, names, where)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
         advice = "Pass all class names as classes=[...], or mend the labels."

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoo.data.folders import SPLITS, entries, files_below, folders_in, holds, shown
+from zoo.data.folders import SPLITS, are_splits, entries, files_below, folders_in, holds, shown, split_word
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.tables import NAMED, TABLES, columns_of, tables_in
 from zoo.errors import DataError, nearest
@@ -140,7 +140,7 @@ def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequenc
     tables = tables_in(folder)
     if split is not None:
         if split in subfolders:
-            return _leaf(folder / split, medium, folder)
+            return _leaf(_inner(folder / split, medium), medium, folder)
         if split in tables:
             return Found("table", tables[split])
         table = _leaf(folder, medium, None) if tables else None
@@ -160,7 +160,22 @@ def _in_folder(folder: Path, split: str | None, medium: Medium, classes: Sequenc
         raise DataError(
             f"{shown(folder)}: has the splits {', '.join(splits)}; choose one with open_dataset(..., split=...)"
         )
-    return _leaf(folder, medium, None)
+    worded = [name for name in subfolders if holds(folder / name, medium.extensions)]
+    if not set(worded) <= set(classes or ()) and are_splits(folder, worded, medium.extensions):
+        raise DataError(
+            f"{shown(folder)}: the folders {', '.join(worded[:6])} look like splits of one data set, not like "
+            f"classes. Choose one with split='{worded[0]}'; if they are classes, name them: classes=[...]."
+        )
+    return _leaf(_inner(folder, medium), medium, None)
+
+
+def _inner(folder: Path, medium: Medium) -> Path:
+    """The folder itself, or the only one in it if that is a split with class folders: `seg_train/seg_train/<class>`."""
+    there = folders_in(folder)
+    if len(there) != 1 or split_word(there[0]) is None or split_word(folder.name) is None or tables_in(folder):
+        return folder
+    inner = folder / there[0]
+    return inner if any(holds(inner / name, medium.extensions) for name in folders_in(inner)) else folder
 
 
 def _is_root(folder: Path, splits: Sequence[str], subfolders: Sequence[str], medium: Medium) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,10 @@ from torch.utils.data import ConcatDataset, Subset
 
 from zoo.errors import DataError, nearest
 
-__all__ = ["names_of", "not_among", "own_classes", "placed", "places"]
+__all__ = ["check_cells", "names_of", "not_among", "own_classes", "placed", "places", "warn_of_gaps"]
+
+# What pandas and its like write, and read, where nothing is known
+MISSING = ("nan", "NaN", "NAN", "-nan", "NA", "N/A", "n/a", "#N/A", "<NA>", "None", "NULL", "null", "NaT")
 
 
 def places(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
@@ -49,6 +54,44 @@ def placed(found: Any, table: np.ndarray, own: Sequence[str], names: Sequence[st
     ordered = found.new_zeros(len(names))
     ordered[torch.from_numpy(table[there])] = found[torch.from_numpy(there)]
     return ordered
+
+
+def check_cells(cells: Sequence[Any], where: Callable[[int], str], kind: str) -> bool:
+    """Whether labels of a text table are names with leading zeros (01, 02), and no numbers.
+
+    Raises:
+        DataError: a cell that programs write where nothing is known, or one number written in two ways.
+    """
+    texts = [cell.strip() if isinstance(cell, str) else "" for cell in cells]
+    for row, text in enumerate(texts):
+        if text in MISSING:
+            raise DataError(
+                f"{where(row)}: no label ('{text}'). Fill it in, or take the row out; if a class is called so, name all classes: "
+                "classes=[...]."
+            )
+    words = {text: row for row, text in enumerate(texts) if text}
+    if kind == "numbers" or not all(re.fullmatch(r"[+-]?\d+", word) for word in words):
+        return False
+    ways: dict[int, str] = {}
+    for word, row in words.items():
+        if (other := ways.setdefault(int(word), word)) != word:
+            raise DataError(
+                f"{where(row)}: the labels '{other}' and '{word}' are one number. Write it in one way, or name the classes: "
+                "classes=[...]."
+            )
+    return any(re.fullmatch(r"0\d+", word) for word in words)
+
+
+def warn_of_gaps(labels: np.ndarray, names: Sequence[str], where: Callable[[int], str]) -> None:
+    """Numbers count from 0; say it where a class of them has no item."""
+    there = set(np.unique(labels).tolist())
+    if lost := [name for i, name in enumerate(names) if i not in there]:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        warnings.warn(
+            f"{where(0)}: labels are numbers from 0, so up to {names[-1]} they make {len(names)} classes, and no item has "
+            f"{', '.join(lost[:5])}{more}. Number the classes from 0, or name all that there are: classes=[...].",
+            stacklevel=5,
+        )
 
 
 def names_of(feature: Any) -> list[str] | None:

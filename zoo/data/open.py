@@ -11,14 +11,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from zoo.data.dataset import ImageDataset, OnError, Transform
-from zoo.data.folders import SPLITS, FolderRows
+from zoo.data.folders import SPLITS, FolderRows, split_word
 from zoo.data.hub import HubRows, is_hub, one_split
 from zoo.data.joined import with_classes
 from zoo.data.labels import bare, check_kind
 from zoo.data.locate import SHARD, is_paths, locate
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.parquet import ParquetRows
-from zoo.data.sampling import check_range, few_shot, known_labels
+from zoo.data.sampling import check_range, few_shot, known_labels, warn_of_lost
 from zoo.data.shards import ShardRows
 from zoo.data.sources import TorchRows, unwrapped
 from zoo.data.tables import ListedRows
@@ -143,7 +143,10 @@ def open_with(
     else:
         options["own_names"] = partial(_classes_json, found.files[0].parent)
         rows = ParquetRows(found.files, name=short_name(found.files), **options)
-    return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
+    dataset = ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
+    if on_error == "skip":
+        warn_of_lost(dataset)
+    return dataset
 
 
 def _opened(
@@ -189,7 +192,7 @@ def _classes_json(folder: Path, column: str = "") -> list[str] | None:
     A list of names, or an object of lists for several labellings: that whose key is in the label column's name (`coarse` for
     `coarse_label`), else the first.
     """
-    for place in (folder, folder.parent) if folder.name.lower() in (*SPLITS, "data") else (folder,):
+    for place in (folder, folder.parent) if split_word(folder.name) or folder.name.lower() == "data" else (folder,):
         if (file := place / "classes.json").is_file():
             try:
                 names = json.loads(file.read_text(encoding="utf-8"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from zoo.data.dataset import ImageDataset, Skipped
 from zoo.data.labels import read_labels
 from zoo.errors import ConfigError, DataError
 
-__all__ = ["class_weights", "few_shot", "known_labels", "split_train_val", "tag_weights"]
+__all__ = ["class_weights", "few_shot", "known_labels", "split_train_val", "tag_weights", "warn_of_lost"]
+
+FEW = 8
 
 
 def few_shot(dataset: ImageDataset, shots: int, seed: int = 0) -> ImageDataset:
@@ -71,6 +75,25 @@ def split_train_val(dataset: ImageDataset, fraction: float = 0.1, seed: int = 0)
 def check_range(labels: np.ndarray, dataset: ImageDataset) -> None:
     """Raise DataError for labels below 0, or of more classes than can be meant."""
     read_labels(labels, dataset.where, dataset.classes, "classes")
+
+
+def warn_of_lost(dataset: ImageDataset) -> None:
+    """Warn of classes of which nothing can be read, so that nothing is left of them; those of up to 8 items are looked at."""
+    labels, names = dataset.labels, dataset.classes
+    if labels is None or names is None:
+        return
+    plain, lost = dataset.with_transform(None), []
+    counts = np.bincount(labels, minlength=len(names))
+    for label in np.flatnonzero((counts > 0) & (counts <= FEW)).tolist():
+        if all(isinstance(plain[int(i)], Skipped) for i in np.flatnonzero(labels == label)):
+            lost.append(names[label])
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        warnings.warn(
+            f"{dataset.name}: no {dataset.noun} are left of the class{'es' * (len(lost) > 1)} {', '.join(lost[:5])}{more}: none "
+            "there can be read, and all are skipped.",
+            stacklevel=4,
+        )
 
 
 class NoClassesError(DataError):

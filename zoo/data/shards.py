@@ -18,6 +18,7 @@ import numpy as np
 
 from zoo.data.labels import Labelled, parsed, read_labels
 from zoo.data.medium import IMAGES, Medium
+from zoo.data.names import check_cells
 from zoo.errors import DataError, nearest
 
 __all__ = ["LABEL_PARTS", "ShardRows", "Shards"]
@@ -139,9 +140,10 @@ class ShardRows(Labelled):
     def _know(
         self, texts: list[Any], names: Sequence[str] | None, labels: str, own: Sequence[str] | None = None
     ) -> None:
-        values = parsed(texts) if all(isinstance(t, str) for t in texts) else texts
-        if names is not None and all(isinstance(t, str) for t in texts) and set(texts) <= set(names):
-            values = texts
+        values: list[Any] = texts
+        if all(isinstance(t, str) for t in texts) and not (names is not None and set(texts) <= set(names)):
+            padded = check_cells(texts, self.where, labels) and names is None
+            values = texts if padded else parsed(texts)
         self.take(read_labels(values, self.where, names, labels, given=names is not None, own=own))
 
     def _label(self, index: int, endings: Sequence[Any], wanted: str | None) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from zoo.data.folders import SPLITS, entries, files_below, read_file, shown
 from zoo.data.labels import Labelled, parsed, read_labels, split_tags
 from zoo.data.medium import CAPTIONS, IMAGES, Medium
+from zoo.data.names import check_cells
 from zoo.errors import DataError, nearest
 
 __all__ = ["NAMED", "TABLES", "ListedRows", "choose_column", "columns_of", "label_columns", "rows_of", "tables_in"]
@@ -176,13 +177,14 @@ class ListedRows(Labelled):
         if not self._paths:
             raise DataError(f"{table}: no row is of a file below {below}.")
         kept, lines = self._together(kept, lines, labels)
+        self._lines = lines
         cells = [[row[i] for row in kept] for i in range(len(given))]
         if table.suffix.lower() != ".jsonl":
             known = set(map(str, class_names or own or ()))
             cells = [
                 c
                 if (known and all(isinstance(v, str) and v in known for v in c)) or any(isinstance(v, list) for v in c)
-                else parsed(c)
+                else (c if check_cells(c, self._line, labels) and not known else parsed(c))
                 for c in cells
             ]
         values = (
@@ -190,7 +192,6 @@ class ListedRows(Labelled):
             if isinstance(label_column, str) or len(given) == 1
             else [list(row) for row in zip(*cells, strict=True)]
         )
-        self._lines = lines
         self.take(read_labels(values, self._line, class_names, labels, given=class_names is not None, own=own))
 
     def _line(self, row: int) -> str:
