@@ -151,6 +151,16 @@ def _load(group: str, name: str) -> None:
     if isinstance(entry, str):
         check_shadows([package for package in OURS if entry.startswith(f"{package}.")])
         importlib.import_module(entry)
+        known: dict[str, Any] = {
+            "zoo.backbones": _families,
+            "zoo.adapters": _adapters,
+            "zoo.tasks": _tasks,
+            "zoo.regimes": _regimes,
+        }
+        if name not in known.get(group, HEADS):
+            # its module is there, but broke off before it registered: run it again, so that the cause is shown each time
+            sys.modules.pop(entry, None)
+            importlib.import_module(entry)
         return
     loaded = entry.load()
     if group == "zoo.tasks" and isinstance(loaded, type):  # an entry point may name the class instead of registering it

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.data.labels import bare
 from zoo.data.seeds import kept_generators
-from zoo.errors import MismatchError
+from zoo.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -29,6 +29,21 @@ def call(model: Any, inputs: Any, **options: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs, **options)
     return model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
+
+
+def as_loss(loss: Any) -> Tensor:
+    """What somebody's loss gives, which may be anything.
+
+    Raises:
+        ConfigError: it is no tensor of numbers.
+    """
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        what = f"tensor of {str(loss.dtype)[6:]}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(
+            f"The loss gave a {what}; expected a tensor with a gradient, (outputs, targets) -> mean loss. Compute "
+            "it with torch, without item(), float() or numpy."
+        )
+    return loss
 
 
 def seen_targets(model: Any, targets: Any) -> dict[str, Any]:

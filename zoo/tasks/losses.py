@@ -31,7 +31,7 @@ from torch import Tensor
 from zoo.data.dataset import Skipped
 from zoo.data.sampling import class_weights
 from zoo.errors import ConfigError, DataError, nearest
-from zoo.tasks.base import Task
+from zoo.tasks.base import Task, as_loss
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -124,7 +124,7 @@ class Weighted(Task):
         if callable(self.chosen):
             if label_smoothing:
                 raise ConfigError("label_smoothing is part of the losses that have a name; smooth inside your own.")
-            loss = self.chosen(outputs, targets)
+            loss = as_loss(self.chosen(outputs, targets))
         else:
             loss = self.losses[self.chosen or next(iter(self.losses))](outputs, targets, label_smoothing)
         if self.weights is not None and model.training:

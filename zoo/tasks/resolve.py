@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.errors import ConfigError
-from zoo.tasks.base import Task, call
+from zoo.tasks.base import Task, as_loss, call
 from zoo.tasks.classify import Classify
 from zoo.tasks.losses import Weighted
 
@@ -38,7 +38,7 @@ class Custom(Task):
             raise ConfigError("label_smoothing is part of the losses that have a name; smooth inside your own.")
         outputs = call(model, inputs)
         outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
-        return self.function(outputs, targets).mean(), outputs
+        return as_loss(self.function(outputs, targets)).mean(), outputs
 
 
 def resolve(model: Host, task: str | Task | None = None, loss: Callable[[Any, Any], Tensor] | None = None) -> Task:

@@ -37,6 +37,7 @@ from zoo.tasks.confusion import confusion_matrix, draw
 from zoo.tasks.metrics import named_metrics
 from zoo.train.aids import make_aids
 from zoo.train.batches import BatchPlan, make_loader
+from zoo.train.explained import explained
 from zoo.train.hooks import Hooks
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
@@ -274,7 +275,8 @@ def run(
                     continue
                 task.check_batch(model, dataset, batch.targets)
                 inputs, targets = to_device(batch.inputs, device, dtype), to_device(batch.targets, device)
-                with autocast(device, precision), supplied(model, task, inputs, targets, training=False):
+                given = supplied(model, task, inputs, targets, training=False)
+                with autocast(device, precision), given, explained(model, dataset, inputs):
                     value, outputs = task.loss(model, inputs, targets)
                 counter.add(outputs, targets, value, batch.count)
                 for name, metric in further.items():

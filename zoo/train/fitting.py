@@ -225,6 +225,11 @@ def fit(
         cache_features=cache_features,
     )
     _check_given(streams, callbacks)
+    for name, place in (("out", out), ("checkpoint", checkpoint)):
+        if place is not None and (file := next((p for p in (Path(place), *Path(place).parents) if p.is_file()), None)):
+            raise ConfigError(
+                f"{name} is '{place}', and '{file}' is a file; expected a folder, which is made if need be."
+            )
     if half := [n for n, p in model.parameters_to_train().items() if p.dtype == torch.float16]:
         raise ConfigError(
             f"'{half[0]}' and others to be trained are float16, too coarse to add small steps to. Load the model in float32 and "

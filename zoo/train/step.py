@@ -15,6 +15,7 @@ from zoo.errors import ConfigError, ZooError
 from zoo.tasks import Classify, Task
 from zoo.train.batches import Batch
 from zoo.train.evaluation import autocast, input_dtype, supplied, to_device
+from zoo.train.explained import check_gradient, explained
 from zoo.train.hooks import Hooks
 from zoo.train.optimizer import OptimizerService
 from zoo.train.processes import Processes
@@ -151,9 +152,10 @@ class Stepper:
             pictures, targets = self._mix(pictures, targets)
             inputs = pictures.reshape(shape)
         given = supplied(self.model, self.task, inputs, targets, training=True)
-        with autocast(self.device, self.settings.precision), given:
+        with autocast(self.device, self.settings.precision), given, explained(self.model, self.dataset, inputs):
             loss, outputs = self.task.loss(self.model, inputs, targets, self.settings.label_smoothing)
             extra = self.hooks.extra_loss(outputs, targets)
+        check_gradient(loss + extra)
         (((loss + extra) * (count / planned)) * self.scale.scale).backward()
         with torch.no_grad():
             totals[0] += count
