@@ -268,3 +268,12 @@ def test_what_cannot_be_adapted_is_called_by_its_name() -> None:
         zoo.load(net, zoo.adapter("lora", targets="1"))
     with pytest.raises(zoo.errors.AttachError, match=r"itself such a module: in an nn.Sequential"):
         zoo.load(nn.Linear(4, 4), "lora", example=batch(2, 4))
+
+
+@torch.no_grad()
+def test_scales_of_convolutions_without_a_batch() -> None:
+    """Of one image (C, H, W) the rows were scaled in place of the channels (off by 1.8)."""
+    net, x = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 7, 3, padding=1)), batch(2, 3, 6, 6)
+    model = zoo.load(net, zoo.adapter("ssf", init_std=0.3), example=x)
+    torch.testing.assert_close(model(x[0]), model(x)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.merge()(x), model(x), rtol=1e-4, atol=1e-5)

@@ -60,15 +60,24 @@ class LinearGroup:
         return type(self.parts[0][0]).linear_group(self.parts, run, x, weight, bias)  # type: ignore[operator,attr-defined]
 
 
+def _places(module: nn.Module) -> int:
+    """Axes behind the channels of a convolution; 0 of others."""
+    return len(getattr(module, "kernel_size", ()))
+
+
 @dataclass(eq=False)
 class RescaleGroup:
     """`module(y)` on slices of one projection's output (or on the whole output of a norm)."""
 
     parts: tuple[tuple[nn.Module, int, int], ...]
     channels_first: bool = False  # the output of a convolution, (B, dim_out, H, W)
+    places: int = (
+        0  # axes behind the channels, of a convolution that also takes (dim, H, W); 0: the channels are axis 1
+    )
 
     def __call__(self, x: Tensor | None, y: Tensor) -> Tensor:
-        return self._run(y.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self._run(y)
+        axis = -1 - self.places if self.places else 1
+        return self._run(y.movedim(axis, -1)).movedim(-1, axis) if self.channels_first else self._run(y)
 
     def _run(self, y: Tensor) -> Tensor:
         if len(self.parts) == 1 and self.parts[0][2] - self.parts[0][1] == y.shape[-1]:
@@ -227,7 +236,7 @@ class Session:
         elif verb == "rescale_input":
             fn: Any = module
             if is_pointwise(point.module):
-                fn = partial(RescaleGroup(((module, 0, point.dim_in),), channels_first=True), None)
+                fn = partial(RescaleGroup(((module, 0, point.dim_in),), True, _places(point.module)), None)
             self.op(point.module, self._make(point, verb, "input", fn, module), LinearSite)
         else:
             rows = (point.start, point.stop)
@@ -327,7 +336,7 @@ class Session:
                 op = self._make(first, verb, "forward", LinearGroup(parts), *modules, per_row=False)
             else:
                 convolved = isinstance(first.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-                fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts, convolved)
+                fn = AddGroup(parts) if verb == "add" else RescaleGroup(parts, convolved, _places(first.module))
                 op = self._make(first, verb, "output", fn, *modules)
             self.op(first.module, op, LinearSite)
         for (_, name), points in self._trained.items():
