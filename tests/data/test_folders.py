@@ -393,3 +393,10 @@ def test_numbers_and_truths_of_text_tables(photos: Path) -> None:
     (photos / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
     other = open_dataset(photos)
     assert other.classes == data.classes and other.labels.tolist() == [1, 0]  # type: ignore[union-attr]
+
+
+def test_class_folders_have_no_columns(tmp_path: Path) -> None:
+    """A column that is not there was ignored without a word."""
+    put(tmp_path, "a/1.png", value=1)
+    with pytest.raises(DataError, match=r"label_column='zz' names a column, and .* has class folders"):
+        open_dataset(tmp_path, label_column="zz")

@@ -133,6 +133,11 @@ def open_with(
         rows = HubRows(found.place, split, **options)
     elif found.kind == "folder":
         place = Path(found.place)
+        if label_column is not None:
+            raise DataError(
+                f"label_column={label_column!r} names a column, and {folder_name(place)} has class folders. Leave it out, or "
+                "give the table of files and labels."
+            )
         given = names if names is not None else _classes_json(place)
         rows = FolderRows(place, given, name=folder_name(place), medium=medium)
     elif found.kind == "table":
