@@ -93,6 +93,7 @@ def _try(trainer: Any, train: Any, val: Any, rates: Any, steps: int) -> float:
     model = trainer.model
     before = Before(model, None)
     settings = replace(trainer.settings, lr=rates, steps=steps, ema=None, patience=None, keep="last")
+    settings.monitor = trainer.task.monitor  # a trial has none of the further metrics, and chooses no epoch
     settings.accumulate = min(settings.accumulate, settings.batch_size)
     trial = type(trainer)(
         model,
