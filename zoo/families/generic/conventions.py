@@ -215,7 +215,9 @@ class Timm(Plain):
                 f"timm's classifier of a {type(module).__name__} is a {type(own).__name__}, which cannot hold the head. Merge "
                 "without it (model.reset_head(0)) and keep `model.head` beside the merged module."
             )
-        own.load_state_dict(head.state_dict(), strict=False)
+        if (own.bias is None) != (head.bias is None):  # as the head that was trained, not as timm makes one
+            own.register_parameter("bias", None if head.bias is None else nn.Parameter(head.bias.detach().clone()))
+        own.load_state_dict(head.state_dict())
         own.to(device=head.weight.device, dtype=head.weight.dtype)
 
     def example(self, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
