@@ -55,10 +55,20 @@ class Kind:
     Args:
         words: behind "expected".
         take: value -> the value in its plain form; raises TypeError or ValueError for what it may not be.
+        meant: a wrong value -> what was probably meant, as it is to be written, or "".
+        others: kinds that will do, too.
     """
 
     words: str
     take: Callable[[Any], Any]
+    meant: Callable[[Any], str] | None = None
+    others: tuple[Kind, ...] = ()
+
+    def words_for(self, value: Any) -> str:
+        """What is expected in the place of a wrong value."""
+        meant = self.meant(value) if self.meant is not None else ""
+        own = f"{self.words}, {meant}" if meant else self.words
+        return ", or ".join([own, *(other.words_for(value) for other in self.others)])
 
     def __or__(self, other: Kind) -> Kind:
         """Either of two: the first that takes a value."""
@@ -69,7 +79,7 @@ class Kind:
             except (TypeError, ValueError):
                 return other.take(value)
 
-        return Kind(f"{self.words}, or {other.words}", take)
+        return Kind(self.words, take, self.meant, (*self.others, other))
 
     def of(self, name: str, value: Any) -> Any:
         """The plain form of an argument's value.
@@ -82,7 +92,7 @@ class Kind:
         except ZooError:  # a kind with words of its own
             raise
         except (TypeError, ValueError, OverflowError):
-            raise ConfigError(f"{name} is {shown(value)}; expected {self.words}.") from None
+            raise ConfigError(f"{name} is {shown(value)}; expected {self.words_for(value)}.") from None
 
 
 def shown(value: Any) -> str:
@@ -242,7 +252,7 @@ NOTHING = Kind("None", _nothing)
 FLAG = Kind("True or False", _flag)
 TEXT = instance("text", str)
 FUNCTION = Kind("a function", _function)
-NAMES = Kind("a list of names", _names)
+NAMES = Kind("a list of names", _names, lambda value: f"[{value!r:.60}]" if isinstance(value, str) else "")
 ONE_OR_MORE = Kind("a name, or a list of names", lambda value: [value] if isinstance(value, str) else _names(value))
 PATH = Kind("a path", _path)
 DTYPE = Kind("a floating type such as torch.bfloat16 or 'bfloat16'", _dtype)

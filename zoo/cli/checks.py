@@ -41,7 +41,7 @@ def _each(kind: Kind) -> Kind:
             kind.take(word)
         return text
 
-    return Kind(f"{kind.words} (several with commas)", take)
+    return Kind(f"{kind.words_for(None)} (several with commas)", take)
 
 
 def _device(text: Any) -> Any:
