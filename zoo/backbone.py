@@ -16,16 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import AttachError, ConfigError, MergeError, MismatchError, nearest
-from zoo.points import (
-    AttentionPoint,
-    BlockPoint,
-    ConditionPoint,
-    NormPoint,
-    Point,
-    SublayerPoint,
-    TokensPoint,
-)
-from zoo.points.rows import Row, find, make_linear, norm_dim, side_of, with_bias
+from zoo.points import Point
+from zoo.points.rows import Row, find, make_point
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
@@ -369,44 +361,10 @@ class Backbone:
                 "dim_out": dim,
                 **place,
             }
-            point = self._point(row, root, part, common, prefix, num_heads, special)
+            point = make_point(row, root, part, common, prefix, num_heads, special)
             if point is not None:
                 found.append(point)
         return found
-
-    def _point(
-        self,
-        row: Row,
-        block: nn.Module,
-        module: nn.Module,
-        common: dict[str, Any],
-        prefix: str,
-        num_heads: int,
-        special: dict[str, dict[str, Any]],
-    ) -> Point | None:
-        if row.kind == "linear":
-            linear = make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
-            return with_bias(linear, block.get_submodule(row.path.rpartition(".")[0]), row.bias)
-        if row.kind == "sublayer":
-            (entry, first), (leave, last) = side_of(row.entry, "output"), side_of(row.exit, "input")
-            return SublayerPoint(
-                **common,
-                entry=block.get_submodule(entry),
-                exit=block.get_submodule(leave),
-                entry_side=first,
-                exit_side=last,
-                stream=block.get_submodule(row.stream) if row.stream else None,
-                inner=block.get_submodule(row.inner) if row.inner else None,
-            )
-        if row.kind == "norm":
-            width = norm_dim(module)
-            return NormPoint(**{**common, "dim_in": width, "dim_out": width})
-        if row.kind == "attention":
-            return AttentionPoint(**common, num_heads=num_heads, **special["attention"])
-        if row.kind == "tokens":
-            return TokensPoint(**common, **special["tokens"])
-        simple: dict[str, Callable[..., Point]] = {"block": BlockPoint, "condition": ConditionPoint}
-        return simple[row.kind](**common)
 
 
 def told(name: str, family: Backbone, num_classes: int) -> str:

@@ -26,8 +26,9 @@ from zoo.data.medium import CAPTIONS, IMAGES
 from zoo.data.open import folder_name, short_name
 from zoo.data.parquet import ParquetRows
 from zoo.data.shards import ShardRows
-from zoo.data.sources import TorchRows, unwrapped
+from zoo.data.sources import TorchRows
 from zoo.data.tables import TABLES, choose_column, rows_of, tables_in
+from zoo.data.unwrap import unwrapped
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = ["Pair", "caption_classes", "open_pairs"]

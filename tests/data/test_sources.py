@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from train_parts import CLASSES, easy_data, fit, tiny_model
 
 import zoo
-from zoo.data import Skipped, collate, open_dataset, sources
+from zoo.data import Skipped, collate, open_dataset, unwrap
 from zoo.errors import DataError
 
 QUIET = {"progress": False}
@@ -116,7 +116,7 @@ def test_streams_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for m, source in zip(models, (items, Stream(items), (x for x in items)), strict=True)
     ]
     assert reports[0].history[0]["loss"] == reports[1].history[0]["loss"] == reports[2].history[0]["loss"]
-    monkeypatch.setattr(sources, "STREAM_BYTES", 1 << 12)
+    monkeypatch.setattr(unwrap, "STREAM_BYTES", 1 << 12)
     with pytest.raises(DataError, match=r"Stream has no length, and its first \d items take more than"):
         open_dataset(Stream(items))
     with pytest.raises(DataError, match="has no length, and yields nothing"):

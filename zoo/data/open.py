@@ -20,8 +20,9 @@ from zoo.data.medium import IMAGES, Medium
 from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import check_range, few_shot, known_labels, warn_of_lost
 from zoo.data.shards import ShardRows
-from zoo.data.sources import TorchRows, unwrapped
+from zoo.data.sources import TorchRows
 from zoo.data.tables import ListedRows
+from zoo.data.unwrap import unwrapped
 from zoo.errors import DataError
 
 __all__ = ["folder_name", "open_dataset", "open_with", "short_name"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from zoo.data.dataset import Skipped
 from zoo.data.folders import read_file
@@ -20,11 +19,11 @@ from zoo.data.labels import Labelled, bare, parsed, read_labels
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.names import own_classes, placed, places
 from zoo.data.seeds import kept_generators
+from zoo.data.unwrap import held
 from zoo.errors import DataError, nearest
 
-__all__ = ["TorchRows", "labels_of", "unwrapped"]
+__all__ = ["TorchRows", "labels_of"]
 
-STREAM_BYTES = 2 << 30  # so much of a stream is held
 SCAN = 10_000  # so many items are read for their labels alone
 
 
@@ -58,7 +57,7 @@ class TorchRows(Labelled):
         own = own_classes(dataset, label_column, medium.label_columns)
         indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         if isinstance(dataset, IterableDataset) or is_hub(dataset, "IterableDataset") or not indexed:
-            dataset = _held(dataset, self.name)
+            dataset = held(dataset, self.name)
         self.dataset = dataset
         if len(self) == 0:
             raise DataError(f"{self.name}: the data set is empty.")
@@ -325,81 +324,3 @@ def labels_of(dataset: Any) -> Any:
     if labels.dtype.kind in "biuf" and labels.ndim in (1, 2):
         return labels
     return labels.tolist() if labels.dtype.kind in "OU" and labels.ndim == 1 else None
-
-
-def unwrapped(loader: Any) -> Any:
-    """The data set of a DataLoader that does nothing that `zoo.fit` would not do itself.
-
-    Raises:
-        DataError: a sampler or a collate function of its own.
-    """
-    from torch.utils.data import RandomSampler, SequentialSampler
-
-    from zoo.data.dataset import collate
-
-    sampler = loader.sampler
-    plain = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler._num_samples is None
-    )
-    if isinstance(loader.dataset, IterableDataset):
-        plain = True
-    if not plain:
-        raise DataError(
-            f"The DataLoader has a sampler of its own ({type(sampler).__name__}). Give the data set, and the sampler beside it: "
-            "zoo.fit(model, loader.dataset, sampler=loader.sampler)."
-        )
-    if loader.collate_fn not in (
-        default_collate,
-        collate,
-        getattr(torch.utils.data._utils.collate, "default_convert", None),
-    ):
-        raise DataError(
-            "The DataLoader has a collate function of its own. Give the data set: zoo.fit(model, loader.dataset, "
-            "batch_size=...); what the function does to single items can be the data set's transform."
-        )
-    if loader.batch_size is not None:
-        warnings.warn(
-            f"Of the DataLoader its data set is taken: batches (of {loader.batch_size} there) and their order are made here, by "
-            "batch_size= and seed=.",
-            stacklevel=3,
-        )
-    return loader.dataset
-
-
-def _held(stream: Any, name: str) -> list[Any]:
-    """All items of a stream, so that they can be shuffled, skipped and resumed.
-
-    Raises:
-        DataError: it yields nothing, or more than is held.
-    """
-    items: list[Any] = []
-    size = 0
-    if not hasattr(stream, "__iter__"):
-        raise DataError(f"{name} has no length, cannot be indexed and yields nothing; expected a data set of pairs.")
-    for item in stream:
-        items.append(item)
-        size += _bytes(item)
-        if size > STREAM_BYTES:
-            raise DataError(
-                f"{name} has no length, and its first {len(items)} items take more than {STREAM_BYTES >> 30} GiB of memory. "
-                "Store them, as Parquet files or as shards (webdataset.ShardWriter), and give their paths: "
-                "zoo.open_dataset('data/*.tar')."
-            )
-    if not items:
-        raise DataError(
-            f"{name} has no length, and yields nothing: expected pairs. (A generator yields its items only once.)"
-        )
-    return items
-
-
-def _bytes(value: Any) -> int:
-    """About how much memory a value takes."""
-    if isinstance(value, (bytes, bytearray, str)):
-        return len(value) + 64
-    if isinstance(value, (Tensor, np.ndarray)):
-        return int(value.nbytes) + 64
-    if isinstance(value, Image.Image):
-        return value.width * value.height * len(value.getbands()) + 64
-    if isinstance(value, Mapping):
-        return sum(_bytes(v) for v in value.values()) + 64
-    return sum(_bytes(v) for v in value) + 64 if isinstance(value, (list, tuple)) else 64

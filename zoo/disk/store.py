@@ -35,10 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from zoo import registry
 from zoo.arguments import ONE_OR_MORE, PATH
-from zoo.backbone import WRAPPED
-from zoo.disk.budget import budget
 from zoo.disk.codecs import encode
 from zoo.disk.layout import (
     CARD,
@@ -50,15 +47,13 @@ from zoo.disk.layout import (
     METRICS,
     WEIGHTS,
     check_config,
-    check_kind,
     check_tensors,
     pack,
     to_json,
 )
 from zoo.disk.record import check_record
-from zoo.disk.saved import SavedAdapter, contents, read
 from zoo.engine.sharded import with_whole_parameters
-from zoo.errors import ConfigError, MismatchError, SaveError, nearest
+from zoo.errors import ConfigError, SaveError, nearest
 from zoo.heads import kind_of
 from zoo.heads.folded import folded
 
@@ -66,10 +61,8 @@ if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
     from zoo.host import Host
 
-__all__ = ["SavedAdapter", "alone", "attach", "contents", "read", "save", "write", "write_file", "write_files"]
+__all__ = ["alone", "save", "write", "write_file", "write_files"]
 
-# options at which tables of positions are resampled
-RESOLUTIONS = ("img_size", "image_size", "input_size", "max_length")
 _STALE = re.compile(r"\.(" + "|".join(re.escape(name) for name in FILES) + r")\.[0-9a-f]{12}\.tmp")
 _STALE_AFTER = 3600.0  # seconds; a temporary file this old belongs to a save that was killed
 
@@ -303,105 +296,6 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-# -- attaching --------------------------------------------------------------------------------------------------------
-
-
-def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
-    """Put saved adapters, and their head if wanted, into a model; all or nothing. Returns the adapters' names there.
-
-    The head replaces the model's own; if other adapters are there already, it belongs to the new ones alone.
-
-    Raises:
-        MismatchError: the adapters belong to another backbone, width, depth or set of weights.
-        ConfigError, UnknownNameError: a method or setting that this version does not have.
-    """
-    _check_backbone(model, saved)
-    added: list[str] = []
-    own_head = head and saved.has_head and bool(model.adapters)
-    with model.all_or_nothing(), budget(saved.folder, saved.tensors, model.backbone):
-        for i, entry in enumerate(saved.adapters):
-            last = i == len(saved.adapters) - 1
-            name = entry.name if entry.name not in model.adapters else None
-            try:
-                cls = registry.adapter_class(entry.method)
-                config, tensors = cls.load_saved(dict(entry.config), saved.adapter_tensors(entry.name))
-                fresh = cls.from_config(config, strict=True)
-            except ConfigError as error:
-                raise ConfigError(f"'{saved.folder / CONFIG}', adapters[{i}].config: {error}") from error
-            fresh.plan = entry.plan
-            fresh.check_structure(tensors)
-            before = set(model.adapters)
-            wanted = (own_head and last) or (head and fresh.head_kind)
-            model.add_adapter(fresh, name, num_classes=saved.num_classes if wanted else None)
-            added += [one for one in model.adapters if one not in before]
-            _fill(model.adapters[added[-1]], tensors, f"adapter '{entry.name}'", model, saved)
-        if head and saved.num_classes is not None:
-            if not own_head or saved.head_kind != "linear":
-                model.reset_head(saved.num_classes, saved.classes, kind=saved.head_kind)
-            _fill(model.head, saved.head_tensors(), "head", model, saved)
-            model.take_names(saved.classes)
-        model.set_record(added, saved.record)
-    return added
-
-
 def _head_kind(head: nn.Module) -> dict[str, str]:
     kind = kind_of(head)
     return {} if kind == "linear" else {"kind": kind}
-
-
-def _check_backbone(model: Host, saved: SavedAdapter) -> None:
-    if saved.fingerprint is not None and model.fingerprint is not None:
-        if saved.fingerprint == model.fingerprint or _resampled(model, saved):
-            return
-        wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
-        if wrapped or saved.backbone_name == model.backbone_name:
-            seen = getattr(model.family, "known_example", True)
-            example = (
-                ""
-                if seen
-                else " No example was given, so a classifier that was taken off when it was saved may be still in: "
-                "zoo.load(network, adapter=..., example=batch)."
-            )
-            raise MismatchError(
-                f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
-                f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
-                "pretrained=True unless you saved it on random ones; checkpoint= for a file of your own), or train it again on "
-                f"these.{example}"
-            )
-    elif registry.library_name(saved.backbone_name) == registry.library_name(model.backbone_name):
-        return  # compared by name alone: what a file names is not looked up
-    brought = "network, " if saved.backbone_name.startswith(WRAPPED) else ""
-    raise MismatchError(
-        f"The adapter in '{saved.folder}' belongs to the backbone '{saved.backbone_name}', this model's is "
-        f"'{model.backbone_name}'. Use zoo.load({brought}adapter={str(saved.folder)!r}), which builds the right one."
-    )
-
-
-def _resampled(model: Host, saved: SavedAdapter) -> bool:
-    """Whether the weights are the same ones, with tables of positions for another resolution."""
-    if registry.library_name(saved.backbone_name) != registry.library_name(model.backbone_name):
-        return False
-    if saved.rest is not None:
-        (theirs, shapes), (ours, mine) = (
-            text.split(".") for text in (saved.rest, model.fingerprint_at_any_resolution or ".")
-        )
-        return theirs == ours and shapes != mine
-    sizes = {k: v for k, v in saved.backbone_kwargs.items() if k in RESOLUTIONS}
-    if sizes == {k: v for k, v in model.backbone_kwargs.items() if k in RESOLUTIONS}:
-        return False
-    return model.fingerprint_as(saved.backbone_kwargs) == saved.fingerprint  # saved before the other hash was noted
-
-
-def _fill(module: nn.Module, tensors: dict[str, Tensor], what: str, model: Host, saved: SavedAdapter) -> None:
-    """Copy saved tensors into a module that has exactly these, or raise MismatchError naming the first that differs."""
-    own = module.state_dict()
-    for name in [*own, *tensors]:
-        mine = tuple(own[name].shape) if name in own else "none"
-        theirs = tuple(tensors[name].shape) if name in tensors else "none"
-        if mine != theirs:
-            raise MismatchError(
-                f"The {what} in '{saved.folder}' does not fit '{model.backbone_name}': tensor '{name}' has shape {theirs} in "
-                f"the file and {mine} in the model. It was saved on another width or depth, or its settings were changed."
-            )
-        check_kind(name, own[name], tensors[name], f"The {what} in '{saved.folder}'")
-    module.load_state_dict(tensors)

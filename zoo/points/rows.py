@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from zoo.points.kinds import LinearPoint
+from zoo.points.kinds import (
+    AttentionPoint,
+    BlockPoint,
+    ConditionPoint,
+    LinearPoint,
+    NormPoint,
+    Point,
+    SublayerPoint,
+    TokensPoint,
+)
 
 
 @dataclass(frozen=True)
@@ -106,3 +116,45 @@ def side_of(path: str, default: str) -> tuple[str, str]:
 def norm_dim(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
     return 0 if weight is None else weight.shape[0]
+
+
+def make_point(
+    row: Row,
+    block: nn.Module,
+    module: nn.Module,
+    common: dict[str, Any],
+    prefix: str,
+    num_heads: int,
+    special: dict[str, dict[str, Any]],
+) -> Point | None:
+    """The point that a row of a family's table stands for; None if what stands there is no projection.
+
+    Args:
+        row: of the table. block, module: the block, and what stands at the row's path in it.
+        common: fields that every point has.
+        prefix: the block's point name. num_heads: of its attention.
+        special: further fields of attention and tokens points.
+    """
+    if row.kind == "linear":
+        linear = make_linear(module, row.part, f"{prefix}.{row.path}", num_heads, common)
+        return with_bias(linear, block.get_submodule(row.path.rpartition(".")[0]), row.bias)
+    if row.kind == "sublayer":
+        (entry, first), (leave, last) = side_of(row.entry, "output"), side_of(row.exit, "input")
+        return SublayerPoint(
+            **common,
+            entry=block.get_submodule(entry),
+            exit=block.get_submodule(leave),
+            entry_side=first,
+            exit_side=last,
+            stream=block.get_submodule(row.stream) if row.stream else None,
+            inner=block.get_submodule(row.inner) if row.inner else None,
+        )
+    if row.kind == "norm":
+        width = norm_dim(module)
+        return NormPoint(**{**common, "dim_in": width, "dim_out": width})
+    if row.kind == "attention":
+        return AttentionPoint(**common, num_heads=num_heads, **special["attention"])
+    if row.kind == "tokens":
+        return TokensPoint(**common, **special["tokens"])
+    simple: dict[str, Callable[..., Point]] = {"block": BlockPoint, "condition": ConditionPoint}
+    return simple[row.kind](**common)

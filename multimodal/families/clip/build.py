@@ -182,3 +182,13 @@ def swap(module: nn.Module) -> None:
         from zoo.families.timm_biases import open_biases
 
         open_biases(module)
+
+
+def repository(name: str) -> str | None:
+    """The Hub repository of a checkpoint by its name, as open_clip states it; None for one of ours or without one."""
+    if name.startswith("zoo:"):
+        return None
+    architecture, tag = parts(name)
+    if architecture.startswith("hf-hub:"):
+        return architecture.removeprefix("hf-hub:")
+    return (tag_config(architecture, tag).get("hf_hub") or "").strip("/") or None

@@ -364,12 +364,7 @@ class CLIPBackbone(Backbone):
 
     def hub_id(self) -> str | None:
         """Hub repository of the checkpoint, as open_clip states it."""
-        if not self.pretrained or self.own_name.startswith("zoo:"):
-            return None
-        architecture, tag = clip_build.parts(self.own_name)
-        if architecture.startswith("hf-hub:"):
-            return architecture.removeprefix("hf-hub:")
-        return (clip_build.tag_config(architecture, tag).get("hf_hub") or "").strip("/") or None
+        return clip_build.repository(self.own_name) if self.pretrained else None
 
     def hub_task(self, num_classes: int) -> str | None:
         """A classifier stands on the image tower; without one images are compared with texts."""

@@ -15,11 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multimodal.families.diffusion.family import (
-    DiffusersBackbone,
-    pixel_config,
-    timesteps,
-)
+from multimodal.families.diffusion.family import DiffusersBackbone, pixel_config, timesteps
 from multimodal.families.diffusion.members import MORE_OPTIONS, Input, Member
 from multimodal.families.diffusion.names import class_of, source_class, source_config
 from multimodal.families.diffusion.video import VideoBackbone
