@@ -176,12 +176,12 @@ def test_an_evaluation_sees_the_budget_and_leaves_no_trace() -> None:
 def test_no_epoch_before_the_budget_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first epochs would win: their validation is made to look better."""
     model = tiny_model(zoo.adapter("adalora", **SMALL))
-    real = zoo.train.trainer.Trainer._evaluate
+    real = zoo.train.trainer.Trainer.evaluate
 
     def flattered(self: Any) -> dict[str, Any]:
         return {**real(self), "accuracy": 1.0 - self.run.step / 1000}
 
-    monkeypatch.setattr(zoo.train.trainer.Trainer, "_evaluate", flattered)
+    monkeypatch.setattr(zoo.train.trainer.Trainer, "evaluate", flattered)
     report = fit(model, easy_data(64), easy_data(16, seed=1), epochs=6, keep="best", lr=1e-2)
     assert report.best["epoch"] == 4 and report.best["chosen"] == "best"  # 24 steps; final from t = 13 on
     assert sum(adapter_of(model).ranks().values()) == 24
