@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from audio.families.parts.projected import Projected
 from audio.families.parts.transformers_family import Fields, TransformersAudio
-from zoo.errors import AttachError, ConfigError, DataError, MismatchError
+from zoo.errors import AttachError, ConfigError, DataError
 from zoo.points import Layout, Point
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -42,20 +43,6 @@ LARGE: Fields = {
     "feat_extract_norm": "layer",
     "conv_bias": True,
 }
-
-
-class ProjectedHead(nn.Module):
-    """Two linear maps, (B, d) -> (B, p) -> (B, num_classes); the keys are those of the library's classifier."""
-
-    def __init__(self, in_features: int, width: int, out_features: int, **factory: Any) -> None:
-        super().__init__()
-        self.projector = nn.Linear(in_features, width, **factory)
-        self.classifier = nn.Linear(width, out_features, **factory)
-        self.in_features, self.out_features = in_features, out_features
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(B, d) -> (B, num_classes)."""
-        return self.classifier(self.projector(pooled))
 
 
 def _table(stable: bool) -> tuple[Row, ...]:
@@ -99,7 +86,7 @@ def _table(stable: bool) -> tuple[Row, ...]:
 
 
 @register_backbone
-class Wav2Vec2(TransformersAudio):
+class Wav2Vec2(Projected, TransformersAudio):
     """`wav2vec2-b`, `hubert-b`, `data2vec-audio-b`, larger ones, or `transformers:<repository or folder>` of these types."""
 
     family = "wav2vec2"
@@ -252,32 +239,6 @@ class Wav2Vec2(TransformersAudio):
     def feature_dim(self) -> int:
         """Width of the pooled features."""
         return int(self.body.config.hidden_size)
-
-    def new_head(self, num_classes: int, **factory: Any) -> nn.Module:
-        """Projection and classifier, as the library's."""
-        return ProjectedHead(self.feature_dim, self.body.config.classifier_proj_size, num_classes, **factory)
-
-    def take_head(self) -> nn.Module | None:
-        """Take projector and classifier off; without them the library's module answers with the mean over the steps."""
-        module: Any = self.module
-        projector, classifier = module.projector, module.classifier
-        module.projector, module.classifier = nn.Identity(), nn.Identity()
-        if not isinstance(classifier, nn.Linear):
-            return None
-        with torch.device(classifier.weight.device):
-            head = self.new_head(classifier.out_features, dtype=classifier.weight.dtype)
-        head.projector, head.classifier = projector, classifier
-        return head
-
-    def put_head(self, module: nn.Module, head: nn.Module) -> None:
-        """Make `head` the classifier of a merged module."""
-        if not isinstance(head, ProjectedHead) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it."
-            )
-        merged: Any = module
-        merged.config.num_labels = head.out_features
-        merged.projector, merged.classifier = head.projector, head.classifier
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Verbs of attention and tokens points: more keys, and prompts."""

@@ -16,19 +16,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from audio.families.parts.projected import Projected
 from audio.families.parts.whisper_parts import PUBLISHED, SHORT, WhisperFamily
-from audio.families.wav2vec2 import ProjectedHead
-from zoo.errors import AttachError, MismatchError
+from zoo.errors import AttachError
 from zoo.library import pretrained_config
 from zoo.points import Point
 from zoo.registry import register_backbone
 
 
 @register_backbone
-class WhisperEncoder(WhisperFamily):
+class WhisperEncoder(Projected, WhisperFamily):
     """`whisper-encoder-b` and others, `whisper-encoder:<repository or folder>`, or `transformers:` of one with a classifier."""
 
     family = "whisper-encoder"
@@ -140,32 +139,6 @@ class WhisperEncoder(WhisperFamily):
     def feature_dim(self) -> int:
         """Width of the pooled features."""
         return int(self.config.d_model)
-
-    def new_head(self, num_classes: int, **factory: Any) -> nn.Module:
-        """Projection and classifier, as the library's."""
-        return ProjectedHead(self.feature_dim, self.config.classifier_proj_size, num_classes, **factory)
-
-    def take_head(self) -> nn.Module | None:
-        """Take projector and classifier off; without them the library's module answers with the mean over the tokens."""
-        module: Any = self.module
-        projector, classifier = module.projector, module.classifier
-        module.projector, module.classifier = nn.Identity(), nn.Identity()
-        if not isinstance(classifier, nn.Linear):
-            return None
-        with torch.device(classifier.weight.device):
-            head = self.new_head(classifier.out_features, dtype=classifier.weight.dtype)
-        head.projector, head.classifier = projector, classifier
-        return head
-
-    def put_head(self, module: nn.Module, head: nn.Module) -> None:
-        """Make `head` the classifier of a merged module."""
-        if not isinstance(head, ProjectedHead) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it."
-            )
-        merged: Any = module
-        merged.config.num_labels = head.out_features
-        merged.projector, merged.classifier = head.projector, head.classifier
 
     def head_path(self) -> str | None:
         """It is two modules."""

@@ -8,7 +8,6 @@ norms and the last projection are points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision.families.parts import vit_blocks
-from vision.families.parts.timm_family import TimmBackbone
+from vision.families.parts.sequence import SequenceBackbone
 from vision.heads.distilled import DistilledHead
 from zoo.errors import UndescribedError
 from zoo.families.timm_parts import pool_points, stem_norms
@@ -26,7 +25,7 @@ from zoo.registry import register_backbone
 
 
 @register_backbone
-class ViT(TimmBackbone):
+class ViT(SequenceBackbone):
     """timm's VisionTransformer."""
 
     family = "vit"
@@ -54,7 +53,6 @@ class ViT(TimmBackbone):
     }
     block_table = vit_blocks.PRE_NORM
     elementwise = ("mlp.act", "mlp_act", "ffns.0.mlp.act", "ffns.1.mlp.act")
-    gives = ("pooled", "tokens", "maps")
     plain_blocks = True
     tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
 
@@ -99,27 +97,6 @@ class ViT(TimmBackbone):
             own.load_state_dict(trained.state_dict())
             own.to(device=trained.weight.device, dtype=trained.weight.dtype)
         return None
-
-    @property
-    def num_prefix(self) -> int:
-        """Class and register tokens in front of the patches."""
-        return int(self.module.num_prefix_tokens)  # type: ignore[arg-type]
-
-    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
-        """Tokens behind the final norm, [prefix | prompts that stay | patches]; the map is that of the patches."""
-        self.check_wanted(want)
-        module: Any = self.module
-        tokens = module.forward_features(*inputs, **kwargs)
-        found: dict[str, Any] = {}
-        if "pooled" in want:
-            found["pooled"] = module.forward_head(tokens, pre_logits=True).contiguous()
-        if "tokens" in want:
-            found["tokens"] = tokens
-        if "maps" in want:
-            height, width = module.patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
-            patches = tokens[:, tokens.shape[1] - height * width :]
-            found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
-        return found
 
     @classmethod
     def half(cls, block: Any, role: str, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vision.families.parts.timm_family import TimmBackbone
+from vision.families.parts.sequence import SequenceBackbone
 from zoo.families import timm_attention as flat
 from zoo.families.timm_biases import close_biases, open_biases
 from zoo.families.timm_parts import fold_shift, pool_points
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
 
-class FlatViT(TimmBackbone):
+class FlatViT(SequenceBackbone):
     """Base of both families."""
 
     block_table = PRE_NORM
     elementwise = ("mlp.act",)
-    gives = ("pooled", "tokens", "maps")
     plain_blocks = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -35,27 +33,6 @@ class FlatViT(TimmBackbone):
         """The library's own classes again."""
         close_biases(module)
         return module
-
-    @property
-    def num_prefix(self) -> int:
-        """Class and register tokens in front of the patches."""
-        return int(self.module.num_prefix_tokens)  # type: ignore[arg-type]
-
-    def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
-        """Tokens behind the last block and its norm, if any, [prefix | prompts that stay | patches]; the map is the patches'."""
-        self.check_wanted(want)
-        module: Any = self.module
-        tokens = module.forward_features(*inputs, **kwargs)
-        found: dict[str, Any] = {}
-        if "pooled" in want:
-            found["pooled"] = module.forward_head(tokens, pre_logits=True).contiguous()
-        if "tokens" in want:
-            found["tokens"] = tokens
-        if "maps" in want:
-            height, width = module.patch_embed.dynamic_feat_size(inputs[0].shape[-2:])
-            patches = tokens[:, tokens.shape[1] - height * width :]
-            found["maps"] = [patches.transpose(1, 2).unflatten(2, (height, width))]
-        return found
 
     @classmethod
     def half(cls, block: Any, role: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
