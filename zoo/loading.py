@@ -110,6 +110,8 @@ def load(
                 f"num_classes is {num_classes}, and classes= names {len(classes)}. Leave num_classes out."
             )
     wanted = [adapter] if isinstance(adapter, (str, Adapter, Path)) else list(adapter or [])
+    for text in (backbone, *wanted):
+        _check_length(text)
     sources = [_resolve(a) for a in wanted]
     saved = [s for s in sources if not isinstance(s, Adapter)]
     if saved:
@@ -314,6 +316,15 @@ def _of_pickle(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, pickle.UnpicklingError):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _check_length(name: Any) -> None:
+    """Raise UnknownNameError for a text that no system takes as a path, before it is asked for one."""
+    if isinstance(name, (str, Path)) and any(len(part.encode(errors="replace")) > 255 for part in str(name).split("/")):
+        raise UnknownNameError(
+            f"'{str(name)[:60]}...' has {len(str(name)):,} characters, and is neither a name here nor a path: a part of one "
+            "ends at 255 bytes."
+        )
 
 
 def _resolve(source: str | Adapter | Path) -> Adapter | Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from train_parts import easy_data, fit, tiny_model
 
 import zoo
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, UnknownNameError
 
 SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -101,3 +102,12 @@ def test_a_name_of_an_adapter_that_is_none() -> None:
     with pytest.raises(ConfigError, match="adapter is 5; expected a method's name"):
         model.add_adapter(5)  # type: ignore[arg-type]
     assert not model.adapters
+
+
+@pytest.mark.parametrize(
+    "call", [{"backbone": "x" * 5000}, {"adapter": "y" * 300}, {"adapter": ["lora", Path("z" * 999)]}]
+)
+def test_a_name_longer_than_any(call: dict[str, Any]) -> None:
+    """The file system's own error came out."""
+    with pytest.raises(UnknownNameError, match="neither a name here nor a path"):
+        zoo.load(**{"backbone": "vit-micro", "pretrained": False, **call})
