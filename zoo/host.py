@@ -39,6 +39,10 @@ class Host(Protocol):
     def fingerprint_at_any_resolution(self) -> str | None:
         """The same without tables of positions."""
 
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Both, of one look at the weights."""
+
     def fingerprint_as(self, options: dict[str, Any]) -> str | None:
         """The fingerprint of this backbone as it is built with other options."""
 

@@ -37,12 +37,19 @@ _FRACTIONS = ("accuracy", "top1", "top5", "f1", "precision", "recall", "iou")
 _LOAD_LINE = re.compile(r'^(model = zoo\.load\(.*?adapter=)"(?:[^"\\\n]|\\.)*"', re.MULTILINE)
 
 
-def render(model: Host, adapters: Sequence[str] | None = None, *, source: str | None = None) -> str:
+def render(
+    model: Host,
+    adapters: Sequence[str] | None = None,
+    *,
+    source: str | None = None,
+    fingerprint: str | None = None,
+) -> str:
     """The card of a model's active (or named) adapters as text: the Hub's metadata, then the sections.
 
-    `source` is the repository id or folder that readers load.
+    `source` is the repository id or folder that readers load, `fingerprint` the model's where it was taken just now.
     """
     card = _Card(model, list(model.active if adapters is None else adapters), source)
+    card.fingerprint = fingerprint or model.fingerprint
     parts = [f"---\n{card.metadata()}\n---", f"# {plain(card.title)}", card.summary()]
     for title, text in (
         ("How to load", card.loading()),
@@ -76,6 +83,8 @@ def retarget(card: str, source: str) -> str:
 
 class _Card:
     """The texts of the sections; each is "" if there is nothing to say."""
+
+    fingerprint: str | None = None
 
     def __init__(self, model: Host, names: list[str], source: str | None) -> None:
         self.model = model
@@ -237,8 +246,8 @@ class _Card:
         items = [f"name: {code(self.model.backbone_name)}"]
         if self.base:
             items.append(f"weights: {link(self.base, f'https://huggingface.co/{self.base}')}")
-        if self.model.fingerprint:
-            items.append(f"fingerprint of the weights: `{self.model.fingerprint}`")
+        if self.fingerprint:
+            items.append(f"fingerprint of the weights: `{self.fingerprint}`")
         own = self.model.family.own_weights
         if own is not None:
             items.append(f"weights: `{own.file}`, its user's own")

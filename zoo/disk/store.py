@@ -120,11 +120,12 @@ def save(
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     named = model.classes_of(own_head)
     classes = named if named and len(named) == num_classes else None
+    printed, rest = model.fingerprints
     config: dict[str, Any] = {
         "backbone": {
             "name": model.backbone_name,
-            "fingerprint": model.fingerprint,
-            **({} if (rest := model.fingerprint_at_any_resolution) is None else {"rest": rest}),
+            "fingerprint": printed,
+            **({} if rest is None else {"rest": rest}),
             "kwargs": model.backbone_kwargs,
         },
         "adapters": [
@@ -138,9 +139,8 @@ def save(
     tensors, encoding = encode(codec, tensors)
     if encoding is not None:
         config["encoding"] = encoding
-    return write(
-        folder, config, tensors, model.record_of(names), render(model, names, source=source or folder.resolve().name)
-    )
+    card = render(model, names, source=source or folder.resolve().name, fingerprint=printed)
+    return write(folder, config, tensors, model.record_of(names), card)
 
 
 def write(

@@ -27,9 +27,8 @@ def fingerprint(module: nn.Module) -> str | None:
     for name, parameter in sorted([*module.named_parameters(), *rounded], key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
-        flat = whole(parameter.detach()).reshape(-1)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        parts.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.float16))
+        parts.append(_sample(parameter).to(torch.float16))
     if parts:
         digest.update(torch.cat([p.cpu() for p in parts]).numpy().tobytes())
     return "v1:" + digest.hexdigest()[:32]
@@ -66,7 +65,8 @@ class Watched:
     def __init__(self, module: nn.Module) -> None:
         self.text = fingerprint(module)
         self.own = True  # nobody has changed the weights since
-        self.samples = {} if self.text is None else {n: _sample(p) for n, p in module.named_parameters()}
+        self.samples = None if self.text is None else _samples(dict(module.named_parameters()))
+        self._rest: tuple[str | None, str | None] = (None, None)  # a fingerprint, and what `rest` gave for it
 
     def now(self, module: nn.Module, frozen: Mapping[int, nn.Parameter]) -> str | None:
         """The fingerprint of the weights as they are.
@@ -74,29 +74,48 @@ class Watched:
         Args:
             frozen: identity of a parameter that stands in for a frozen one -> that one.
         """
-        parameters = {n: frozen.get(id(p), p) for n, p in module.named_parameters()}
-        if self.text is None or any(p.is_inference() for p in parameters.values()):
+        if self.text is None or self.samples is None:
             return self.text
-        if any(type(p.data) not in known_types() or p.device.type == "meta" for p in parameters.values()):
-            return self.text  # quantised by a library
-        same = parameters.keys() == self.samples.keys() and all(
-            _same(_sample(p), self.samples[n]) for n, p in parameters.items()
-        )
-        if not same:
+        parameters = {n: frozen.get(id(p), p) for n, p in module.named_parameters()}
+        kinds = known_types()
+        if any(p.is_inference() or p.device.type == "meta" or type(p.data) not in kinds for p in parameters.values()):
+            return self.text  # nobody can write to it, or it is quantised by a library
+        # not by torch's count of changes: what is written through `.data` or numpy does not count
+        found = _samples(parameters)
+        if found[0] != self.samples[0] or not _same(found[1], self.samples[1]):
             plain = nn.Module()
             plain.named_parameters = lambda *_, **__: iter(parameters.items())  # type: ignore[method-assign]
             plain.named_buffers = module.named_buffers  # type: ignore[method-assign]
-            self.text, self.own = fingerprint(plain), False
-            self.samples = {n: _sample(p) for n, p in parameters.items()}
+            self.text, self.own, self.samples = fingerprint(plain), False, found
         return self.text
+
+    def rest(self, module: nn.Module, text: str) -> str | None:
+        """`at_any_resolution` of a backbone whose fingerprint is `text`."""
+        if self._rest[0] != text:
+            self._rest = (text, at_any_resolution(module))
+        return self._rest[1]
+
+
+def _samples(parameters: Mapping[str, Tensor]) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
+    """Names and shapes, and evenly spaced values of all parameters as one tensor, in a precision that holds them all."""
+    shapes = [(name, tuple(p.shape)) for name, p in parameters.items()]
+    parts = [_sample(p) for p in parameters.values()]
+    parts = parts if all(p.device.type == "cpu" for p in parts) else [p.cpu() for p in parts]
+    return shapes, torch.cat(parts) if parts else torch.empty(0)
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = whole(parameter.detach()).reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().clone()
+    parameter = parameter.detach()
+    flat = (parameter if type(parameter) is Tensor else whole(parameter)).reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
 
 
 def _same(found: Tensor, before: Tensor) -> bool:
     """Whether numbers are those from before: as they were, or rounded once to a coarser precision, whatever they are kept in."""
-    # not by torch's count of changes: what is written through `.data` or numpy does not count
-    return any(torch.equal(found, before.to(t).to(found.dtype)) for t in (found.dtype, torch.bfloat16, torch.float16))
+    wide = torch.promote_types(found.dtype, before.dtype)
+    found = found.to(wide)
+    if torch.equal(found, before.to(wide)):
+        return True
+    # some parts of a model may be rounded and others not
+    like = [found == before.to(kind).to(wide) for kind in (before.dtype, torch.bfloat16, torch.float16)]
+    return bool((like[0] | like[1] | like[2]).all())

@@ -8,7 +8,7 @@ from zoo.backbone import WRAPPED
 from zoo.engine.sharded import reshard
 from zoo.library import only_tensors
 from zoo.model.contextual import Contextual
-from zoo.model.fingerprint import Watched, at_any_resolution, fingerprint
+from zoo.model.fingerprint import Watched, fingerprint
 
 
 class Stamped(Contextual):
@@ -34,10 +34,13 @@ class Stamped(Contextual):
     @property
     def fingerprint_at_any_resolution(self) -> str | None:
         """As `fingerprint`, without the tables of positions, which libraries resample for another resolution."""
-        if self.fingerprint is None:
-            return None
-        with self._bare():
-            return at_any_resolution(self.backbone)
+        return self.fingerprints[1]
+
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Both, of one look at the weights."""
+        text = self.fingerprint
+        return text, None if text is None else self._weights.rest(self.backbone, text)
 
     def fingerprint_as(self, options: dict[str, Any]) -> str | None:
         """The fingerprint that this backbone's pretrained weights have when it is built with other options; None: not known."""
