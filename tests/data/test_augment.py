@@ -18,6 +18,7 @@ from train_parts import difference, fit, tiny_model, weights
 
 import zoo
 from zoo.data import open_dataset
+from zoo.data.augment import parse
 from zoo.data.preprocess import image_transform
 from zoo.errors import ConfigError, DataError
 
@@ -211,3 +212,14 @@ def test_in_a_fit_which_is_repeated() -> None:
     with pytest.raises(ConfigError, match="augment 'crops' is unknown"):
         fit(plain, pairs, augment="crops")
     assert zoo.evaluate(plain, pairs, progress=False)["images"] == 8
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-zz", "rand-9", "rand-tanything", "augmix-m5-n2", "original-m9", "augmix-tweights"]
+)
+def test_sections_that_timm_passes_over(policy: str) -> None:
+    """timm takes `rand-m9-zz` for `rand-m9`, and any name of a set of operations for its own."""
+    with pytest.raises(ConfigError, match=rf"timm cannot read the policy '{policy}': no section"):
+        parse(policy, (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    parse("rand-mstd1-tweights-p0.5-inc1-mmax12", (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    parse("original-mstd0.5", (3, 32, 32), (0.5,) * 3, (0.5,) * 3)

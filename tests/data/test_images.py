@@ -100,6 +100,15 @@ def test_values_without_black_are_refused() -> None:
         decode(tiff(SHARES * 100 - 3, 16, 2), "a.tif")
 
 
+def test_scales_that_nobody_can_know_are_refused() -> None:
+    """One overshoot above 1 made a whole picture of shares black; so did 16-bit values in a file of 32 bits."""
+    with pytest.raises(DataError, match=r"floats up to 1\.02 are neither shares of 1 nor brightness up to 255"):
+        colours(Image.fromarray((SHARES * 1.02).astype(np.float32)))
+    with pytest.raises(DataError, match=r"a\.tif: 32-bit values up to 65535 would all be black"):
+        decode(tiff(np.round(SHARES * 65535), 32, 2), "a.tif")
+    assert np.asarray(colours(Image.fromarray(np.zeros((8, 8), np.float32)))).max() == 0  # black is black
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_images_are_turned_as_their_exif_says(orientation: int, kind: str, tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """Augmentations by name, between the random crop and the normalisation of a backbone's own preprocessing.
 
-    augment="crop-flip"                                     the geometry: "crop-flip" (the default), "crop" (nothing
-    mirrored), "none" augment="randaugment"                                   torchvision's policies: also
-    "trivialaugment", "autoaugment", "augmix" augment="rand-m9-mstd0.5-inc1"                          timm's policy
-    strings, through its `create_transform` augment="crop+trivialaugment+erasing-0.5"               several, joined by +;
-    "erasing" (0.25, or its probability) comes last augment=albumentations.Compose([...])                   any function of
-    an image, in front of the evaluation view
+| `augment=` | |
+| --- | --- |
+| "crop-flip", "crop", "none" | the geometry: the default, nothing mirrored, the view of the evaluation |
+| "randaugment", "trivialaugment", "autoaugment", "augmix" | torchvision's policies |
+| "rand-m9-mstd0.5-inc1" | timm's policy strings, through its `create_transform` |
+| "crop+trivialaugment+erasing-0.5" | several, joined by +; "erasing" (0.25, or its probability) comes last |
+| albumentations.Compose([...]) | any function of an image, in front of the evaluation view |
 
 Policies draw from the global generators, as torchvision and timm do; `zoo.fit` seeds them for each item.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +36,8 @@ POLICIES = {
     "augmix": "AugMix",
 }
 TIMM = ("original", "originalr", "v0", "v0r", "3a", "3aa")  # its named policies; others begin with "rand-" or "augmix-"
+SECTIONS = {"rand": "mstd|mmax|inc|m|n|p", "augmix": "mstd|m|w|d|a|b"}  # of timm's policies, each before a number
+TRANSFORMS = "tweights|t3aw|t3a"  # of "rand": sets of operations
 ERASING = 0.25
 PIL = Callable[[Any], Any]
 
@@ -82,7 +86,7 @@ def parse(
             fill = [round(255 * value) for value in mean]
             bilinear = transforms.InterpolationMode.BILINEAR
             policies.append(getattr(transforms, POLICIES[part])(interpolation=bilinear, fill=fill))
-        elif part in TIMM or kind in ("rand", "augmix"):
+        elif kind in (*TIMM, "rand", "augmix"):
             policies.append(_timm(part, size, mean, std, interpolation))
         else:
             known = [*GEOMETRY, *POLICIES, "erasing", *TIMM, "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2"]
@@ -107,6 +111,15 @@ def _timm(
 ) -> PIL:
     """What timm's `create_transform` puts between its crop and its normalisation."""
     data = library("timm.data", "vision")
+    kind, *sections = policy.split("-")
+    known = SECTIONS.get(kind, "mstd")
+    odd = [part for part in sections if not re.fullmatch(rf"(?:{known})(?:\d+(?:\.\d+)?|inf)|{TRANSFORMS}", part)]
+    odd += [part for part in sections if re.fullmatch(TRANSFORMS, part) and kind != "rand"]
+    if odd:  # timm passes over sections that it does not know
+        raise ConfigError(
+            f"timm cannot read the policy '{policy}': no section '{odd[0]}'; those of '{kind}' are {known.replace('|', ', ')}, each with a "
+            "number, as in rand-m9-mstd0.5-inc1."
+        )
     try:
         _, between, _ = data.create_transform(
             size,

@@ -6,8 +6,9 @@ PIL decodes; what it leaves to its caller is done here, in one place for data se
 - Grey values of more than eight bits are scaled by their type's range, v -> round(255 v / max), whatever the byte order, where
   PIL's own `convert("RGB")` makes all above 255 white. max is that of the file: 65535 of a 16-bit PNG, PGM or TIFF, 4095 of a
   12-bit TIFF, 2^32 - 1 of a 32-bit one. An image that no longer knows its file (`copy`, `crop`, `fromarray`) has the smallest
-  of 255, 65535 and 2^31 - 1 that holds its values; floats are shares of 1, or up to 255. Values below 0 have no black, and are
-  refused.
+  of 255, 65535 and 2^31 - 1 that holds its values; floats are shares of 1, or up to 255. Values below 0 have no black, floats
+  whose largest lies between 1 and 8 may be either, and 32-bit numbers that leave nothing but black have a range of their own:
+  all of these are refused.
 - Alpha and transparent colours are dropped; palettes, CMYK, LAB and the like become RGB.
 - Of several frames or pages (GIF, TIFF, WebP, PNG) the first is taken, and that is said once.
 
@@ -31,6 +32,7 @@ __all__ = ["ADVICE", "colours", "decode", "describe", "picture", "size_of"]
 
 ADVICE = 'Repair or remove it, or open the data set with on_error="skip" to go on without it.'
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+DARK = 8.0  # the largest of an image on the scale of 255 that nobody would take for one on the scale of 1
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -112,6 +114,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise DataError(
             f"grey values from {low:g} to {high:g} (mode {image.mode}) are no brightness; expected 0 to {top:g}. Scale them to "
             "0..255 or to 0..1 beforehand."
+        )
+    if image.mode == "F" and 1 < high < DARK:
+        raise DataError(
+            f"floats up to {high:g} are neither shares of 1 nor brightness up to 255. Scale them to 0..1, or clip what lies "
+            "above."
+        )
+    if top > 65535 and 0 < high < top / 510:
+        raise DataError(
+            f"32-bit values up to {high:g} would all be black beside their type's {top:g}. Scale them to the range of their type "
+            "beforehand, or save them with 16 bits."
         )
     if _tag(image, PHOTOMETRIC, 1) == 0 and image.mode != "L":
         numbers = top - numbers  # white is zero; Pillow turns that around for up to eight bits only

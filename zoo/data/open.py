@@ -99,6 +99,11 @@ def open_with(
     if isinstance(source, DataLoader):
         source = unwrapped(source)
     if isinstance(source, ImageDataset):
+        for setting, value in ((medium.setting, column), ("label_column", label_column)):
+            if value is not None:
+                raise DataError(
+                    f"'{source.name}' is open already; {setting}={value!r} says how to open it. Leave it out."
+                )
         return _opened(source, transform, split, names)
     if isinstance(source, Mapping):
         return open_with(
@@ -134,10 +139,16 @@ def open_with(
         rows = HubRows(found.place, split, **options)
     elif found.kind == "folder":
         place = Path(found.place)
-        if label_column is not None:
+        for setting, value in ((medium.setting, column), ("label_column", label_column)):
+            if value is not None:
+                raise DataError(
+                    f"{setting}={value!r} names a column, and {folder_name(place)} has class folders. Leave it out, or give "
+                    "the table of files and labels."
+                )
+        if labels in ("tags", "numbers"):
             raise DataError(
-                f"label_column={label_column!r} names a column, and {folder_name(place)} has class folders. Leave it out, or "
-                "give the table of files and labels."
+                f"labels='{labels}', and {folder_name(place)} has class folders, which say one class for each "
+                f"{medium.thing}. Leave it out, or give a table of files and labels (labels.csv)."
             )
         given = names if names is not None else _classes_json(place)
         rows = FolderRows(place, given, name=folder_name(place), medium=medium)
