@@ -117,8 +117,8 @@ def _timm(
     odd += [part for part in sections if re.fullmatch(TRANSFORMS, part) and kind != "rand"]
     if odd:  # timm passes over sections that it does not know
         raise ConfigError(
-            f"timm cannot read the policy '{policy}': no section '{odd[0]}'; those of '{kind}' are {known.replace('|', ', ')}, each with a "
-            "number, as in rand-m9-mstd0.5-inc1."
+            f"timm cannot read the policy '{policy}': no section '{odd[0]}'; those of '{kind}' are {known.replace('|', ', ')}, "
+            "each with a number, as in rand-m9-mstd0.5-inc1."
         )
     try:
         _, between, _ = data.create_transform(
