@@ -55,13 +55,19 @@ def written_out(model: zoo.Model, config: Any, x: Tensor) -> Tensor:
     u = net._pos_embed(net.patch_embed(x))
     for i, block in enumerate(net.blocks):
         for role, norm, branch in (("attn", block.norm1, block.attn), ("mlp", block.norm2, block.mlp)):
-            inner = norm(u)
+            inner, name = norm(u), f"blocks.{i}.{role}"
+            if config.place == "before":
+                u = u + branch(inner + bottleneck(name, inner))
+                continue
             h = branch(inner)
             if config.form in ("houlsby", "pfeiffer"):
-                source = h
+                source, kept = h, torch.zeros_like(h) if config.residual else h
             else:
                 source = inner if config.source == "input" else u
-            u = u + h + bottleneck(f"blocks.{i}.{role}", source)
+                kept = -source if config.residual else torch.zeros_like(h)
+            if not hasattr(dict(adapter.named_modules()).get(name), "adapter_down"):
+                kept = torch.zeros_like(h)
+            u = u + h - kept + bottleneck(name, source)
     return model.head(net.norm(u)[:, 0])
 
 
@@ -72,6 +78,10 @@ CASES: list[dict[str, Any]] = [
     {"form": "adaptformer", "rank": RANK, "norm": "out", "targets": "blocks.{0,2}.{attn,mlp}"},
     {"form": "adaptformer", "rank": RANK, "activation": "tanh", "source": "input", "learn_scale": True},
     {"form": "parallel", "rank": RANK, "activation": "none", "source": "residual", "targets": "attn,mlp"},
+    {"form": "pfeiffer", "rank": RANK, "place": "before"},
+    {"form": "houlsby", "rank": RANK, "place": "before", "learn_scale": True, "targets": "attn"},
+    {"form": "houlsby", "rank": RANK, "residual": False},
+    {"form": "parallel", "rank": RANK, "residual": True},
 ]
 
 
@@ -81,7 +91,8 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
     model, x = vit(config), images()
     with model.disable():
         bare = model(x)
-    assert torch.equal(model(x), bare)  # the pretrained function, to the bit
+    # the pretrained function, to the bit, unless what the adapter reads is added, or left out, besides
+    assert torch.equal(model(x), bare) == (config.residual == config.sequential)
 
     shake(model)
     model.train()
@@ -216,6 +227,8 @@ def test_reduction_follows_the_width() -> None:
         ({"norm": "both"}, "norm"),
         ({"form": "houlsby", "source": "input"}, "parallel forms"),
         ({"form": "parallel", "source": "output"}, "residual"),
+        ({"form": "parallel", "place": "before"}, "sequential forms"),
+        ({"place": "beside"}, "after.*before"),
     ],
 )
 def test_bad_settings(config: dict[str, Any], words: str) -> None:

@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 
 import zoo
 from zoo.engine.memory import MEMORY_SETTINGS
-from zoo.errors import MergeError
+from zoo.errors import ConfigError, MergeError
 
 
 def test_every_method_is_here() -> None:
@@ -241,6 +241,10 @@ def test_per_sample_adapters(family: str, method: str, train: bool) -> None:
     model.set_active("a")
     model.train(train)
     rows = ["b", None, "a", "c"]
+    if train and model.adapters["a"].batch_wise:
+        with pytest.raises(ConfigError, match="'b' normalises over the batch"):
+            model(images(), adapters=rows)
+        return
     alone = []
     for i, name in enumerate(rows):
         model.set_active(*([name] if name else []))
@@ -284,6 +288,10 @@ def test_per_sample_gradients_when_recomputed(method: str, setting: str) -> None
     model.set_active("b")
     model.train()
     named = {f"{n}/{k}": p for n in "ab" for k, p in model.adapters[n].named_parameters()}
+    if model.adapters["a"].batch_wise:
+        with pytest.raises(ConfigError, match="'a' normalises over the batch"):
+            model(images(), adapters=["a", None, "b", "a"])
+        return
     found = []
     for memory in ("default", setting):
         model.memory = memory

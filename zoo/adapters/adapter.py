@@ -10,14 +10,23 @@ Points: `sublayer` points. Four published forms; `A(x) = s (W_up f(W_down x + b_
 | `parallel`    | beside mlp         | `u + h + A(LN u)` | 16     | ReLU | 2   | He et al. 2021, "scaled parallel adapter" |
 | `adaptformer` | beside mlp         | `u + h + A(u)`    | 64     | ReLU | 0.1 | Chen et al. 2022 (ShoufaChen/AdaptFormer) |
 
-`adaptformer` drops 0.1 of f(.) while training. Every entry can be set by itself. Start: W_down Kaiming-uniform(a = sqrt 5),
-all else zero: the pretrained function, to the bit. (Both matrices at zero, as in some published code, would never learn:
-the gradient of each is a multiple of the other.)
+`adaptformer` drops 0.1 of f(.) while training. Every entry can be set by itself. Two more settings are those of a study of forms
+and places (Cappellazzo et al. 2024, umbertocappellazzo/PETL_AST):
+
+| setting          | sequential        | parallel, x = LN u       |
+| ---------------- | ----------------- | ------------------------ |
+| as above         | `u + h + A(h)`    | `u + h + A(x)`           |
+| `place="before"` | `u + F(x + A(x))` |                          |
+| `residual`       | false: `u + A(h)` | true: `u + h + A(x) + x` |
+
+Start: W_down Kaiming-uniform(a = sqrt 5), all else zero: the pretrained function, to the bit (unless `residual` is set).
+(Both matrices at zero, as in some published code, would never learn: the gradient of each is a multiple of the other.)
 Count: 2 d r + r + d for each point. ViT-B/16: Pfeiffer r = 8 156,768, Houlsby r = 8 313,536, AdaptFormer r = 64 1,189,632.
 Deviations: `houlsby` starts at exactly nothing instead of at N(0, 0.001^2) truncated, in pre-norm blocks; `pfeiffer` sits in
 front of the residual sum, as a pre-norm block has no norm behind it; `parallel` has the rank and scale that its authors use
 for classification (16 and 2; for generation 512 and 4). All sit in front of stochastic depth, which frozen backbones do not
-use. s multiplies W_up and b_up rather than the output, which is the same sum.
+use. PETL_AST's "parallel after" is `pfeiffer` under another name; in its "sequential before", F(A(x)) + A(x), nothing of x
+reaches F but through r channels, while here x stays. s multiplies W_up and b_up rather than the output, which is the same sum.
 
 In memory: backward needs r numbers for each token. The sequential forms also need their input h, which
 nothing else keeps; the parallel ones read the sublayer's norm (recomputed) or its input (kept anyway).
@@ -64,6 +73,8 @@ class BottleneckAdapter(Adapter):
         norm: a LayerNorm of the adapter's own in front of W_down ("in") or behind W_up ("out"), or "none".
         source: of the parallel forms: "input" (behind the sublayer's norm) or "residual" (in front of it).
         dropout: on f(.), while training.
+        place: of the sequential forms: "after" or "before" the sublayer.
+        residual: whether the adapter's own input is added; None: of the sequential forms.
     """
 
     form: Literal["pfeiffer", "houlsby", "parallel", "adaptformer"] = "pfeiffer"
@@ -76,7 +87,10 @@ class BottleneckAdapter(Adapter):
     norm: Literal["none", "in", "out"] = "none"
     source: Literal["input", "residual"] | None = None
     dropout: float | None = None
+    place: Literal["after", "before"] = "after"
+    residual: bool | None = None
 
+    later = ("place", "residual")
     default_lr = 1e-3
     paper = "Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2022; Chen et al. 2022"
     taxonomy = "additive"
@@ -91,6 +105,13 @@ class BottleneckAdapter(Adapter):
             # Filled in here, so that the settings that are saved are the ones in use.
             if getattr(self, name) is None and not (given_rank and name in ("rank", "reduction")):
                 setattr(self, name, value)
+        if self.residual is None:
+            self.residual = self.sequential
+        self.check(self.place in ("after", "before"), f"place is {self.place!r}; expected 'after' or 'before'.")
+        self.check(
+            self.sequential or self.place == "after",
+            f"place='before' is of the sequential forms; '{self.form}' reads the sublayer's input as it is.",
+        )
         self.check(self.rank is None or self.reduction is None, "rank and reduction are both given; give one of them.")
         self.check(self.rank is None or self.rank >= 1, f"rank is {self.rank}; expected 1 or more.")
         self.check(self.reduction is None or self.reduction > 0, f"reduction is {self.reduction}; expected above 0.")
@@ -131,9 +152,11 @@ class BottleneckAdapter(Adapter):
                 learn_scale=self.learn_scale,
                 norm=self.norm,
                 dropout=self.dropout or 0.0,
-                sequential=self.sequential,
+                sequential=bool(self.residual),
             )
-            if self.sequential:
+            if self.sequential and self.place == "before":
+                point.before(module)
+            elif self.sequential:
                 point.after(module)
             else:
                 point.parallel(module, source=self.source or "input")

@@ -116,6 +116,11 @@ class Adapter(Structured):
         """Whether it changes logits."""
         return type(self).logits is not Adapter.logits
 
+    @property
+    def batch_wise(self) -> bool:
+        """Whether, while training, what one sample gives depends on the others of its batch (batch statistics)."""
+        return False
+
     def init_head(self, head: Any) -> None:
         """Initial values of a head that was made for this adapter: of its `head_kind`, or of the width of `feature_dim`."""
 

@@ -3,7 +3,8 @@ behind the head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,3 +72,16 @@ def answer(model: Model, head: nn.Module, inputs: tuple[Any, ...], targets: Any,
     for adapter in behind:
         logits = state.run(adapter.logits, logits, outputs)
     return logits
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """A context behind which buffers have the values that they had in front of it (running statistics of adapters)."""
+    before = [(b, b.detach().clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

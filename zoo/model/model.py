@@ -17,7 +17,7 @@ from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
 from zoo.errors import AbsentError, ConfigError, MergeError
 from zoo.heads.folded import folded
-from zoo.model.answering import answer, apart, named_outputs
+from zoo.model.answering import answer, apart, kept_buffers, named_outputs
 from zoo.model.fingerprint import Watched
 from zoo.model.routing import Route, forward_routed, routed_parameters
 from zoo.model.stated import Stated
@@ -238,7 +238,7 @@ class Model(Stated):
         mode = self.training
         ignore = [*self.parameters(), *self.buffers(), *(b for b in batch if isinstance(b, Tensor))]
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), kept_buffers(self.adapters):
             try:
                 self.train(True)
                 return self._state.saver.count(lambda: self(*batch, **kwargs), ignore)
@@ -261,7 +261,11 @@ class Model(Stated):
             for parameter in self.parameters_to_train().values():
                 parameter.grad = None
             examples = self.example_context(*batch, **kwargs)
-            with torch.enable_grad(), self.context(**{**examples, **self._state.context.given}):
+            with (
+                torch.enable_grad(),
+                kept_buffers(self.adapters),
+                self.context(**{**examples, **self._state.context.given}),
+            ):
                 output = self(*batch, **kwargs)
                 (
                     output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from zoo.data.seeds import kept_generators
 from zoo.engine.sites import Site
 from zoo.errors import ConfigError, DataError, SelectionError, nearest
+from zoo.model.answering import kept_buffers
 from zoo.points import LinearPoint, Point, SublayerPoint
 from zoo.tasks import Task
 from zoo.tasks.resolve import resolve
@@ -113,8 +114,7 @@ def probing(
     parameters = list(model.parameters())
     flags = [(p, p.requires_grad, p.grad) for p in parameters]
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with kept_generators():
+    with kept_generators(), kept_buffers(model):
         try:
             for p in parameters:
                 p.grad = None
@@ -124,10 +124,6 @@ def probing(
             for p, flag, grad in flags:
                 p.requires_grad_(flag)
                 p.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
             model.train(model.training)  # what was computed for this mode is forgotten
             for module, mode in modes:
                 module.training = mode

@@ -46,6 +46,7 @@ def forward_routed(
         ContextError: a value that one of the adapters needs is missing, or is not one for each sample.
     """
     model.family.check_routed(*inputs)
+    _check_alone(model, names.named if isinstance(names, Route) else names)
     batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
     if torch.compiler.is_compiling():
         return _compiled(model, inputs, names, kwargs, context, targets)
@@ -78,6 +79,19 @@ def forward_routed(
         model._serve(here)
         _modes(model, route.named)
     return route.joined(outputs)
+
+
+def _check_alone(model: Model, names: Sequence[str | None]) -> None:
+    """Raise ConfigError if an adapter that looks at the whole batch while training would see only its rows."""
+    if not model.training:
+        return
+    for name in dict.fromkeys(names):
+        if name in model.adapters and model.adapters[name].batch_wise:  # type: ignore[union-attr]
+            raise ConfigError(
+                f"'{name}' normalises over the batch while training, so a batch of per-sample adapters, of which it serves some "
+                "rows, would train another function. Give it whole batches, switch its batch normalisation off, or call "
+                "model.eval()."
+            )
 
 
 @dataclass(eq=False)

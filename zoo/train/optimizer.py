@@ -68,6 +68,7 @@ class OptimizerService:
         """The (inputs, targets) of the step in progress on this process, for methods that probe (IST)."""
         self.reduce: Callable[[Tensor], Tensor] = lambda values: values
         """Sums a tensor over the processes that train together, in place; for scores measured on one's own batches."""
+        self.parts = 1  # of a batch: accumulated ones, times the processes that train together
         self.streams: Mapping[str, Any] = {}
         """Further data beside the training data, see `stream`."""
 
