@@ -1,6 +1,7 @@
 # Everything from nothing: each target makes the environment that it needs (Python 3.10 or newer is all it asks for).
 #   make demo     train five small adapters side by side on real images, a few minutes on two CPU cores
 #   make test     every test            (PYTEST_ARGS="tests/test_cli.py -k list" for a part)
+#   make table    every method on every family, where the tests take a sample
 #   make lint     ruff and mypy         make format   lay the code out, fix what can be fixed, write README's table of methods
 #   make docs     the documentation, into site/
 #   make lock     the exact versions that all of these install, anew: requirements/lock-py*.txt
@@ -19,7 +20,7 @@ CODE := zoo vision multimodal audio tests benchmarks scripts docs
 # Exact versions where there is a lock for this Python, else the newest that the ranges of pyproject.toml allow
 LOCK = $$($(BIN)/python -c 'import os, sys; lock = "requirements/lock-py%d%d.txt" % sys.version_info[:2]; print("-c " + lock if os.path.exists(lock) else "")')
 
-.PHONY: demo test lint format docs lock latest install dev clean help
+.PHONY: demo test table lint format docs lock latest install dev clean help
 
 help:
 	@sed -n 's/^#  *make/  make/p' Makefile
@@ -29,6 +30,9 @@ demo: install
 
 test: dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+table: dev
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --whole -m rest $(PYTEST_ARGS) tests/house
 
 lint: dev
 	$(BIN)/ruff check $(wildcard $(CODE))

@@ -17,6 +17,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole", action="store_true", help="every pair of family and method, not a sample (tests/parts/sampled.py)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `sampled` did not draw, unless `--whole` is given."""
+    if config.getoption("--whole"):
+        return
+    rest = [item for item in items if item.get_closest_marker("rest")]
+    if rest:
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("rest")]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models run faster on one thread, and sums come out in the same order everywhere."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import drawn
 
 import zoo
 from zoo import registry
@@ -58,8 +59,11 @@ def grows(run: Callable[[], Any], times: int = 3) -> int:
 
 
 @pytest.mark.parametrize("family", [f for f in registry.families() if registry.family(f).tiny])
-def test_a_forward_without_a_backward_is_freed(family: str) -> None:
+def test_a_forward_without_a_backward_is_freed(family: str, request: pytest.FixtureRequest) -> None:
+    whole = request.config.getoption("--whole")
     for method in registry.list_adapters():
+        if not (whole or drawn(family, method)):
+            continue
         try:
             model, batch = made(family, method)
         except pytest.skip.Exception:

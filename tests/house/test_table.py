@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from sampled import pairs
 
 import zoo
 from zoo import registry
@@ -19,7 +20,7 @@ FAMILIES = registry.families()
 GENERAL = ("full", "bitfit", "lora", "adapter", "ssf", "ia3")
 
 
-@pytest.mark.parametrize(("family", "method"), [(f, m) for f in FAMILIES for m in zoo.list_adapters()])
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES, zoo.list_adapters()))
 def test_cell(family: str, method: str) -> None:
     (cell,) = zoo.compatibility([family], [method])
     if "pip install" in cell.attach:

@@ -1,0 +1,34 @@
+"""A sample of a large product of families and methods that every run takes; the rest is run with `--whole` (`make table`).
+
+Each family meets the methods that ask for each kind of point, each method the families of each shape, and of all other pairs a
+fixed share is drawn by the pair's own name, so that neither a new family nor a new method changes what is drawn of the others.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+FAMILIES = ("vit", "swin", "groupmamba", "ast", "clip", "vl-t5", "dit")  # one of each shape of block
+METHODS = ("full", "lora", "adapter", "prefix", "vpt", "ssf")  # one for each kind of point
+SHARE = 8  # of all others one in so many
+
+
+def drawn(family: str, method: str) -> bool:
+    """Whether this pair is in every run."""
+    if family in FAMILIES or method in METHODS:
+        return True
+    return zlib.crc32(f"{family}/{method}".encode()) % SHARE == 0
+
+
+def pairs(families: Iterable[str], methods: Iterable[str]) -> list[Any]:
+    """All pairs as parameters of a test; those that are not drawn carry the mark `rest`."""
+    methods = list(methods)
+    return [
+        pytest.param(family, method, marks=() if drawn(family, method) else pytest.mark.rest)
+        for family in families
+        for method in methods
+    ]
