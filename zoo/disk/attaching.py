@@ -59,8 +59,9 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
 
 
 def _check_backbone(model: Host, saved: SavedAdapter) -> None:
-    if saved.fingerprint is not None and model.fingerprint is not None:
-        if saved.fingerprint == model.fingerprint or _resampled(model, saved):
+    printed = model.fingerprint if saved.fingerprint is not None else None  # each look reads a part of every tensor
+    if printed is not None:
+        if saved.fingerprint == printed or _resampled(model, saved):
             return
         wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
         if wrapped or saved.backbone_name == model.backbone_name:
@@ -73,7 +74,7 @@ def _check_backbone(model: Host, saved: SavedAdapter) -> None:
             )
             raise MismatchError(
                 f"The adapter in '{saved.folder}' was trained on other weights of '{saved.backbone_name}': their "
-                f"fingerprint is {saved.fingerprint}, this model's is {model.fingerprint}. Load the same weights (with "
+                f"fingerprint is {saved.fingerprint}, this model's is {printed}. Load the same weights (with "
                 "pretrained=True unless you saved it on random ones; checkpoint= for a file of your own), or train it again on "
                 f"these.{example}"
             )
