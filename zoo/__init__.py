@@ -35,7 +35,7 @@ _LAZY = {
     "SublayerPoint": "zoo.points",
     "Task": "zoo.tasks",
     "TokensPoint": "zoo.points",
-    "adapter": "zoo.registry",
+    "adapter": "zoo.starting",
     "blocks": "zoo.engine.blocks",
     "average": "zoo.model.algebra",
     "capture": "zoo.model.probing",
@@ -104,7 +104,6 @@ if TYPE_CHECKING:
     )
     from zoo.regimes import Phase, Regime, run
     from zoo.registry import (
-        adapter,
         list_adapters,
         list_backbones,
         list_regimes,
@@ -114,6 +113,7 @@ if TYPE_CHECKING:
         register_regime,
         register_task,
     )
+    from zoo.starting import adapter
     from zoo.table import compatibility
     from zoo.tasks import Task
     from zoo.train import evaluate, fit, training_hooks

@@ -112,7 +112,7 @@ def load(
     wanted = [adapter] if isinstance(adapter, (str, Adapter, Path)) else list(adapter or [])
     for text in (backbone, *wanted):
         _check_length(text)
-    sources = [_resolve(a) for a in wanted]
+    sources = [resolve(a) for a in wanted]
     saved = [s for s in sources if not isinstance(s, Adapter)]
     if saved:
         from zoo.disk import read
@@ -327,7 +327,7 @@ def _check_length(name: Any) -> None:
         )
 
 
-def _resolve(source: str | Adapter | Path) -> Adapter | Path:
+def resolve(source: str | Adapter | Path) -> Adapter | Path:
     """An adapter to attach fresh, or the folder of a saved one (downloaded if need be)."""
     if isinstance(source, Adapter):
         return source

@@ -92,6 +92,28 @@ def test_folds_seeds_and_kept_features(image_folder: Path, tmp_path: Path) -> No
         assert words in " ".join(run(*line, *options, "-q", "-o", tmp_path / "no", code=1).stderr.split())
 
 
+def test_several_shots_from_a_published_start(image_folder: Path, tmp_path: Path) -> None:
+    """A first stage, saved; then k images of each class for several k, with three seeds each, from its values."""
+    line = ["fit", "vit-micro", "vpt", "--data", image_folder / "train", "--steps", 2]
+    run(*line, "-s", "num_tokens=2", "-q", "-o", tmp_path / "pre")
+    test = ["--test", image_folder / "test", "-s", f"init={tmp_path / 'pre'}"]
+    found = json.loads(run(*line, *test, "--shots", "1,2", "--json", "-o", tmp_path / "few").stdout)
+    assert [(r["shots"], r["seed"]) for r in found["runs"]] == [(k, s) for k in (1, 2) for s in (0, 1, 2)]
+    assert found["shots"]["2"]["mean"]["accuracy"] == pytest.approx(sum(r["accuracy"] for r in found["runs"][3:]) / 3)
+    table = (tmp_path / "few" / "repeats.md").read_text().splitlines()
+    assert table[0].startswith("| shots | runs | accuracy |") and len(table) == 4
+    assert "+-" in run(*line, *test, "--shots", "1,2", "--seeds", "5", "-q", "-o", tmp_path / "few").stdout
+    for options, words in (
+        (("--shots", "1,2"), "--shots with several numbers measures each run on --test data"),
+        (("--shots", "1,1"), "expected a whole number >= 1, or several different ones"),
+        (("--shots", "0"), "--shots is '0'"),
+        (("--shots", "1,2", "--folds", 2), "several --shots are measured on --test"),
+    ):
+        assert words in " ".join(run(*line, *options, "-q", "-o", tmp_path / "no", code=1).stderr.split())
+    refused = run(*line, "-s", f"init={tmp_path / 'none'}", "-q", "-o", tmp_path / "no", code=1).stderr
+    assert "none" in refused and "There is no adapter" in " ".join(refused.split())
+
+
 def test_threads_wait_passively_in_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside one busy process on each core the demo fell from 250 to 2 images a second: threads that wait spun."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):

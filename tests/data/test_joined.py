@@ -48,3 +48,15 @@ def test_joined_needs_names_and_classes() -> None:
         join({"one two": data(["a"])})
     with pytest.raises(ConfigError, match="at least one"):
         join({})
+
+
+def test_shuffled_labels_tell_nothing_and_are_as_many() -> None:
+    before = data(["a", "b", "c", "d"], each=20)
+    after = zoo.data.shuffled_labels(before, seed=1)
+    assert before.labels is not None and after.labels is not None
+    assert sorted(after.labels) == sorted(before.labels) and (after.labels != before.labels).sum() > 30
+    for i in (0, 17, 79):
+        image, label = after[i]
+        assert label == after.labels[i] and torch.equal(image, before[i][0])
+    assert (zoo.data.shuffled_labels(before, seed=1).labels == after.labels).all()
+    assert (zoo.data.shuffled_labels(before, seed=2).labels != after.labels).any()

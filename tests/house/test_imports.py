@@ -22,7 +22,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.model",),
     ("zoo.train",),
     ("zoo.regimes",),
-    ("zoo.loading", "zoo.wrapping"),
+    ("zoo.loading", "zoo.starting", "zoo.wrapping"),
     ("zoo.adapters",),  # methods
     ("zoo.table", "zoo.exchange"),
     ("zoo.cli",),

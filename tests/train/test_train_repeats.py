@@ -71,3 +71,40 @@ def test_seeds_alone_and_what_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             zoo.repeat(lambda seed: tiny_model(seed=seed), easy_data(16), **options)
+
+
+def test_shots_are_drawn_by_each_seed_and_make_a_table(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def build(seed: int) -> zoo.Model:
+        return tiny_model(seed=seed)
+
+    class Count:
+        def fit_start(self, model: zoo.Model, optimizer: object, total_steps: int) -> None:
+            seen.append(total_steps)
+
+    data, test = easy_data(24), easy_data(8, seed=1)
+    found = zoo.repeat(build, data, test=test, shots=[1, 3], seeds=[0, 4], out=tmp_path, callbacks=[Count()], **FIT)
+    assert [(r["shots"], r["seed"]) for r in found.rows] == [(1, 0), (1, 4), (3, 0), (3, 4)]
+    assert seen == [1, 1, 2, 2]  # of 4 and 12 images, 8 in a step
+    assert found.mean == {} and found.shots == [1, 3]
+    values = [r["accuracy"] for r in found.rows[2:]]
+    assert found.of(3).mean["accuracy"] == pytest.approx(statistics.mean(values))
+    lines = found.table().splitlines()
+    assert lines[0].startswith("| shots | runs |") and [line[:8] for line in lines[2:]] == ["| 1 | 2 ", "| 3 | 2 "]
+    assert f"{found.of(3).mean['accuracy']:.4f} +- {found.of(3).std['accuracy']:.4f}" in lines[3]
+    assert json.loads((tmp_path / "repeats.json").read_text())["shots"]["1"]["mean"]["accuracy"] == pytest.approx(
+        found.of(1).mean["accuracy"]
+    )
+    assert (tmp_path / "shots-3-seed-4" / "report.json").is_file()
+    # one run by hand: the seed draws the items, too
+    model = tiny_model(seed=4)
+    zoo.fit(model, zoo.data.few_shot(zoo.open_dataset(data), 3, 4), seed=4, **FIT)
+    again = zoo.evaluate(model, test, progress=False)["loss"]
+    assert again == pytest.approx(found.rows[3]["loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="give one"):
+        zoo.repeat(build, data, folds=2, shots=[1], **FIT)
+    with pytest.raises(ConfigError, match="There are no runs with shots=2"):
+        found.of(2)
+    with pytest.raises(zoo.ZooError, match="The largest possible value is 6"):
+        zoo.repeat(build, data, test=test, shots=[7], seeds=[0], **FIT)

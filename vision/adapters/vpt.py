@@ -92,6 +92,7 @@ class VPT(Adapter):
     identity = False
     merges = False
     trial = {"num_tokens": 3}
+    lengths = {"num_tokens": ("*.prompt",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

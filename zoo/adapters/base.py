@@ -10,8 +10,9 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -24,9 +25,22 @@ if TYPE_CHECKING:
     from zoo.points import Merger
     from zoo.tasks.base import Task
 
-__all__ = ["Adapter", "fits"]
+__all__ = ["Adapter", "Initial", "fits"]
 
 LARGEST = 1e6  # of a setting that is a float; none has a meaning beyond
+
+
+class Initial(Protocol):
+    """Values that a fresh adapter starts with (`zoo.disk.starts.Start`)."""
+
+    def room(self, model: Host) -> AbstractContextManager[Any]:
+        """A context in which attaching takes no more memory than these values justify."""
+
+    def fill(self, model: Host, adapter: Adapter) -> None:
+        """Put them into an adapter that has attached, or raise MismatchError."""
+
+    def told(self) -> str:
+        """What a card says of them."""
 
 
 @dataclass(eq=False)
@@ -52,6 +66,10 @@ class Adapter(Structured):
     taxonomy: ClassVar[str] = ""
     # Settings that came later: a saved adapter that lacks them has their defaults, which do what was done before
     later: ClassVar[tuple[str, ...]] = ()
+    # Values of another adapter as a start (`zoo.disk.starts`): settings that are a length, with the patterns of the tensors
+    # whose first dimension it is; and settings whose differences `started` translates
+    lengths: ClassVar[dict[str, tuple[str, ...]]] = {}
+    translated: ClassVar[tuple[str, ...]] = ()
     # What it promises, to the reader of the table of methods and to the tests of all methods (tests/adapters/test_methods.py)
     identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
     # Whether what it changes is linear in its parameters, from where they change nothing: weighted sums are exact then
@@ -69,6 +87,9 @@ class Adapter(Structured):
         # What `attach` needs to know besides the settings, such as the points that a calibration chose: JSON types, saved
         # with the adapter and put back before it attaches again. None: not decided yet.
         self.plan: dict[str, Any] | None = None
+        self.initial: Initial | None = (
+            None  # what it starts as, instead of its own initial values; until it is attached
+        )
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             finite = not isinstance(value, float) or abs(value) <= LARGEST  # false for NaN
@@ -98,6 +119,10 @@ class Adapter(Structured):
     def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
         """A (r, i) and B (o, r) of each point's change `B A` of its weight, by name; None: it is none (the default)."""
         return None
+
+    def started(self, source: Adapter, tensors: dict[str, Tensor], points: Points) -> dict[str, Tensor]:
+        """The values with which this adapter starts, of the `tensors` of a `source` whose settings in `translated` may differ."""
+        return tensors
 
     def features(self, pooled: Tensor) -> Tensor:
         """What the head sees, from the pooled features (B, d); returns (B, feature_dim(d))."""
@@ -225,7 +250,7 @@ class Adapter(Structured):
     def fresh(self) -> Adapter:
         """An unattached adapter with the same settings and plan."""
         twin = type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        twin.plan = self.plan
+        twin.plan, twin.initial = self.plan, self.initial
         return twin
 
     def check(self, condition: bool, message: str) -> None:

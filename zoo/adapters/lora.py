@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.convolved import ConvLowRank
+from zoo.adapters.parts.starting import of_rank
 from zoo.engine.memory import dropped
 from zoo.engine.second_order import exact, first_order, surrogate, whole
 from zoo.errors import AttachError
@@ -200,6 +201,7 @@ class LoRA(Adapter):
     learn_scale: bool = False
 
     later = ("learn_scale",)
+    translated = ("rank", "ranks", "alpha", "alphas", "rslora")
     default_lr = 1e-3
     paper = "Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024"
     taxonomy = "reparametrised"
@@ -275,6 +277,19 @@ class LoRA(Adapter):
             return None
         parts = {point.name: self.module_at(point) for point in self.selected(points)}
         return {n: (p.lora_a.detach(), (p.scale * p.scaled_b()).detach()) for n, p in parts.items()}
+
+    def started(self, source: Adapter, tensors: dict[str, Tensor], points: Points) -> dict[str, Tensor]:
+        """The change `s B A` of the source at this rank and scale: see `zoo.adapters.parts.starting.of_rank`."""
+        assert isinstance(source, LoRA)
+        own, theirs = self.state_dict(), {point.name: scale for point, _, scale in source.shapes(points)}
+        for point, _, scale in self.shapes(points):
+            names = (f"{point.name}.lora_a", f"{point.name}.lora_b")
+            if not all(name in tensors for name in names) or point.name not in theirs:
+                continue  # not at the same points: who fills says so
+            a, b = of_rank(tensors[names[0]], tensors[names[1]], len(own[names[0]]), own[names[0]].cpu())
+            ratio = 1.0 if self.learn_scale else theirs[point.name] / scale
+            tensors |= {names[0]: a, names[1]: b if ratio == 1.0 else ratio * b}
+        return tensors
 
     def merge(self, merger: Merger) -> None:
         """W <- W + s B A, or the DoRA weight."""

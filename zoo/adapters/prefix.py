@@ -138,6 +138,8 @@ class Prefix(Adapter):
     init: Literal["xavier", "uniform"] = "xavier"
 
     later = ("learn_scale", "compensate", "init")
+    lengths = {"num_tokens": ("*.keys", "*.values")}
+    translated = ("init",)  # how random values are drawn, which these are not
     default_lr = 5e-3
     paper = "Li and Liang 2021"
     taxonomy = "additive"

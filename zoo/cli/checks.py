@@ -44,6 +44,18 @@ def _each(kind: Kind) -> Kind:
     return Kind(f"{kind.words_for(None)} (several with commas)", take)
 
 
+def _counts(most: int) -> Kind:
+    """Whole numbers from 1 with commas, each once."""
+
+    def take(text: str) -> str:
+        found = [whole(1, most).take(int(word)) for word in text.split(",") if word.strip()]
+        if not found or len(set(found)) != len(found):
+            raise ValueError
+        return text
+
+    return Kind("a whole number >= 1, or several different ones with commas", take)
+
+
 def _device(text: Any) -> Any:
     import torch
 
@@ -78,7 +90,7 @@ OPTIONS: dict[str, Kind] = {
     "memory": MEMORY,
     **dict.fromkeys(("backbone", "target", "data", "regime", "repo", "source", "to", "task"), Kind("a name", _named)),
 }
-SEVERAL = {("bench", "memory"): _each(MEMORY)}
+SEVERAL = {("bench", "memory"): _each(MEMORY), ("fit", "shots"): _counts(10**9)}
 
 
 def checked(command: str, function: Callable[..., None]) -> Callable[..., None]:

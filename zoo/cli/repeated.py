@@ -1,4 +1,4 @@
-"""`zoo fit --folds 5 --seeds 0,1,2`: `zoo.repeat` on the command line."""
+"""`zoo fit --folds 5 --seeds 0,1,2` and `zoo fit --shots 1,2,4,8,16`: `zoo.repeat` on the command line."""
 
 from __future__ import annotations
 
@@ -12,29 +12,45 @@ from zoo.errors import ConfigError
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
     from zoo.model import Model
-    from zoo.train.repeats import Repeats
 
 __all__ = ["check_repeats", "repeat_fit"]
 
 
-def check_repeats(folds: int | None, seeds: str | None, tested: bool, checkpoints: Any, resume_with: Any) -> list[int]:
-    """The seeds that are named.
+def numbers_of(option: str, text: str | None) -> list[int]:
+    """Whole numbers with commas.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    try:
+        return [int(word) for word in (text or "").split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} is '{text}'; expected whole numbers with commas: 0,1,2.") from None
+
+
+def check_repeats(
+    folds: int | None, seeds: str | None, shots: list[int], tested: bool, checkpoints: Any, resume_with: Any
+) -> list[int]:
+    """The seeds that are named; of several shots without any, three.
 
     Raises:
         ConfigError: no whole numbers, options of a single fit, or nothing to measure the runs on.
     """
     if checkpoints is not None or resume_with:
         raise ConfigError(
-            "--checkpoints and --resume-with are of a single fit; --folds and --seeds train several without them."
+            "--checkpoints and --resume-with are of a single fit; --folds, --seeds and several --shots train several without "
+            "them."
+        )
+    if folds is not None and len(shots) > 1:
+        raise ConfigError(
+            "--folds measures on the rest of the training data; several --shots are measured on --test. Give one."
         )
     if folds is not None and tested:
         raise ConfigError("--folds measures each run on the part that it was not trained on; leave --test out.")
     if folds is None and not tested:
-        raise ConfigError("--seeds alone measures each run on --test data, and there are none. Give them, or --folds.")
-    try:
-        return [int(text) for text in (seeds or "").split(",") if text.strip()]
-    except ValueError:
-        raise ConfigError(f"--seeds is '{seeds}'; expected whole numbers with commas: 0,1,2.") from None
+        what = "--seeds alone" if len(shots) < 2 else "--shots with several numbers"
+        raise ConfigError(f"{what} measures each run on --test data, and there are none. Give them, or --folds.")
+    return numbers_of("--seeds", seeds) or ([0, 1, 2] if len(shots) > 1 else [])
 
 
 def repeat_fit(
@@ -45,25 +61,19 @@ def repeat_fit(
     *,
     folds: int | None,
     seeds: list[int],
+    shots: list[int] | None,
     out: Path,
     as_json: bool,
     options: Mapping[str, Any],
 ) -> None:
-    """Train and measure a model for each fold and seed, and show the table. No adapter is saved: none is the one."""
+    """Train and measure a model for each fold or number of shots and seed, and show the table. No adapter is saved."""
     import zoo
 
-    found = zoo.repeat(build, train, val, test, folds=folds, seeds=seeds, out=out, **options)
+    found = zoo.repeat(build, train, val, test, folds=folds, seeds=seeds, shots=shots, out=out, **options)
     if as_json:
-        print_json({"out": str(out), "runs": found.rows, "mean": found.mean, "std": found.std})
+        print_json({"out": str(out), **found.as_dict()})
         return
+    names, *rows = found.cells()
     shown = console()
-    shown.print(table(list(found.rows[0]), _cells(found)))
+    shown.print(table(names, rows))
     shown.print(f"saved in {out}: repeats.json, repeats.md, and the report of each run")
-
-
-def _cells(found: Repeats) -> list[list[str]]:
-    rows = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in found.rows]
-    names = list(found.rows[0])
-    for title, numbers in (("mean", found.mean), ("std", found.std)):
-        rows.append([f"{numbers[n]:.4f}" if n in numbers else title if n == names[0] else "" for n in names])
-    return rows

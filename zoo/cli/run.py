@@ -26,7 +26,7 @@ from zoo.cli.options import (
     model_option,
     training_option,
 )
-from zoo.cli.repeated import check_repeats, repeat_fit
+from zoo.cli.repeated import check_repeats, numbers_of, repeat_fit
 from zoo.errors import ConfigError, DataError, SaveError
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ def fit(
     split: Annotated[str | None, data_option("Split of --data, where it has several.")] = None,
     val_split: Annotated[str | None, data_option("Split of --val; without --val, of --data.")] = None,
     test_split: Annotated[str | None, data_option("Split of --test; without --test, of --data.")] = None,
-    shots: Annotated[int | None, data_option("Train on so many items of every class.")] = None,
+    shots: Annotated[
+        str | None,
+        data_option("Train on so many items of every class; several, 1,2,4,8,16: each in turn, with three seeds."),
+    ] = None,
     skip_broken: SkipBroken = False,
     truncate: Truncate = False,
     labels: LabelKind = "auto",
@@ -126,6 +129,7 @@ def fit(
       zoo fit vit-b16 lora --data photos/train --val photos/val -o out/
       zoo fit vit-b16 lora -s rank=4 -s targets=q,k,v,o --data photos -o out/
       zoo fit vit-b16 vpt lora -s lora.rank=4 --data photos --shots 16 -o out/
+      zoo fit vit-b16 vpt -s init=out/ --data photos/train --test photos/test --shots 1,2,4,8,16 -o few/
       zoo fit swin-b spt --data hf:owner/name --split train -e 20 -o out/
       zoo fit vit-b16 out/ --data photos/more -o out2/     from a saved adapter
       zoo fit vit-b16 lora --data photos --lr auto --loss focal --class-weights balanced -o out/
@@ -148,8 +152,11 @@ def fit(
     if image_size is not None:
         backbone_options["img_size" if "img_size" in cls.saved_options else "image_size"] = image_size
 
-    repeats = folds is not None or seeds is not None
-    several = check_repeats(folds, seeds, bool(test or test_split), checkpoints, resume_with) if repeats else []
+    few = numbers_of("--shots", shots)
+    repeats = folds is not None or seeds is not None or len(few) > 1
+    tested = bool(test or test_split)
+    several = check_repeats(folds, seeds, few, tested, checkpoints, resume_with) if repeats else []
+    drawn = few if repeats and folds is None and few else None  # by each run, with its own seed
 
     def load(classes: int | None, seed: int = seed) -> Model:
         return zoo.load(
@@ -167,7 +174,7 @@ def fit(
     classes: list[str] | None = None
     if what.on_head or what.labels == "numbers":
         options: dict[str, Any] = {"seed": seed, "on_error": on_error, **label_options(what, labels, label_column)}
-        train_set = cls.open_dataset(data, split=split, shots=shots, **options)
+        train_set = cls.open_dataset(data, split=split, shots=few[0] if few and drawn is None else None, **options)
         outputs, classes = _outputs(train_set, data)
         val_set, test_set = (
             cls.open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
@@ -223,6 +230,7 @@ def fit(
             *(train_set, val_set, test_set),
             folds=folds,
             seeds=several or [seed],
+            shots=drawn,
             out=out,
             as_json=as_json,
             options=chosen,
@@ -335,6 +343,7 @@ def _check_free(out: Path) -> None:
 def _adapters(names: list[str], texts: list[str]) -> list[Any]:
     """Config objects for methods, names as they are for saved adapters."""
     from zoo import registry
+    from zoo.starting import adapter
 
     known = registry.list_adapters()
     methods = [n for n in names if n in known]
@@ -343,16 +352,16 @@ def _adapters(names: list[str], texts: list[str]) -> list[Any]:
             f"'{doubles.pop()}' is named twice; attach the same method twice in Python (model.add_adapter)."
         )
     chosen = settings(texts, methods)
-    return [registry.adapter(n, **chosen[n]) if n in chosen else n for n in names]
+    return [adapter(n, **chosen[n]) if n in chosen else n for n in names]
 
 
 def _new_head(names: list[str], classes: int) -> int | None:
     """The width of a new head; None keeps that of a saved adapter with as many classes."""
     from zoo import registry
     from zoo.disk.saved import read
-    from zoo.loading import _resolve
+    from zoo.loading import resolve
 
-    saved = [_resolve(n) for n in names if n not in registry.list_adapters()]
+    saved = [resolve(n) for n in names if n not in registry.list_adapters()]
     return None if any(isinstance(s, Path) and read(s).num_classes == classes for s in saved) else classes
 
 

@@ -7,7 +7,7 @@ Everything is an `ImageDataset`: rows of a source, a selection of them, class na
 """
 
 from zoo.data.dataset import ImageDataset, Skipped, collate
-from zoo.data.joined import by_class, join, with_classes
+from zoo.data.joined import by_class, join, shuffled_labels, with_classes
 from zoo.data.open import open_dataset
 from zoo.data.sampling import class_weights, few_shot, split_train_val
 
@@ -20,6 +20,7 @@ __all__ = [
     "few_shot",
     "join",
     "open_dataset",
+    "shuffled_labels",
     "split_train_val",
     "with_classes",
 ]

@@ -14,9 +14,19 @@ import numpy as np
 from zoo.data.dataset import ImageDataset
 from zoo.data.labels import bare
 from zoo.data.sampling import known_labels
+from zoo.data.seeds import mixed_seed
 from zoo.errors import ConfigError, DataError, nearest
 
-__all__ = ["ConcatRows", "JoinedRows", "RelabelledRows", "by_class", "join", "matched", "with_classes"]
+__all__ = [
+    "ConcatRows",
+    "JoinedRows",
+    "RelabelledRows",
+    "by_class",
+    "join",
+    "matched",
+    "shuffled_labels",
+    "with_classes",
+]
 
 
 class ConcatRows:
@@ -126,6 +136,32 @@ def with_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
         return dataset
     table = np.asarray([place.get(name, -1) for name in names], dtype=np.int64)
     return ImageDataset(RelabelledRows(dataset, table), classes, transform=dataset.transform, on_error=dataset.on_error)
+
+
+class ShuffledRows(RelabelledRows):
+    """The rows of a data set, each with the label of another."""
+
+    def __init__(self, dataset: ImageDataset, order: np.ndarray) -> None:
+        super().__init__(dataset, np.arange(len(dataset.classes or ()) or int(known_labels(dataset).max()) + 1))
+        self.labels = known_labels(dataset)[order]
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """(image, label of another row)."""
+        assert self.labels is not None
+        return self.within[index][0], int(self.labels[index])
+
+
+def shuffled_labels(dataset: ImageDataset, seed: int = 0) -> ImageDataset:
+    """The same items with their labels dealt out anew at random: a control, of which nothing about classes can be learned.
+
+    As many items have each label as before.
+
+    Raises:
+        DataError: the items have no classes.
+    """
+    order = np.random.default_rng(mixed_seed(seed, "shuffled labels")).permutation(len(dataset))
+    rows = ShuffledRows(dataset, order)
+    return ImageDataset(rows, dataset.classes, transform=dataset.transform, on_error=dataset.on_error)
 
 
 def matched(dataset: ImageDataset, names: Sequence[str] | None) -> ImageDataset:

@@ -29,7 +29,7 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
         MismatchError: the adapters belong to another backbone, width, depth or set of weights.
         ConfigError, UnknownNameError: a method or setting that this version does not have.
     """
-    _check_backbone(model, saved)
+    check_backbone(model, saved)
     added: list[str] = []
     own_head = head and saved.has_head and bool(model.adapters)
     with model.all_or_nothing(), budget(saved.folder, saved.tensors, model.backbone):
@@ -58,7 +58,8 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
     return added
 
 
-def _check_backbone(model: Host, saved: SavedAdapter) -> None:
+def check_backbone(model: Host, saved: SavedAdapter) -> None:
+    """Raise MismatchError unless the adapters belong to this model's backbone, to its weights."""
     printed = model.fingerprint if saved.fingerprint is not None else None  # each look reads a part of every tensor
     if printed is not None:
         if saved.fingerprint == printed or _resampled(model, saved):

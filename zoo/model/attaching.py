@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -109,8 +109,13 @@ class AdapterHost(Sited):
         width = self.num_classes if num_classes is None else num_classes
         self.points.num_classes = width
         head = None
+        initial, fresh.initial = fresh.initial, None
+        host: Any = self
         try:
-            session = self._attach(name, fresh, activate)
+            with initial.room(host) if initial is not None else nullcontext():
+                session = self._attach(name, fresh, activate)
+            if initial is not None:
+                initial.fill(host, fresh)
             dim = self._feature_dim([*(self._active_adapters() if activate else []), fresh])
             other = dim != _in_features(self.head if activate else self.heads["default"]) or fresh.head_kind
             if num_classes is not None or (width and other):
@@ -132,6 +137,9 @@ class AdapterHost(Sited):
         self._install(name, session)
         mixed = mixing.mixed_by(session.ops) if activate else ()
         self.set_active(*(n for n in self._state.active if n not in mixed), *([name] if activate else []))
+        if initial is not None:
+            known_of = self.record_of(name)
+            self.set_record(name, {**known_of, "notes": [*known_of.get("notes", []), initial.told()]})
         return fresh
 
     def reattach(self, name: str) -> Adapter:
