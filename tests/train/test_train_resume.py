@@ -111,8 +111,9 @@ def test_a_finished_run_is_only_loaded(tmp_path: Path, unbroken: tuple[Report, d
         zoo.adapter("spt", budget=0.002, rank=2, num_batches=2),
         zoo.adapter("full"),
         zoo.adapter("meft", rank=2, dropout=0.1),
+        zoo.adapter("petalface", rank=2, threshold=None),
     ],
-    ids=["vpt", "spt", "full", "meft"],
+    ids=["vpt", "spt", "full", "meft", "petalface"],
 )
 def test_other_methods(tmp_path: Path, adapter: zoo.Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a calibration decided is in the checkpoint; it is not made again."""

@@ -11,6 +11,7 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from vision.families.parts.face_swin import FACE_DATA, FACE_SWIN, FaceSwin
 from vision.families.parts.timm_family import TimmBackbone
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
@@ -34,10 +35,13 @@ class Swin(TimmBackbone):
             "num_heads": (2, 4, 8),
             "num_classes": 100,
             "drop_path_rate": 0.0,
-        }
+        },
+        "swin-face": FACE_SWIN,
     }
+    networks = {"swin-face": (FaceSwin, FACE_DATA)}
     aliases = {
         "swin-micro": "zoo:swin-micro",
+        "swin-face": "zoo:swin-face",
         "swin-t": "timm:swin_tiny_patch4_window7_224",
         "swin-s": "timm:swin_small_patch4_window7_224",
         "swin-b": "timm:swin_base_patch4_window7_224",
@@ -103,8 +107,8 @@ class Swin(TimmBackbone):
 
     @classmethod
     def describes(cls, module: nn.Module) -> bool:
-        """A network of timm's own class."""
-        return type(module) is cls.timm_class
+        """A network of timm's own class, or of a member's."""
+        return type(module) in (cls.timm_class, *(network for network, _ in cls.networks.values()))
 
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every stage's merging and blocks, and of the final norm."""
@@ -135,6 +139,7 @@ class Swin(TimmBackbone):
                 )
                 first = False
         self._add(found, "norm", "norm", "norm", "norm")
+        self._add(found, "linear", "project", "project", "feature_layer.2")  # of a face recogniser
         return found
 
     def _add(self, found: list[Point], kind: str, name: str, role: str, path: str, **place: Any) -> None:

@@ -113,18 +113,7 @@ class Value:
             raise ContextError(
                 f"'{self.want.name}' of '{self.want.owner}' is one value for the batch: read it by get()."
             )
-        value: Tensor = self.get()
-        count = like.shape[0]
-        if count != value.shape[0]:
-            times = count // value.shape[0] if value.shape[0] else 0
-            if not self.want.windows or times * value.shape[0] != count:
-                raise ContextError(
-                    f"'{self.want.owner}' wants '{self.want.name}' for {count} rows, and {value.shape[0]} samples have one: what "
-                    "passes there are not samples of the batch (texts of classes, tokens shared by all). Leave the point out of "
-                    "its targets."
-                )
-            value = value.repeat_interleave(times, dim=0)
-        return value.to(like.dtype) if value.is_floating_point() and like.is_floating_point() else value
+        return spread(self.want, self.get(), like)
 
     def get(self) -> Any:
         """The value as it is: per batch what was given, per sample a tensor (n, ...) of the n samples that this adapter serves.
@@ -184,6 +173,25 @@ class Carried:
         if frame is None:
             raise ContextError(f"'{self.want.owner}' carries '{self.want.name}' outside of a forward pass.")
         return frame.carried
+
+
+def spread(want: Want, value: Tensor, like: Tensor) -> Tensor:
+    """`value` (n, ...) of n samples for the rows of `like`: itself, or once for each window of its image.
+
+    Raises:
+        ContextError: the rows are not those of samples.
+    """
+    count = like.shape[0]
+    if count != value.shape[0]:
+        times = count // value.shape[0] if value.shape[0] else 0
+        if not want.windows or times * value.shape[0] != count:
+            raise ContextError(
+                f"'{want.owner}' wants '{want.name}' for {count} rows, and {value.shape[0]} samples have one: what "
+                "passes there are not samples of the batch (texts of classes, tokens shared by all). Leave the point out of "
+                "its targets."
+            )
+        value = value.repeat_interleave(times, dim=0)
+    return value.to(like.dtype) if value.is_floating_point() and like.is_floating_point() else value
 
 
 # -- making a frame -------------------------------------------------------------------------------------------------------

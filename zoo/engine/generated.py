@@ -7,6 +7,8 @@ adapter's modules read the result in their forward:
     made = points.generate("hyper", HyperNetwork(...), points.context("task", per="batch", choices=tasks))    attach
     weight = self.made.get()[self.index]                                                                      forward
 
+Of values for each sample it may make something for each sample, which the modules read by `self.made.rows(x)`.
+
 The result belongs to the frame of the forward pass (`zoo.engine.context`). So a block that is recomputed in backward reads the
 very tensors of its forward, and their graph ends in one run of the generator; per-sample adapters each have their own; a compiled
 model has the generator at the head of its graph. In evaluation without gradients the result is kept, for each combination of
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.engine.context import Context, Value
+from zoo.engine.context import Context, Value, Want, spread
 from zoo.engine.memory import state_of
 from zoo.errors import ContextError
 
@@ -38,6 +40,7 @@ class Made:
     name: str
     generator: nn.Module
     values: tuple[Value, ...] = ()
+    windows: bool = False  # whether rows may be windows of an image
     # values -> the state of the generator's tensors, these tensors, and the result
     _kept: dict[tuple[Any, ...], tuple[Any, list[Tensor], Any]] = field(default_factory=dict)
 
@@ -59,6 +62,14 @@ class Made:
                 "model(...) and model.features(...)."
             )
         return frame.values[self.key]
+
+    def rows(self, like: Tensor) -> Tensor:
+        """(len(like), ...) of a result (n, ...) that has one row for each sample, as `Value.rows` gives them.
+
+        Raises:
+            ContextError: as `Value.rows`.
+        """
+        return spread(Want(self.owner, self.name, windows=self.windows), self.get(), like)
 
     def make(self) -> Any:
         """Called once at the beginning of a forward pass."""

@@ -138,6 +138,10 @@ class Session:
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
     _shared: dict[str, nn.Module] = field(default_factory=dict)
 
+    def data_config(self) -> Mapping[str, Any]:
+        """Called by `points.normalised`: of images, not of clips."""
+        return {} if "video" in self.family.modality else self.family.data_config()
+
     # -- recording --------------------------------------------------------------------------------------------------
 
     def keep(self, point: Point | None, name: str, value: nn.Parameter | nn.Module) -> None:
@@ -208,8 +212,7 @@ class Session:
         example: Any = None,
     ) -> Value | Carried:
         """Called by `points.context` and `points.carried`."""
-        windows = any(getattr(p, "window", None) is not None for p in self.points)
-        want = make_want(self.owner, name, per, required, choices, example, windows)
+        want = make_want(self.owner, name, per, required, choices, example, self._windows())
         known = next((w for w in self.wants if w.name == name and (w.per == "forward") == (per == "forward")), None)
         if known is None:
             self.wants.append(want)
@@ -217,10 +220,14 @@ class Session:
             raise AttachError(f"'{self.owner}' asks for the context value '{name}' twice, and differently.")
         return Carried(self.context, want) if per == "forward" else Value(self.context, want)
 
+    def _windows(self) -> bool:
+        """Whether tokens pass some points in windows of their image."""
+        return any(getattr(p, "window", None) is not None for p in self.points)
+
     def generate(self, name: str, generator: nn.Module, values: Sequence[Value]) -> Made:
         """Called by `points.generate`."""
         self.share(name, generator)
-        made = Made(self.context, self.owner, name, generator, tuple(values))
+        made = Made(self.context, self.owner, name, generator, tuple(values), self._windows())
         self.wants.append(Want(self.owner, made.key[1], "made", made=made))
         return made
 

@@ -68,7 +68,12 @@ def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def resampled(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Weights of timm's classes for a network of another resolution or other channels, as timm does it with its own."""
+    """Weights of timm's classes for a network of another resolution or other channels, as timm does it with its own.
+
+    A class of ours that others have released, too, knows their names (`renamed`).
+    """
+    if hasattr(type(module), "renamed"):
+        state = module.renamed(state)  # type: ignore[operator]
     own = module.state_dict()
     heads = ("head.", "fc.", "classifier.", "head_dist.")
     if all(k in state and state[k].shape == v.shape for k, v in own.items() if not k.startswith(heads)):

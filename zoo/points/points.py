@@ -247,6 +247,16 @@ class Points(Sequence[Point]):
         """
         return self._session("context").want(name, per, required=required, choices=choices, example=example)  # type: ignore[no-any-return]
 
+    @property
+    def normalised(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, std) of each channel with which the backbone's images were normalised; None: it takes no images.
+
+        Inside of `Adapter.attach` alone.
+        """
+        config = self._session("normalised").data_config()
+        mean, std = config.get("mean"), config.get("std")
+        return (tuple(mean), tuple(std)) if isinstance(mean, Sequence) and isinstance(std, Sequence) else None
+
     def carried(self, name: str) -> Carried:
         """A place for a tensor that ops of this adapter hand on along the blocks within one forward pass."""
         return self._session("carried").want(name, "forward")  # type: ignore[no-any-return]
@@ -284,7 +294,7 @@ class Points(Sequence[Point]):
             name: under which the generator is saved.
             generator: called with what `values` are in this pass (None for one that is not given) before the backbone runs. The
                 modules at the points, which name it in their `shared`, read what it returns by `made.get()`.
-            values: of `points.context(..., per="batch")`.
+            values: of `points.context`. What is made of values for each sample is read by `made.rows(x)`.
         """
         session = self._session("generate")
         self._free(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ class Made(Protocol):
     def get(self) -> Any:
         """What the generator made for this forward pass."""
 
+    def rows(self, like: Tensor) -> Tensor:
+        """(len(like), ...): of what was made for each sample, that of the sample that each row belongs to."""
+
 
 class Recorder(Protocol):
     """The session of one adapter, as the floors below see it (`zoo.engine.session.Session`)."""
@@ -53,6 +56,9 @@ class Recorder(Protocol):
     @property
     def site(self) -> Callable[[nn.Module, type[Any]], Any]:
         """`site(module, kind)`: the model's site at a module of the backbone, made if need be."""
+
+    def data_config(self) -> Mapping[str, Any]:
+        """What the backbone's inputs are like (`Backbone.data_config`)."""
 
     def record(self, point: Any, verb: str, module: nn.Module | None, **options: Any) -> None:
         """A verb of a point was called."""

@@ -90,6 +90,8 @@ class TimmBackbone(Backbone):
     weights_folder = WEIGHTS
     saved_options = OPTIONS
     members: ClassVar[dict[str, dict[str, Any]]] = {}  # what comes with the package: name -> options of timm's class
+    # Of members, where it is another one: the class of the network, and how its images are prepared
+    networks: ClassVar[dict[str, tuple[type[Any], dict[str, Any]]]] = {}
 
     @classmethod
     def accepts(cls, name: str) -> bool | str:
@@ -145,12 +147,14 @@ class TimmBackbone(Backbone):
     def _member(cls, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         """A member that comes with the package; another number of classes gets a head of its own."""
         device = options.pop("device", None)
+        network, data = cls.networks.get(name, (cls.timm_class, {}))
         try:
-            module = cls.timm_class(**{**cls.members[name], **options})
+            module = network(**{**cls.members[name], **options})
         except TypeError as error:
             raise ConfigError(f"timm does not take these options for '{name}': {error}") from error
         module.pretrained_cfg = module.default_cfg = {  # type: ignore[assignment]
             **MEMBER_DATA,
+            **data,
             "input_size": (3, cls.members[name]["img_size"], cls.members[name]["img_size"]),
             "num_classes": cls.members[name]["num_classes"],
         }
@@ -159,7 +163,7 @@ class TimmBackbone(Backbone):
             if not file.is_file():
                 raise ConfigError(
                     f"The weights of '{name}' are not part of this installation ('{file.name}' is not in {WEIGHTS}). Pass "
-                    "pretrained=False for random ones."
+                    "pretrained=False for random ones, or checkpoint='<file>' for weights of your own."
                 )
             weights, own = resampled({k: v.float() for k, v in load_file(file).items()}, module), module.state_dict()
             for key in [k for k in weights if k.startswith("head.")]:
