@@ -46,6 +46,7 @@ _LAZY = {
     "from_peft": "zoo.exchange.peft",
     "list_adapters": "zoo.registry",
     "list_backbones": "zoo.registry",
+    "list_heads": "zoo.registry",
     "list_regimes": "zoo.registry",
     "list_tasks": "zoo.registry",
     "load": "zoo.loading",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from zoo.registry import (
         list_adapters,
         list_backbones,
+        list_heads,
         list_regimes,
         list_tasks,
         register_adapter,

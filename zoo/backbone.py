@@ -184,6 +184,15 @@ class Backbone:
         """d of `features`."""
         raise TypeError(f"{type(self).__name__} does not implement feature_dim.")
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """C of each of the output "maps": by default the width of each stage's blocks, or of all blocks where there are none."""
+        widths: dict[Any, int] = {}
+        for point in self.points():
+            if point.kind == "block":
+                widths[point.stage] = point.dim_out
+        return tuple(widths.values())
+
     def take_head(self) -> nn.Module | None:
         """Remove the classifier from the module and return it (None if it has none)."""
         return None

@@ -48,6 +48,7 @@ _ADAPTERS = Kind("a method's name, a config object (zoo.adapter), a saved adapte
     adapter=_ADAPTERS | NOTHING,
     num_classes=whole(0, 10_000_000) | NOTHING,
     classes=NAMES | NOTHING,
+    head=TEXT | NOTHING,
     pretrained=FLAG,
     device=DEVICE | NOTHING,
     dtype=DTYPE | NOTHING,
@@ -61,6 +62,7 @@ def load(
     *,
     num_classes: int | None = None,
     classes: Sequence[str] | None = None,
+    head: str | None = None,
     pretrained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -81,6 +83,8 @@ def load(
             adapter's head stays where it is as wide, else a new, untrained one takes its place, with a warning.
         classes: names of the classes, in the order of the labels; without `num_classes` they say how many there are. A saved
             adapter's head stays where it has these names, or none.
+        head: the kind of a new head, a name of `zoo.list_heads()`: "dense" says something of every pixel, for the task "segment"
+            and its like. By default a linear one. It needs num_classes or classes.
         pretrained: load the backbone's weights; False gives random ones.
         device: where to build; "meta" takes no memory and loads no weights.
         dtype: precision of the backbone; large checkpoints are read in it, without a float32 copy. Adapters and heads stay in
@@ -108,6 +112,13 @@ def load(
         if num_classes != len(classes):
             raise ConfigError(
                 f"num_classes is {num_classes}, and classes= names {len(classes)}. Leave num_classes out."
+            )
+    if head is not None:
+        if head not in (kinds := registry.list_heads()):
+            raise ConfigError(f"there is no head of the kind '{head}'. {nearest(head, kinds)}")
+        if not num_classes:
+            raise ConfigError(
+                f"head is '{head}', and num_classes says not how wide it is. Pass num_classes= or classes=."
             )
     wanted = [adapter] if isinstance(adapter, (str, Adapter, Path)) else list(adapter or [])
     for text in (backbone, *wanted):
@@ -156,33 +167,36 @@ def load(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        common: dict[str, Any] = {"num_classes": num_classes, "device": device, "dtype": dtype, "memory": memory}
+        width = num_classes if head is None else 0
+        common: dict[str, Any] = {"num_classes": width, "device": device, "dtype": dtype, "memory": memory}
         if isinstance(backbone, str):
             model = load_backbone(backbone, pretrained=pretrained, **common, **backbone_kwargs)
         else:
             model = wrap(backbone, **common, **_for_wrap(backbone_kwargs))
         if seed is not None:
             torch.manual_seed(seed)  # the same adapter and head on random weights and on pretrained ones
-            if num_classes:
-                model.reset_head(num_classes)
+            if width:
+                model.reset_head(width)
+        if head is not None:
+            model.reset_head(num_classes or 0, classes, kind=head)
         for source in sources:
             if isinstance(source, Adapter):
                 model.add_adapter(source)
             else:
                 from zoo.disk import attach
 
-                attach(model, packs[id(source)], head=_keeps_head(packs[id(source)], num_classes, classes))
+                attach(model, packs[id(source)], head=_keeps_head(packs[id(source)], num_classes, classes, head))
         if classes is not None:
             model.classes = classes
     return model
 
 
-def _keeps_head(saved: SavedAdapter, num_classes: int | None, classes: Sequence[str] | None) -> bool:
+def _keeps_head(saved: SavedAdapter, num_classes: int | None, classes: Sequence[str] | None, head: str | None) -> bool:
     """Whether the head of a saved adapter is the one that is asked for; where another is, a warning says that it is new."""
     if num_classes is None or not saved.has_head:
         return True
     named = saved.classes is None or classes is None or list(saved.classes) == list(classes)
-    if saved.num_classes == num_classes and named:
+    if saved.num_classes == num_classes and named and head in (None, saved.head_kind):
         return True
     if num_classes:
         theirs = f"{saved.num_classes} classes" + (f" ({', '.join(saved.classes[:3])} ...)" if saved.classes else "")

@@ -152,7 +152,7 @@ class ImageDataset(Dataset[Any]):
         return f"ImageDataset({self.name!r}, {len(self)} {self.noun}, {count} classes)"
 
 
-def collate(items: Sequence[Any]) -> tuple[Any, Tensor]:
+def collate(items: Sequence[Any]) -> tuple[Any, Any]:
     """For a torch DataLoader over an `ImageDataset`: (images (B, C, H, W), labels (B,)), without what was skipped.
 
     Raises:
@@ -173,7 +173,7 @@ _KINDS = {
 }
 
 
-def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
+def stack(items: Sequence[Any]) -> tuple[Any, Any]:
     """Batch (input, target) pairs; see `collate`."""
     first = items[0]
     if not isinstance(first, (tuple, list)) or len(first) != 2:
@@ -199,7 +199,7 @@ def stack(items: Sequence[Any]) -> tuple[Any, Tensor]:
         raise DataError(f"Targets of one batch have different shapes: {', '.join(map(str, sorted(sizes)[:4]))}.")
     try:
         inputs, targets = default_collate([tuple(item) for item in items])
-        return inputs, targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
+        return inputs, targets if isinstance(targets, (Tensor, dict)) else torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         what = " and ".join(f"{type(part).__name__}" for part in first)
         raise DataError(

@@ -46,6 +46,7 @@ class Head(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ("pooled",)  # names of outputs, see `Backbone.outputs`
     sees_targets: ClassVar[bool] = False  # the task hands the targets to `forward` while training (margins)
+    of_maps: ClassVar[bool] = False  # it is made with `channels=`, those of each map (`Backbone.map_channels`)
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
         super().__init__()

@@ -237,16 +237,18 @@ class Headed(nn.Module):
             raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
         if num_classes == 0:
             return nn.Identity()
-        if not self.family.pools:
+        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.adapter_dtype}
+        plain = kind == "linear" and own
+        made: type[Any] = nn.Linear if plain else head_class(kind)
+        if not self.family.pools and "pooled" in getattr(made, "needs", ("pooled",)):
             raise ConfigError(
                 f"'{self.family.name}' has no pooled features that a classifier could stand on: its own output comes out. Leave "
                 "num_classes out."
             )
-        own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.adapter_dtype}
-        plain = kind == "linear" and own
-        made: type[Any] = nn.Linear if plain else head_class(kind)
         if issubclass(made, Head):
             self.family.check_wanted(made.needs, f"a head of the kind '{kind}'")
+            if made.of_maps:
+                factory["channels"] = self.family.map_channels
         head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
         if self.device.type != "meta":
             for part in head.modules():

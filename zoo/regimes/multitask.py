@@ -12,6 +12,9 @@ entropy over the logits of the item's own task, and so is every accuracy: the ta
 
     loss = mean_b -log softmax(z_b restricted to the classes of task(b))[y_b]
 
+Data sets that name a task of their own (maps: `vision.data.dense.open_dense`) are learnt as that task says, with a decoder for
+each instead of rows, and measured by what each task is chosen by.
+
 What one task has become is taken out by `single_task(model, "birds")`: its rows of the head, and plain adapters in the place of
 what was generated for it.
 
@@ -32,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import registry
 from zoo.data.dataset import ImageDataset
 from zoo.data.joined import join
 from zoo.errors import ConfigError, DataError, UnknownNameError, nearest
@@ -122,6 +126,7 @@ class MultiTask(Regime):
                 )
         if not run.data:
             raise DataError("multitask: data= holds no task.")
+        self._together(run)
         for name, test in (run.test or {}).items():
             if name not in run.data:
                 raise DataError(f"multitask: test data for '{name}', which is no task. {nearest(name, run.data)}")
@@ -139,10 +144,16 @@ class MultiTask(Regime):
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """One phase on all data; each task is measured at the end."""
+        sampler = OnePart(tau=self.tau) if self.batches == "one" else Mixed(tau=self.tau)
+        if (many := self._together(run)) is not None:
+            run.model.reset_head(len(many.classes), many.classes, kind=many.head)
+            yield Phase("tasks", many.data, task=many, sampler=sampler, fit={"epochs": self.epochs})
+            for name, test in (run.test or {}).items():
+                run.evaluate(test, name, task=many.single(name))
+            return
         data = join(run.data)
         what = ManyTasks(list(run.data), [len(d.classes) for d in run.data.values()])
         run.model.grow_head(data.classes or ())
-        sampler = OnePart(tau=self.tau) if self.batches == "one" else Mixed(tau=self.tau)
         yield Phase("tasks", data, task=what, sampler=sampler, fit={"epochs": self.epochs})
         if run.test is None:
             return
@@ -153,10 +164,35 @@ class MultiTask(Regime):
             if name in run.test:
                 run.evaluate(joined.select((part == number).nonzero()[0]), name, task=what)
 
+    def _together(self, run: Run) -> Any:
+        """The task that all data are of, if they name tasks of their own (of maps, say); None: they are classified.
+
+        Raises:
+            DataError: some do, and others do not.
+        """
+        kinds = {name: getattr(data.rows, "task", None) for name, data in run.data.items()}
+        named = [kind for kind in kinds.values() if kind is not None]
+        if not named:
+            return None
+        if other := [name for name, kind in kinds.items() if kind is None]:
+            raise DataError(
+                f"multitask: '{other[0]}' has a class for each item, and others a task of their own ({named[0]}). They have no "
+                "loss in common; train them apart."
+            )
+        return registry.task(named[0]).together(run.data)
+
     def summary(self, run: Run) -> dict[str, Any]:
-        """Accuracy of each task, and their mean."""
+        """Accuracy of each task, and their mean; of tasks that are measured otherwise, what each is chosen by."""
         if not run.test:
             return {}
+        if (many := self._together(run)) is not None:
+            measures = {name: many.single(name).monitor for name in run.test}
+            values = {name: run.values[name][measure] for name, measure in measures.items()}
+            return {
+                "measures": measures,
+                "values": values,
+                "sizes": {n: [len(d), len(d.classes)] for n, d in run.data.items()},
+            }
         accuracies = {name: run.values[name]["accuracy"] for name in run.test}
         sizes = {name: [len(d), len(d.classes)] for name, d in run.data.items()}
         return {"accuracy": accuracies, "mean": sum(accuracies.values()) / len(accuracies), "sizes": sizes}
@@ -165,6 +201,12 @@ class MultiTask(Regime):
         """One row for each task."""
         if not report.summary:
             return report.phase_table()
+        if "measures" in report.summary:
+            found = report.summary
+            return ["task", "items", "outputs", "measure", "value"], [
+                [name, *found["sizes"][name], found["measures"][name], f"{value:.4f}"]
+                for name, value in found["values"].items()
+            ]
         rows = [
             [name, *report.summary["sizes"][name], f"{100 * accuracy:.1f}"]
             for name, accuracy in report.summary["accuracy"].items()
@@ -176,7 +218,7 @@ class MultiTask(Regime):
 
     def draw(self, figure: Any, report: RunReport) -> None:
         """Accuracies of the tasks, if they were measured; else the curves."""
-        if not report.summary:
+        if "accuracy" not in report.summary:  # other measures have no scale in common
             report.draw_phases(figure)
             return
         names, values = list(report.summary["accuracy"]), [100 * v for v in report.summary["accuracy"].values()]
@@ -203,6 +245,7 @@ def single_task(model: Model, task: str) -> Model:
             f"The head has no classes of the task '{task}'. {nearest(task, {n.partition(': ')[0] for n in classes})}"
         )
     old: Any = model.head
+    own = old.single(task) if hasattr(old, "single") else None
     in_use: list[str] = []
     for name in model.active:
         extract: Any = getattr(model.adapters[name], "extract", None)
@@ -211,6 +254,9 @@ def single_task(model: Model, task: str) -> Model:
     model.set_active(*in_use)
     for name in generated:
         model.remove_adapter(name)
+    if own is not None:
+        model.set_head(own, [classes[i].removeprefix(f"{task}: ") for i in rows])
+        return model
     head = nn.Linear(old.in_features, len(rows), bias=old.bias is not None)
     with torch.no_grad():
         head.weight.copy_(old.weight[rows])

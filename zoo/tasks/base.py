@@ -106,6 +106,18 @@ class Task:
         """
         return {"labels": targets} if training and isinstance(targets, Tensor) else {}
 
+    @classmethod
+    def together(cls, data: Mapping[str, ImageDataset]) -> Any:
+        """How several data sets of such tasks are learnt at once, for the regime `multitask`.
+
+        A task with `data` (all of them as one), `classes` ("<name>: <class>"), `head` (the kind of its head) and
+        `single(name)`, one of the tasks on the same model. A data set says its task as `dataset.rows.task`.
+
+        Raises:
+            ConfigError: it is for one task only.
+        """
+        raise ConfigError(f"The task '{cls.name}' is not learnt together with others.")
+
     def modules(self, model: Host) -> nn.Module | None:
         """Modules of the task's own (proxies, a decoder that aids), made anew for each run; None: it has none.
 

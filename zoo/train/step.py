@@ -145,6 +145,8 @@ class Stepper:
                 raise ConfigError(
                     "mixup and cutmix mix inputs that are one tensor of images or sounds; this task's are not."
                 )
+            if not isinstance(targets, Tensor) or targets.ndim > 2:
+                raise ConfigError("mixup and cutmix mix images with classes of their own; these targets are maps.")
             shape = (
                 inputs.shape
             )  # torchvision mixes (B, C, H, W): a spectrogram (B, T, mel) or a sound (B, n) has one channel
