@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch.nn.functional as F
@@ -51,12 +54,28 @@ def kind_of(head: nn.Module) -> str:
     return next((name for name, cls in HEADS.items() if type(head) is cls), "linear")
 
 
-def make_head(kind: str, dim: int, num_classes: int, **place: Any) -> nn.Module:
-    """A head with torch's initial values; `place`: device and dtype.
+def make_head(
+    kind: str, dim: int, num_classes: int, settings: Mapping[str, Any] = MappingProxyType({}), **place: Any
+) -> nn.Module:
+    """A head with torch's initial values; `settings` are its own, `place` is device and dtype.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: no such kind, or a setting that it does not have.
     """
     if kind not in HEADS:
         raise ConfigError(f"there is no head of the kind '{kind}'. {nearest(kind, HEADS)}")
-    return HEADS[kind](dim, num_classes, **place)
+    known = _settings(HEADS[kind])
+    if unknown := [name for name in settings if name not in known]:
+        raise ConfigError(f"the head '{kind}' has no setting '{unknown[0]}'; it has {', '.join(known) or 'none'}.")
+    return HEADS[kind](dim, num_classes, **settings, **place)
+
+
+def _settings(cls: type[nn.Module]) -> list[str]:
+    """Names of the settings of a kind of head, those of the classes that it is made of included."""
+    found: dict[str, None] = {}
+    for base in cls.__mro__ if issubclass(cls, Head) else ():
+        own = vars(base).get("__init__")
+        if own is not None and issubclass(base, Head):
+            parameters = inspect.signature(own).parameters.values()
+            found |= dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return list(found)

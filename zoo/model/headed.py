@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,11 +138,15 @@ class Headed(nn.Module):
         """The head that serves an adapter alone."""
         return name if name is not None and name in self.heads else "default"
 
-    def reset_head(self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear") -> None:
+    def reset_head(
+        self, num_classes: int, classes: Sequence[str] | None = None, kind: str = "linear", **settings: Any
+    ) -> None:
         """A new, untrained head of another width in place of the one in use; `kind` is a name of `zoo.heads.HEADS`.
 
+        `settings` are those of the kind (`kind="cosface", margin=0.3`).
+
         Raises:
-            ConfigError: there is no name for each class, or no such kind.
+            ConfigError: there is no name for each class, no such kind, or a setting that it does not have.
         """
         if classes is not None and (isinstance(classes, str) or len(classes) != num_classes):
             raise ConfigError(
@@ -155,7 +160,7 @@ class Headed(nn.Module):
         made_for: Any = dict(self.adapters.items()).get(name)
         if num_classes and kind == "linear" and made_for is not None:
             kind = made_for.head_kind or kind
-        self.heads[name] = head = self._new_head(num_classes, dim, made_for, kind)
+        self.heads[name] = head = self._new_head(num_classes, dim, made_for, kind, settings)
         if isinstance(head, Head) and classes is not None:
             head.name_classes(classes)
         self.take_names(classes)
@@ -232,13 +237,20 @@ class Headed(nn.Module):
                 )
         return dim
 
-    def _new_head(self, num_classes: int, dim: int, adapter: Adapter | None = None, kind: str = "linear") -> nn.Module:
+    def _new_head(
+        self,
+        num_classes: int,
+        dim: int,
+        adapter: Adapter | None = None,
+        kind: str = "linear",
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> nn.Module:
         if num_classes < 0:
             raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
         if num_classes == 0:
             return nn.Identity()
         own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.adapter_dtype}
-        plain = kind == "linear" and own
+        plain = kind == "linear" and own and not settings
         made: type[Any] = nn.Linear if plain else head_class(kind)
         if not self.family.pools and "pooled" in getattr(made, "needs", ("pooled",)):
             raise ConfigError(
@@ -249,7 +261,11 @@ class Headed(nn.Module):
             self.family.check_wanted(made.needs, f"a head of the kind '{kind}'")
             if made.of_maps:
                 factory["channels"] = self.family.map_channels
-        head = self.family.new_head(num_classes, **factory) if plain else make_head(kind, dim, num_classes, **factory)
+        head = (
+            self.family.new_head(num_classes, **factory)
+            if plain
+            else make_head(kind, dim, num_classes, settings, **factory)
+        )
         if self.device.type != "meta":
             for part in head.modules():
                 if isinstance(part, nn.Linear):
