@@ -24,7 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.regimes",),
     ("zoo.loading", "zoo.starting", "zoo.wrapping"),
     ("zoo.adapters",),  # methods
-    ("zoo.table", "zoo.exchange"),
+    ("zoo.table", "zoo.exchange", "zoo.bench"),
     ("zoo.cli",),
 ]
 # What belongs to a modality stands on the public names of the house, and on no command.

@@ -154,6 +154,11 @@ class AdaLoRA(Adapter):
         self._masks: list[Tensor] | None = None  # of the final phase
         self._held: list[Tensor] = []  # e of an evaluation
 
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, Any]:
+        """Ranks from half as many again, as the defaults are; what is trained at first counts."""
+        return {"rank": size + (size + 1) // 2, "target_rank": size}
+
     def attach(self, points: Points) -> None:
         """Add triplets at every selected linear point."""
         points.require("linear", "adalora")

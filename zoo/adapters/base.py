@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "Initial", "fits"]
 
 LARGEST = 1e6  # of a setting that is a float; none has a meaning beyond
+# What a setting is called that makes a method larger, the first of them that it has (`Adapter.of_size`)
+SIZES = ("rank", "num_tokens", "bottleneck", "hidden", "width", "channels")
 
 
 class Initial(Protocol):
@@ -225,6 +227,16 @@ class Adapter(Structured):
         What is folded into a form that this method can also train in (`prefix` with its MLP) needs no inverse.
         """
         return config, tensors
+
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, Any] | None:
+        """The settings that make it as large as `size` says (1 is the smallest), so that methods can be compared at one budget.
+
+        By default its first setting of `SIZES` that takes a whole number. None: it has no size, or none so large.
+        """
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        return next(({name: size} for name in SIZES if name in known and fits(1, hints[name])), None)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], strict: bool = False) -> Adapter:

@@ -125,6 +125,11 @@ class Compacter(Adapter):
             return self.bottleneck
         return self.n * max(1, round(dim / (self.reduction or 1) / self.n))
 
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, int]:
+        """By the width between; the rank is that of its factors."""
+        return {"bottleneck": size}
+
     def attach(self, points: Points) -> None:
         """One bottleneck at every selected sublayer, one rule for all of them."""
         points.require("sublayer", "compacter")

@@ -50,6 +50,7 @@ from zoo.points.recorder import Carried
 from zoo.registry import register_adapter
 from zoo.tasks import Task
 
+REDUCTIONS = (192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # from the smallest network to the largest
 INITS = ("linear", "magnitude", "fisher")
 
 
@@ -98,6 +99,11 @@ class Ladder(Adapter):
         self.check(self.rerun >= 0, f"rerun is {self.rerun}; expected 0 (keep the blocks' outputs) or more.")
         self.check(self.samples >= 1, f"samples is {self.samples}; expected 1 or more.")
         self.__dict__["needs_calibration"] = self.init == "fisher"
+
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, Any] | None:
+        """By how many times narrower it is than the backbone."""
+        return {"reduction": REDUCTIONS[size - 1]} if size <= len(REDUCTIONS) else None
 
     def attach(self, points: Points) -> None:
         """A rung at every block, and the up-projection behind the last."""

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli import bench, catalog, convert, evaluate, export, listing, new, predict, regime, run, share, zeroshot
+from zoo.cli import (
+    bench,
+    catalog,
+    compare,
+    convert,
+    evaluate,
+    export,
+    listing,
+    new,
+    predict,
+    regime,
+    run,
+    share,
+    zeroshot,
+)
 from zoo.cli.checks import checked
 from zoo.cli.common import ZooGroup
 
@@ -86,6 +100,7 @@ for _command, _name in (
     (convert.convert, "convert"),
     (export.export, "export"),
     (bench.bench, "bench"),
+    (compare.compare, "bench compare"),
     (new.new, "new"),
     (run.demo, "demo"),
 ):

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from zoo.cli.common import JSON_HELP, console, count, print_json, size, table
 from zoo.errors import AttachError, ConfigError, SelectionError
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from zoo.model import Model
-
-REFERENCE = "library"  # every weight trained, in the library's own module without anything of ours
 DEFAULT_METHODS = ("linear", "bitfit", "lora", "adapter", "vpt")
 
 
@@ -43,7 +33,7 @@ def bench(
     png: Annotated[Path | None, typer.Option(help="Also draw time against memory into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Measure step time and saved bytes of methods, relative to full fine-tuning.
+    """Measure step time and saved bytes of methods, relative to full fine-tuning. What they learn: zoo bench compare.
 
     The reference is full fine-tuning of the library's own module, without anything of ours. Every round runs one training
     step of each method in turn, so a busy machine slows all of them alike; the ratio is the median over rounds of a
@@ -57,6 +47,8 @@ def bench(
       zoo bench swin-t -a lora -b 32 --device cuda --precision bf16 --json
       zoo bench ast-micro
     """
+    from zoo.bench.costs import machine, measure
+
     left_out: dict[str, str] = {}
     if adapters is None:
         left_out = _refused(backbone, num_classes)
@@ -66,9 +58,14 @@ def bench(
     levels = [m.strip() for m in memory.split(",") if m.strip()]
     if not methods:
         raise ConfigError("--adapters names no method; for example: --adapters lora,vpt.")
-    rows = measure(
-        backbone, methods, levels, batch_size, rounds, num_classes, device=device, precision=precision, quiet=as_json
-    )
+    shown: Any = nullcontext() if as_json else console(stderr=True).status("")
+    with shown as status:
+        rows = measure(
+            *(backbone, methods, levels, batch_size, rounds, num_classes),
+            device=device,
+            precision=precision,
+            say=status.update if status is not None else str,
+        )
     report = {"backbone": backbone, "batch_size": batch_size, "rounds": rounds, "precision": precision, "methods": rows}
     report |= {"left_out": left_out, **machine(device)}
     if png is not None:
@@ -102,19 +99,12 @@ def bench(
         out.print(f"drawn in {png}")
 
 
-def _head(backbone: str, num_classes: int) -> int:
-    """The width of the head: none where the backbone is for something else than classifying."""
-    from zoo import registry
-
-    cls, _ = registry.find_backbone(backbone)
-    return num_classes if cls.pools and cls.task == "classify" else 0
-
-
 def _refused(backbone: str, num_classes: int) -> dict[str, str]:
     """Which of the default methods this backbone does not take, and why."""
     import zoo
+    from zoo.bench.costs import head_width
 
-    width, found = _head(backbone, num_classes), {}
+    width, found = head_width(backbone, num_classes), {}
     model = zoo.load(backbone, pretrained=False, num_classes=0, device="meta")
     for method in DEFAULT_METHODS:
         try:
@@ -126,160 +116,6 @@ def _refused(backbone: str, num_classes: int) -> dict[str, str]:
             found[method] = "it trains nothing but a head, and this backbone has none"
         model.remove_adapter(model.active[-1])
     return found
-
-
-def machine(device: str | None) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-
-    from zoo import __version__
-
-    where = torch.device(best_device(device))
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "adapter_zoo": __version__,
-    }
-
-
-def best_device(device: str | None) -> str:
-    """The device asked for, or the best there is."""
-    import torch
-
-    if device:
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def measure(
-    backbone: str,
-    methods: list[str],
-    levels: list[str],
-    batch_size: int,
-    rounds: int,
-    num_classes: int,
-    *,
-    device: str | None = None,
-    precision: str = "fp32",
-    quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """One row for each method and memory setting, the reference first. Times in seconds, memory in bytes.
-
-    Raises:
-        UnknownNameError: an unknown backbone or method. AttachError: a method that this backbone refuses.
-        ConfigError: an unknown precision, or a method that has nothing to train.
-    """
-    import torch
-
-    import zoo
-
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"precision '{precision}' is unknown; expected fp32, bf16 or fp16.")
-    where, width = best_device(device), _head(backbone, num_classes)
-    variants = [(m, level) for m in methods for level in levels]
-    runs: list[_Run] = []
-    status = console(stderr=True)
-    with status.status(f"building {len(variants) + 1} models ...") if not quiet else nullcontext() as line:
-        for method, level in variants:
-            model = zoo.load(
-                backbone, adapter=method, num_classes=width, pretrained=False, memory=level, seed=0, device=where
-            )
-            if not runs:
-                batch = model.example_batch(batch_size)
-                targets = torch.randint(width, (batch_size,), device=where) if width else None
-                plain = _plain(model)
-                runs.append(_Run(REFERENCE, "", plain, partial(model.family.run, plain), batch, targets, precision))
-            runs.append(_Run(method, level, model, model, batch, targets, precision))
-        for run in runs:  # the first steps allocate and choose kernels
-            run.step()
-            run.step()
-        times: list[list[float]] = [[] for _ in runs]
-        for index in range(rounds):
-            if line is not None:
-                line.update(f"round {index + 1} of {rounds} ...")
-            for position in range(len(runs)):
-                which = (position + index) % len(runs)  # nobody always runs behind the same neighbour
-                times[which].append(runs[which].step())
-    full_bytes = runs[0].saved_bytes
-    return [
-        {
-            "method": run.method,
-            "memory": run.level,
-            "trainable": run.trainable,
-            "saved_bytes": run.saved_bytes,
-            "saved_ratio": run.saved_bytes / full_bytes if full_bytes else 0.0,
-            "step_seconds": statistics.median(seconds),
-            "step_ratio": statistics.median(mine / full for mine, full in zip(seconds, times[0], strict=True)),
-        }
-        for run, seconds in zip(runs, times, strict=True)
-    ]
-
-
-def _plain(model: Model) -> nn.Module:
-    """The library's module, with a classifier if the model has one, every parameter trainable."""
-    with model.disable():
-        return model.merge()
-
-
-class _Run:
-    """One model with its own optimizer, stepped on always the same batch."""
-
-    def __init__(
-        self,
-        method: str,
-        level: str,
-        model: nn.Module,
-        call: Callable[..., Tensor],
-        batch: tuple[Tensor, ...],
-        targets: Tensor | None,
-        precision: str,
-    ) -> None:
-        import torch
-
-        import zoo
-
-        self.method, self.level, self.call = method, level, call
-        self.batch, self.targets, self.device = batch, targets, batch[0].device
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        model.train()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise ConfigError(f"'{method}' has nothing to train here: it trains a head, and this backbone has none.")
-        self.trainable = sum(p.numel() for p in parameters)
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            if isinstance(model, zoo.Model):
-                self.saved_bytes = model.saved_bytes(*batch)
-            else:
-                self.saved_bytes = zoo.saved_bytes(
-                    lambda: call(*batch), [*batch, *model.parameters(), *model.buffers()]
-                )
-
-    def step(self) -> float:
-        """One training step (forward, backward, optimizer); returns its seconds."""
-        import torch
-        from torch.nn import functional
-
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            output = self.call(*self.batch).float()
-            if self.targets is None:
-                loss = output.square().mean()
-            else:
-                loss = functional.cross_entropy(output, self.targets)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:

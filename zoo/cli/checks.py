@@ -79,6 +79,8 @@ SEED = whole(0, 2**63 - 1)
 OPTIONS: dict[str, Kind] = {
     "batch_size": whole(1, 65536),
     **dict.fromkeys(("epochs", "steps", "shots", "sessions", "accumulate", "patience"), whole(1, 10**9)),
+    **dict.fromkeys(("search_steps", "test_items"), whole(1, 10**9)),
+    "rates": whole(1, 5),
     **dict.fromkeys(("rounds", "num_classes", "top"), whole(1, 10**6)),
     **dict.fromkeys(("stage", "block", "folds"), whole(0, 10**6)),
     "image_size": whole(1, 4096),

@@ -40,11 +40,20 @@ def show_error(error: ZooError) -> None:
 
 
 class ZooGroup(TyperGroup):
-    """Commands in the order in which they were added; a `ZooError` becomes a panel and exit code 1."""
+    """Commands in the order in which they were added; a `ZooError` becomes a panel and exit code 1.
+
+    A name may have two words (`zoo bench compare`, beside `zoo bench`).
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in order of definition."""
         return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word or the first two name."""
+        if (both := " ".join(args[:2])) in self.commands:
+            args = [both, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

@@ -1,0 +1,194 @@
+"""A comparison as tables and as a picture: accuracy against parameters, kept bytes and step time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.bench.study import Study
+
+__all__ = ["COLUMNS", "cells", "draw", "markdown", "write"]
+
+COLUMNS = ("method", "setting", "trained", "lr", "test accuracy, %", "kept / full", "step / full")
+COLOURS = {
+    "additive": "#1f6feb",
+    "selective": "#bf8700",
+    "reparametrised": "#1a7f37",
+    "hybrid": "#d1242f",
+    "system": "#8250df",
+}
+
+
+def cells(line: dict[str, Any]) -> tuple[str, ...]:
+    """A line as texts, in the order of `COLUMNS`."""
+    accuracy = [100 * a for a in line["accuracy"]]
+    spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+    setting = ", ".join(f"{k}={v}" for k, v in line["settings"].items())
+    return (
+        line["label"],
+        setting or line["note"],
+        f"{line['trained']:,}",
+        f"{line['lr']:.2g}",
+        f"{statistics.mean(accuracy):.1f}{spread}",
+        f"{line['saved_ratio']:.2f}",
+        f"{line['step_ratio']:.2f}",
+    )
+
+
+def groups(study: Study) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    """(data, budget) -> its lines, the most accurate first; those at their own size (budget None) stand in every group."""
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for line in study.lines:
+        if line["budget"] is not None:
+            found.setdefault((line["data"], line["budget"]), []).append(line)
+    for line in study.lines:
+        if line["budget"] is None:
+            places = [key for key in found if key[0] == line["data"]] or [(line["data"], None)]
+            for key in places:
+                found.setdefault(key, []).append(line)
+    return {k: sorted(v, key=lambda x: -statistics.mean(x["accuracy"])) for k, v in found.items()}
+
+
+def means(study: Study) -> list[tuple[str, int, list[float], float]]:
+    """(label, budget, accuracy in % on each data set, their mean) of what has them all, the best first."""
+    names = list(dict.fromkeys(line["data"] for line in study.lines))
+    table: dict[tuple[str, int], dict[str, float]] = {}
+    for (data, budget), lines in groups(study).items():
+        for line in lines:
+            table.setdefault((line["label"], budget or 0), {})[data] = 100 * statistics.mean(line["accuracy"])
+    whole = [(m, b, [row[n] for n in names]) for (m, b), row in table.items() if len(row) == len(names)]
+    return sorted(((m, b, v, statistics.mean(v)) for m, b, v in whole), key=lambda x: (x[1], -x[3]))
+
+
+def markdown(study: Study) -> str:
+    """Everything as Markdown tables."""
+    p, text = study.protocol, []
+    for (data, budget), lines in groups(study).items():
+        at = f", {budget:,} parameters" if budget else ""
+        text += [f"## {study.backbone} on {data}{at}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        text += [_row(cells(line)) for line in lines] + [""]
+    names = list(dict.fromkeys(line["data"] for line in study.lines))
+    if len(names) > 1:
+        text += [
+            "## Mean over the data sets",
+            "",
+            _row(["method", "budget", *names, "mean"]),
+            _row(["---"] * (len(names) + 3)),
+        ]
+        text += [_row([m, f"{b:,}", *(f"{v:.1f}" for v in vs), f"{mean:.1f}"]) for m, b, vs, mean in means(study)] + [
+            ""
+        ]
+    if study.left_out:
+        text += ["## Not compared", ""]
+        text += [f"- {label} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
+    if study.failed:
+        text += ["## Broken off", ""]
+        text += [f"- {f['method']} on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed] + [""]
+    text += [
+        f"Accuracy: mean and standard deviation over the seeds {', '.join(map(str, p.seeds))}, the weights of the last of "
+        f"{p.steps} steps of {p.batch_size} items. The learning rate is the best of {p.rates} on validation items, each tried "
+        f"for {p.search_steps} steps. trained: parameters without the head. kept, step: bytes kept for backward and time of a "
+        f"training step, by those of full fine-tuning, measured in turns (median of {p.rounds} rounds).",
+        "",
+        f"Revision {', '.join(study.revisions)}.",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def _row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def draw(study: Study, path: Path) -> None:
+    """A row of pictures for each data set: accuracy against parameters, kept bytes and step time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from zoo import registry
+
+    names = list(dict.fromkeys(line["data"] for line in study.lines))
+    figure, axes = pyplot.subplots(
+        len(names), 3, figsize=(16, 5.6 * len(names)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, name in zip(axes, names):
+        lines = [line for line in study.lines if line["data"] == name]
+        for axis, key, label in (
+            (row[0], "trained", "trained parameters, without the head"),
+            (row[1], "saved_ratio", "kept for backward / full fine-tuning"),
+            (row[2], "step_ratio", "step time / full fine-tuning"),
+        ):
+            places = []
+            for line in lines:
+                values = [100 * a for a in line["accuracy"]]
+                x, y = line[key], statistics.mean(values)
+                colour = COLOURS.get(registry.adapter_class(line["name"]).taxonomy, "#6e7781")
+                bar = statistics.stdev(values) if len(values) > 1 else 0.0
+                axis.errorbar(x, y, yerr=bar, fmt="o", markersize=5, color=colour, elinewidth=0.7, alpha=0.9)
+                places.append((x, y, line["label"], colour))
+            if key == "trained":
+                axis.set_xscale("symlog", linthresh=1000)
+                axis.set_xlim(left=-100)
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(0.1, 0.06)
+            _annotate(axis, places)
+        row[0].set_ylabel(f"{name}: test accuracy, %")
+    used = sorted({registry.adapter_class(line["name"]).taxonomy for line in study.lines})
+    marks = [pyplot.Line2D([], [], marker="o", ls="", color=COLOURS.get(t, "#6e7781"), label=t) for t in used]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _annotate(axis: Any, places: list[tuple[float, float, str, str]]) -> None:
+    """Names beside their points, moved up or down where others stand already, with a thin line to the point."""
+    axis.figure.canvas.draw()
+    taken: list[tuple[float, float, float, float]] = []
+    box = axis.get_window_extent()
+    for x, y, name, colour in sorted(places, key=lambda p: -p[1]):
+        px, py = axis.transData.transform((x, y))
+        width, height = 6.0 * len(name) + 4, 11.0
+        right = px + 8 + width < box.x1
+        left = px + 7 if right else px - 7 - width
+        shift = next(
+            s
+            for s in sorted((n * 6 for n in range(-60, 61)), key=abs)
+            if all(left + width < a or left > c or py + s + height < b or py + s > d for a, b, c, d in taken)
+        )
+        taken.append((left, py + shift, left + width, py + shift + height))
+        axis.annotate(
+            name,
+            (x, y),
+            (7 if right else -7, shift),
+            textcoords="offset pixels",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=7,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colour} if abs(shift) > 6 else None,
+        )
+
+
+def write(study: Study, out: Path) -> None:
+    """`comparison.md`, `comparison.json` and `comparison.png`, beside the rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.md").write_text(markdown(study))
+    document = {
+        "backbone": study.backbone,
+        "protocol": vars(study.protocol),
+        "lines": study.lines,
+        "left_out": [{"budget": b, "method": m, "why": w} for (b, m), w in study.left_out.items()],
+        "failed": study.failed,
+        "revisions": study.revisions,
+    }
+    (out / "comparison.json").write_text(json.dumps(document, indent=1) + "\n")
+    if study.lines:
+        draw(study, out / "comparison.png")
