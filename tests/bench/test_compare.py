@@ -1,0 +1,221 @@
+"""`zoo bench compare`: rows that survive a kill, a search that sees no test item, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from zoo import registry
+from zoo.bench import study as module
+from zoo.bench.journal import Journal
+from zoo.bench.sets import named_sets
+from zoo.bench.sizes import parse_methods
+from zoo.bench.study import Protocol, Study, compare
+from zoo.cli import app
+from zoo.errors import DataError, SaveError
+
+QUICK: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 16,
+    "embed_dim": 24,
+    "depth": 1,
+    "num_heads": 2,
+    "pretrained": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of a comparison is a ViT of one block with random weights, the same in all."""
+    load = module.load
+
+    def small(name: str, **options: Any) -> Any:
+        return load(name, **{"seed": 0, **options, **QUICK})
+
+    monkeypatch.setattr(module, "load", small)
+    monkeypatch.setattr("zoo.bench.sizes.load", small)
+
+
+PROTOCOL = Protocol(steps=3, search_steps=2, batch_size=4, rates=2, seeds=(0, 1), rounds=1)
+
+
+def run(out: Path, root: Path, methods: str = "lora,linear", protocol: Protocol = PROTOCOL, **options: Any) -> Study:
+    budget = options.pop("budget", 400)
+    return compare(
+        "vit-s16", ["colours"], parse_methods(methods), [budget], protocol, out=out, data_root=root, **options
+    )
+
+
+@pytest.fixture
+def root(image_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "colours").symlink_to(image_folder)
+    return tmp_path / "data"
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_and_lines(root: Path, tmp_path: Path) -> None:
+    found = run(tmp_path / "out", root)
+    written = rows(tmp_path / "out")
+    assert [(r["config"]["method"], r["config"]["kind"], r["config"]["seed"]) for r in written] == [
+        (m, k, s) for m in ("lora", "linear") for k, s in [("search", 1000)] * 2 + [("run", 0), ("run", 1)]
+    ]
+    for row in written:
+        assert {"revision", "versions", "device", "time"} <= set(row) and row["versions"]["torch"]
+        assert row["config"]["fingerprint"].startswith("v1:")
+    lora, linear = found.lines
+    assert lora["trained"] == 384 and linear["trained"] == 0 and lora["head"] == 24 * 2 + 2
+    assert len(lora["accuracy"]) == 2 and lora["step_ratio"] > 0 and 0 < lora["saved_ratio"] < 1
+    assert linear["saved_ratio"] < lora["saved_ratio"]
+    tried = [r["config"]["lr"] for r in written[:2]]
+    assert lora["lr"] in tried and tried[1] == pytest.approx(3 * tried[0], rel=1e-2)
+    best = max(lora["tried"], key=lambda t: (t["accuracy"], -t["loss"]))
+    assert lora["lr"] == best["lr"] == written[2]["config"]["lr"]
+
+
+def test_a_killed_comparison_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the third training and while its row was being written: the same lines as unbroken, nothing twice."""
+    whole = run(tmp_path / "whole", root)
+    fits = 0
+    fit = module.fit
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal fits
+        fits += 1
+        if fits == 3:
+            raise KeyboardInterrupt
+        return fit(*args, **options)
+
+    monkeypatch.setattr(module, "fit", counted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, root)
+    assert len(rows(out)) == 2
+    with (out / "rows.jsonl").open("a") as file:
+        file.write('{"config": {"kind": "ru')
+    again = run(out, root)
+    assert fits == 3 + 6 and len(rows(out)) == 8
+    for one, other in zip(whole.lines, again.lines, strict=True):
+        for key in ("accuracy", "loss", "lr", "tried", "trained"):
+            assert one[key] == other[key], key
+    run(out, root)
+    assert fits == 3 + 6
+    more = run(out, root, methods="lora,linear,bitfit")
+    assert fits == 3 + 6 + 4 and len(more.lines) == 3 and len(rows(out)) == 12
+    run(out, root, protocol=Protocol(steps=4, search_steps=2, batch_size=4, rates=2, seeds=(0, 1), rounds=1))
+    assert fits == 13 + 2 * 2  # other final runs, after the same search
+
+
+def test_the_search_sees_no_test_item(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each item comes from: searches train and measure on parts of the training folder that share no image."""
+    seen: list[tuple[str, int, set[str]]] = []
+    for name in ("fit", "evaluate"):
+        real = getattr(module, name)
+
+        def watched(model: Any, data: Any, *args: Any, _name: str = name, _real: Any = real, **options: Any) -> Any:
+            seen.append((_name, options.get("seed", -1), {data.where(i) for i in range(len(data))}))
+            return _real(model, data, *args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    run(tmp_path / "out", root, methods="lora")
+    assert len(seen) == 8
+    for (_, seed, trained), (_, _, measured) in zip(seen[::2], seen[1::2], strict=True):
+        assert not trained & measured
+        folder = "train" if seed == module.SEARCH_SEED else "test"
+        assert all(f"/colours/{folder}/" in place for place in measured)
+        assert all("/colours/train/" in place for place in trained)
+    assert seen[0][2] | seen[1][2] == seen[4][2]  # part and validation are all training items
+
+
+def test_one_method_that_breaks_costs_only_itself(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("of this method alone")
+
+    monkeypatch.setattr(registry.adapter_class("lora"), "fit_start", broken)
+    found = run(tmp_path / "out", root)
+    assert [line["label"] for line in found.lines] == ["linear"]
+    assert "of this method alone" in found.failed[0]["error"]
+
+
+def test_methods_at_their_own_size_and_kept_adapters(root: Path, tmp_path: Path) -> None:
+    found = run(tmp_path / "out", root, methods="lora", also=parse_methods("full"), keep=True)
+    assert [(line["label"], line["budget"]) for line in found.lines] == [("lora", 400), ("full", None)]
+    assert found.lines[1]["trained"] > 400
+    saved = tmp_path / "out" / "adapters" / "colours" / "lora-384"
+    tensors = load_file(saved / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == 384 + 24 * 2 + 2
+    assert "blue" in (saved / "adapter_config.json").read_text()
+
+
+def test_data_by_name(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZOO_TEST_DATA", raising=False)
+    vit, ast = registry.family("vit"), registry.family("ast")
+    faces = named_sets(vit, "orl_faces", root=data_dir, shots=50)
+    assert (len(faces.classes), len(faces.train), len(faces.test)) == (40, 200, 200)
+    assert len(faces.part) + len(faces.val) == 200 and len(np.unique(faces.val.labels)) == 40
+    digits = named_sets(vit, "digits", shots=3, test_items=50)
+    assert (len(digits.train), len(digits.test)) == (30, 50)
+    for name, classes, train in (("esc10", 10, 240), ("fsdd-speakers", 6, 2700)):
+        found = named_sets(ast, name, root=data_dir)
+        assert (len(found.classes), len(found.train)) == (classes, train)
+    for cls, name, said in (
+        (vit, "orl_faces", "--data-root"),
+        (vit, "nothing", "splits"),
+        (ast, "digits", "takes sounds"),
+    ):
+        with pytest.raises(DataError, match=said):
+            named_sets(cls, name)
+    with pytest.raises(DataError, match="camvid"):
+        named_sets(vit, "camvid", root=data_dir)
+
+
+def test_damaged_journal(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"config": {}, "result": {}}\nnothing\n')
+    with pytest.raises(SaveError, match="line 2"):
+        Journal(tmp_path / "rows.jsonl")
+
+
+def test_command(root: Path, tmp_path: Path) -> None:
+    words = [
+        "bench",
+        "compare",
+        "--backbone",
+        "vit-s16",
+        "--data",
+        "colours",
+        "--data-root",
+        str(root),
+        "-m",
+        "lora,linear,full",
+    ]
+    words += ["--budget", "400", "--steps", "2", "-b", "4", "--rates", "1", "--seeds", "0", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "lora" in result.output and "left out: full at 400" in result.output
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| lora | rank=4 | 384 |" in text and "- full at 400" in text
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+    for more, said in (
+        (["--budget", "3"], "below the cheapest unit"),
+        (["--budget", "900M"], "above the whole"),
+        (["--seeds", "a"], "expected whole numbers"),
+        (["--seeds", "1,1"], "each once"),
+        (["--rates", "9"], "rates"),
+        (["-m", "lorra"], "lora"),
+        (["--data", "nowhere"], "splits"),
+    ):
+        refused = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "no"), *more])
+        assert refused.exit_code == 1 and said in " ".join(refused.output.replace("│", " ").split()), (
+            more,
+            refused.output,
+        )
+    assert not (tmp_path / "no").exists()
