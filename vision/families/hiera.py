@@ -78,7 +78,8 @@ class HieraFamily(TimmBackbone):
         Row("linear", "v", "attn.v", "attn.qkv", part=(2, 3)),
         Row("attention", "attn", "attn.product", "attn"),
         Row("linear", "o", "attn.o", "attn.proj"),
-        Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1"),
+        # the shortcut of a block that pools reads the norm, too
+        Row("sublayer", "attn", "attn", "attn", entry="norm1", exit="drop_path1", inner="attn"),
         Row("norm", "norm", "norm2", "norm2"),
         Row("linear", "up", "mlp.up", "mlp.fc1"),
         Row("linear", "down", "mlp.down", "mlp.fc2"),

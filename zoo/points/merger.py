@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import MergeError
-from zoo.points.kinds import LinearPoint, Point
+from zoo.points.kinds import LinearPoint, Point, SublayerPoint
 
 
 class Mergeable(Protocol):
@@ -30,8 +30,9 @@ class Merger:
     All tensors handed in are in the adapter's dtype; sums are formed in float32 at least and cast back.
 
     In the live model a projection first gets its reparametrized weight, then its output is changed in the order of the active
-    adapters, and its input is scaled in front of all that. So `run` calls every adapter's `merge` once for each of these
-    phases, and a verb acts in its own phase only; whatever the order of the adapters, merged and live agree.
+    adapters, and its input is scaled in front of all that; what enters a whole sublayer is changed before. So `run` calls every
+    adapter's `merge` once for each of these phases, and a verb acts in its own phase only; whatever the order of the adapters,
+    merged and live agree. What was done to an input last is folded in first.
     """
 
     def __init__(self, target: nn.Module, points: Any, fold: Fold | None = None) -> None:
@@ -40,6 +41,8 @@ class Merger:
         self._fold = fold
         self._folded: dict[str, Tensor] = {}  # points without a bias: what their family took in place of it
         self._phase = ""
+        self._turn = 0  # number of the adapter whose turn it is
+        self._rescaled: dict[int, int] = {}  # norms by id, and the last adapter that rescales each
 
     def run(self, adapters: Sequence[Mergeable]) -> None:
         """Fold these adapters in; their order is that of application.
@@ -47,8 +50,10 @@ class Merger:
         Raises:
             MergeError: one of them cannot be merged.
         """
-        for self._phase in ("weight", "output", "input"):
-            for adapter in adapters:
+        turns = list(enumerate(adapters))
+        for phase in ("weight", "output", "input", "entry"):
+            self._phase = phase
+            for self._turn, adapter in reversed(turns) if phase == "entry" else turns:
                 adapter.merge(self)
         self._keep_zeros()
 
@@ -154,6 +159,7 @@ class Merger:
         """Output `y <- scale * y + shift` of a projection or norm; both (dim_out,)."""
         if self._phase != "output":
             return
+        self._rescaled[id(point.module)] = self._turn
         with self._edit(point, "weight") as weight:
             weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 1))
         if self._elsewhere(point, shift, scale):
@@ -170,3 +176,47 @@ class Merger:
             return
         with self._edit(point, "weight") as weight:
             weight *= scale.detach().to(weight).reshape(-1, *[1] * (weight.dim() - 2))
+
+    def before(self, point: SublayerPoint, delta: Tensor, shift: Tensor | None = None) -> None:
+        """Input `x <- x + delta x + shift` of a sublayer, in the projections that read it; delta (d, d), shift (d,).
+
+        Raises:
+            MergeError: no projection alone reads it, zeros join it behind the change, or another adapter changes it in between.
+        """
+        if self._phase != "entry":
+            return
+        if point.unmergeable:
+            raise MergeError(
+                f"'{point.name}' cannot take a change of its input: {point.unmergeable}. Keep the adapter live, or leave it out."
+            )
+        readers = self.points.readers(point)
+        if not readers or any(
+            r.weight.shape[1] != point.dim_in for r in readers
+        ):  # others are convolutions over places
+            raise MergeError(
+                f"'{point.name}' cannot take a change of its input: it is not read by projections alone. Keep the adapter live."
+            )
+        layout = point.layout
+        filled = point.role != "mlp" and layout is not None and layout.window is not None
+        filled = filled and point.entry_side == "output" and point.inner is None
+        if filled and shift is not None:
+            assert layout is not None and layout.window is not None
+            if not layout.grid or any(n % w for n, w in zip(layout.grid, layout.window)):
+                raise MergeError(
+                    f"'{point.name}' cannot take a shift of its input: its windows are filled up with zeros, which the shift "
+                    "does not reach. Keep the adapter live, or use an image size that windows divide."
+                )
+        norm = self.points.norm_before(point)
+        if norm is not None and self._rescaled.get(id(norm.module), -1) > self._turn:
+            raise MergeError(
+                f"'{norm.name}' is rescaled behind a change of its output that a projection shall take in, so the two cannot be "
+                "merged in this order. Activate the adapter that rescales norms first: model.set_active(...)."
+            )
+        for reader in readers:
+            with self._edit(reader, "weight") as weight:
+                matrix = weight.flatten(1)
+                moved = None if shift is None else matrix @ shift.detach().to(matrix)
+                weight += (matrix @ delta.detach().to(matrix)).reshape(weight.shape)
+            if moved is not None and not self._elsewhere(reader, moved):
+                with self._edit(reader, "bias") as bias:
+                    bias += moved

@@ -210,10 +210,13 @@ class Points(Sequence[Point]):
 
     def readers(self, sublayer: Point) -> list[Any]:
         """The linear points that read a sublayer's input: q, k and v of an attention (of a cross-attention q alone), up and gate
-        of an MLP, the input projection of a mixer."""
+        of an MLP, the input projection of a mixer; of a mixer beside which the block has no other sublayer, those of its
+        attention, too."""
         roles = ("q",) if sublayer.role == "cross" else ("q", "k", "v", "up", "gate", "in")
-        inside = f"{sublayer.name}."
-        return [p for p in self._points if p.kind == "linear" and p.role in roles and p.name.startswith(inside)]
+        inside, block = f"{sublayer.name}.", f"{sublayer.name.rpartition('.')[0]}."
+        alone = not any(p.kind == "sublayer" and p is not sublayer and p.name.startswith(block) for p in self._points)
+        within = block if sublayer.role == "mixer" and alone else inside
+        return [p for p in self._points if p.kind == "linear" and p.role in roles and p.name.startswith(within)]
 
     def norm_before(self, sublayer: Point) -> Any:
         """The norm point whose output is a sublayer's input, or None: there is none in front, or it is no point."""

@@ -30,7 +30,8 @@ class Row:
     library has no such modules, "path:input" and "path:output" name the other side of one (`entry="attn:input"`). `stream` is
     the module whose input is the residual stream in front of the branch, where that is not the entry. `bias` is the attribute of
     the projection's parent that holds the bias of this slice alone, where a library keeps it there. `inner` is the module whose
-    input is a branch's alone, where its entry is the residual stream of the whole block (":input").
+    input is a branch's alone, where its entry is the residual stream of the whole block (":input"). `unmergeable` says why no
+    change of a branch's input can be folded into what reads it: others read by the same projections, say.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Row:
     stream: str = ""
     bias: str = ""
     inner: str = ""
+    unmergeable: str = ""
 
 
 def find(module: nn.Module, path: str) -> nn.Module | None:
@@ -148,6 +150,7 @@ def make_point(
             exit_side=last,
             stream=block.get_submodule(row.stream) if row.stream else None,
             inner=block.get_submodule(row.inner) if row.inner else None,
+            unmergeable=row.unmergeable,
         )
     if row.kind == "norm":
         width = norm_dim(module)

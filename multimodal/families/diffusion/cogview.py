@@ -6,6 +6,7 @@ Image and text pass the same projections and the same MLP, each with a modulatio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from multimodal.families.diffusion import calls
@@ -20,7 +21,7 @@ from zoo.registry import register_backbone
 TABLE = (
     Row("linear", "modulation", "modulation", "norm1.linear"),
     *attention("attn", "attn1"),
-    branch("attn", "attn1", "attn"),
+    replace(branch("attn", "attn1", "attn"), unmergeable="its projections read the tokens of the text, too"),
     *mlp("mlp", "ff"),
     BLOCK,
 )
