@@ -241,7 +241,8 @@ class AttentionSite(Site):
         tensors: list[Tensor] = []
         key = None
         frame = self.state.context.frame
-        changing = frame is not None and bool(frame.values)  # values of this forward pass may be part of them
+        # values of this forward pass, and what was made of its tokens, may be part of them
+        changing = frame is not None and bool(frame.values or frame.carried)
         if not (changing or torch.is_grad_enabled() or any(m.training for op in ops for m in op.modules)):
             tensors = self._tensors()
             state = state_of(tensors)

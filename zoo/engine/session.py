@@ -203,13 +203,7 @@ class Session:
         getattr(self, f"_{point.kind}")(point, verb, module, **options)
 
     def want(
-        self,
-        name: str,
-        per: str,
-        *,
-        required: bool = True,
-        choices: Sequence[str] = (),
-        example: Any = None,
+        self, name: str, per: str, *, required: bool = True, choices: Sequence[str] = (), example: Any = None
     ) -> Value | Carried:
         """Called by `points.context` and `points.carried`."""
         want = make_want(self.owner, name, per, required, choices, example, self._windows())
@@ -278,6 +272,9 @@ class Session:
             self.op(point.module, self._make(point, verb, "around", around, module, per_row=False))
         elif verb == "before":
             change("input" if point.inner else point.entry_side, point.inner or point.entry, module)
+        elif verb == "watch":
+            at, side = point.inner or point.entry, "input" if point.inner else point.entry_side
+            self.op(at, self._make(point, verb, f"watch_{side}", module, module, last=True))
         elif verb == "after":
             change(point.exit_side, point.exit, module)
         else:

@@ -4,7 +4,7 @@
 | ----------- | --------------------------------------------------- | ---------------------------------------------------------- |
 | `linear`    | a projection; a slice of a fused one is its own     | `add`, `after`, `rescale`, `rescale_input`,                |
 |             |                                                     | `reparametrize`, `train`                                   |
-| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `replace`                   |
+| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `replace`, `watch`          |
 | `attention` | queries, keys and values just before the product    | `extend`, `gate`, `query`                                  |
 | `tokens`    | the sequence entering a block, the words of a text  | `prompt`, `train`, `words`                                 |
 | `norm`      | a normalisation's scale and shift                   | `train`, `rescale`                                         |
@@ -155,8 +155,7 @@ class LinearPoint(Point):
         self._record("reparametrize", module)
 
     def _tokens_only(self, what: str) -> None:
-        tokens = isinstance(self.module, nn.Linear) or self.transposed
-        if not tokens and not getattr(self.module, "linear_like", False):
+        if not (isinstance(self.module, nn.Linear) or self.transposed or getattr(self.module, "linear_like", False)):
             raise AttachError(
                 f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so {what} "
                 "is not available there. Leave it out of the targets."
@@ -172,7 +171,7 @@ class SublayerPoint(Point):
     """A branch `F` of `x + F(norm(x))`. Tensors are channel-last: (B, N, d), or (B, H, W, d) on windowed backbones."""
 
     kind: ClassVar[str] = "sublayer"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel", "replace")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel", "replace", "watch")
 
     entry: nn.Module = field(repr=False)  # its output is the input of F ("input": its own input is)
     exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
@@ -199,6 +198,10 @@ class SublayerPoint(Point):
                 "can be added beside it. Leave it out of the targets, or use a form that stands behind it."
             )
         self._record("parallel", module, source=source)
+
+    def watch(self, module: nn.Module) -> None:
+        """`module(x)` sees the input of F (behind its norm) and changes nothing. It does not see prompts of one block."""
+        self._record("watch", module)
 
     def replace(self, module: nn.Module) -> None:
         """`y = module(F, x)` runs instead of the branch; `F(x)` is the sublayer's own module (behind its norm, in front of a
