@@ -47,7 +47,8 @@ def wrap(
 ) -> Model:
     """A model around any network. It takes the network itself, which is frozen and whose classifier becomes the model's head.
 
-    A network of a class that a family describes (timm's ViT and Swin) has that family's points, all others what can be found.
+    A network of a class that a family describes (timm's ViT, Swin, EVA, ConvNeXt ...) has that family's points, all others what
+    can be found.
 
     Args:
         module: the network.

@@ -7,14 +7,11 @@ and queries on this see `zoo.families.timm_attention`, for biases beside the pro
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.models.eva import Eva as TimmEva
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from torch import nn
 
 from vision.families.parts.flat_vit import FlatViT
-from zoo.errors import UndescribedError
 from zoo.registry import register_backbone
 
 
@@ -24,6 +21,7 @@ class Eva(FlatViT):
 
     family = "eva"
     timm_class = TimmEva
+    timm_blocks = (EvaBlock, EvaBlockPostNorm)
     timm_modules = ("eva",)
     aliases = {
         "dinov3-s16": "timm:vit_small_patch16_dinov3.lvd1689m",
@@ -60,14 +58,3 @@ class Eva(FlatViT):
         super().__init__(module, name)
         # learned rotations differ from block to block, so no two blocks are called alike
         self.plain_blocks = not getattr(module, "rope_mixed", False)  # type: ignore[misc]
-
-    @classmethod
-    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """A timm model of EVA's blocks."""
-        module = super().build(name, pretrained=pretrained, **kwargs)
-        for block in module.blocks:  # type: ignore[union-attr]
-            if not isinstance(block, (EvaBlock, EvaBlockPostNorm)):
-                raise UndescribedError(
-                    f"'{name}' is built of {type(block).__name__}; the family 'eva' describes EvaBlock."
-                )
-        return module

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vision.families.parts import vit_blocks
 from vision.families.parts.timm_family import OPTIONS, TimmBackbone, at_size
 from zoo.engine.attention import FusedAttention, recorder
-from zoo.errors import AttachError, MismatchError, UndescribedError
+from zoo.errors import AttachError, MismatchError
 from zoo.families.timm_parts import pool_points
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
@@ -65,6 +65,7 @@ class NaFlex(TimmBackbone):
 
     family = "naflexvit"
     timm_class = NaFlexVit
+    timm_blocks = (Block,)
     timm_modules = ("naflexvit",)
     aliases = {
         "siglip2-naflex-b": "timm:naflexvit_base_patch16_siglip.v2_webli",
@@ -101,9 +102,6 @@ class NaFlex(TimmBackbone):
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         """As timm; `img_size` is also what the preprocessing makes of images."""
         module: Any = super().build(name, pretrained=pretrained, **kwargs)
-        odd = next((type(b).__name__ for b in module.blocks if type(b) is not Block), None)
-        if odd is not None:
-            raise UndescribedError(f"'{name}' is built of {odd}; the family '{cls.family}' describes Block.")
         size = kwargs.get("img_size")
         return module if size is None else at_size(module, size)
 

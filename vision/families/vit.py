@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vision.families.parts import vit_blocks
 from vision.families.parts.sequence import SequenceBackbone
 from vision.heads.distilled import DistilledHead
-from zoo.errors import UndescribedError
 from zoo.families.timm_parts import pool_points, stem_norms
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear
@@ -30,6 +29,7 @@ class ViT(SequenceBackbone):
 
     family = "vit"
     timm_class = VisionTransformer
+    timm_blocks = tuple(vit_blocks.KINDS)
     timm_modules = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
     members = {
         "vit-micro": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 100}
@@ -55,27 +55,6 @@ class ViT(SequenceBackbone):
     elementwise = ("mlp.act", "mlp_act", "ffns.0.mlp.act", "ffns.1.mlp.act")
     plain_blocks = True
     tiny = ("vit-micro", {"embed_dim": 48, "depth": 2, "num_heads": 3})
-
-    @classmethod
-    def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """A timm model of blocks that are described (`vit_blocks`), or the embedded `vit-micro`."""
-        module = super().build(name, pretrained=pretrained, **kwargs)
-        odd = cls._odd(module)
-        if odd is not None:
-            raise UndescribedError(
-                f"'{name}' is built of {odd}; the family 'vit' describes {', '.join(k.__name__ for k in vit_blocks.KINDS)}."
-            )
-        return module
-
-    @staticmethod
-    def _odd(module: Any) -> str | None:
-        """The class of a block that is not described; None: all are."""
-        return next((type(b).__name__ for b in module.blocks if not isinstance(b, tuple(vit_blocks.KINDS))), None)
-
-    @classmethod
-    def describes(cls, module: nn.Module) -> bool:
-        """A network of timm's own class whose blocks are all described."""
-        return type(module) is cls.timm_class and cls._odd(module) is None
 
     def take_head(self) -> nn.Module | None:
         """Take timm's classifier off, or both of a distilled network."""

@@ -141,7 +141,26 @@ class TimmBackbone(Backbone):
             raise UndescribedError(
                 f"timm builds '{name}' as {type(module).__name__}; the family '{cls.family}' describes {cls.timm_class.__name__}."
             )
+        if (odd := cls.odd(module)) is not None:
+            described = ", ".join(kind.__name__ for kind in cls.timm_blocks)
+            raise UndescribedError(f"'{name}' is built of {odd}; the family '{cls.family}' describes {described}.")
         return module
+
+    timm_blocks: ClassVar[
+        tuple[type[nn.Module], ...]
+    ] = ()  # of which `blocks` must be, where the family reads them; (): any
+
+    @classmethod
+    def odd(cls, module: nn.Module) -> str | None:
+        """The class of a block that is not described; None: all are."""
+        blocks: Any = getattr(module, "blocks", ()) if cls.timm_blocks else ()
+        return next((type(b).__name__ for b in blocks if not isinstance(b, cls.timm_blocks)), None)
+
+    @classmethod
+    def describes(cls, module: nn.Module) -> bool:
+        """A network of timm's own class whose blocks are all described."""
+        own = cls.timm_class if isinstance(cls.timm_class, tuple) else (cls.timm_class,)
+        return type(module) in own and cls.odd(module) is None
 
     @classmethod
     def _member(cls, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
