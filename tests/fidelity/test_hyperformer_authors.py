@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.adapters.hyperformer import HyperNetwork, MadeBottleneck
+from zoo.adapters.parts.hypernetwork import HyperNetwork
+from zoo.adapters.parts.of_tasks import MadeBottleneck
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "hyperformer.json").read_text())
 SIZE = {"reduction": 4.0, "task_dim": 6, "hidden": 8, "projected": 5}
@@ -65,7 +66,8 @@ def test_outputs_and_gradients(form: str) -> None:
         for i in range(2)
         for kind in ("attn", "mlp")
     ]
-    hyper = HyperNetwork(zoo.adapter("hyperformer", form=form, tasks=["a", "b"], **SIZE), points).double()  # type: ignore[arg-type]
+    method: Any = zoo.adapter("hyperformer", form=form, tasks=["a", "b"], **SIZE)
+    hyper = method.hypernetwork(points).double()
     named = theirs_of(hyper, form)
     assert set(named) == set(theirs["shapes"])
     with torch.no_grad():

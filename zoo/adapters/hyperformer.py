@@ -34,89 +34,19 @@ optimizer with momentum also moves rows of tasks that were not in the batch, as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from zoo.adapters.adapter import BottleneckAdapter
-from zoo.adapters.base import Adapter
-from zoo.adapters.parts.bottleneck import ACTIVATIONS, bottleneck
-from zoo.adapters.parts.hypernetwork import BottleneckMaker, Projector, Weights, normed
-from zoo.errors import MergeError, UnknownNameError, nearest
-from zoo.host import Host
+from zoo.adapters.parts.hypernetwork import BottleneckMaker, HyperNetwork, Projector, Stack
+from zoo.adapters.parts.of_tasks import OfTasks
 from zoo.points import Points, SublayerPoint
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
-
-
-class Stack(nn.Module):
-    """What makes the adapters of the points of one tower and width."""
-
-    def __init__(self, config: Hyperformer, points: list[SublayerPoint]) -> None:
-        super().__init__()
-        dim, m = points[0].dim_out, config.task_dim
-        blocks = sorted({p.block or 0 for p in points})
-        kinds = list(dict.fromkeys(map(_kind, points)))
-        self.plus = config.form == "++"
-        self.layers = nn.Parameter(torch.randn(len(blocks), m))
-        self.kinds = nn.Parameter(torch.randn(len(kinds), m)) if self.plus else None
-        self.projector = Projector(m * (3 if self.plus else 2), config.hidden, config.projected)
-        makers = 1 if self.plus else len(kinds)
-        size = config.bottleneck_at(dim)
-        self.makers = nn.ModuleList(BottleneckMaker(config.projected, dim, size) for _ in range(makers))
-        self.names = [p.name for p in points]
-        # of each point: its row of layers and of kinds
-        self.places = [(blocks.index(p.block or 0), kinds.index(_kind(p))) for p in points]
-
-    def forward(self, task: Tensor) -> dict[str, Weights]:
-        """The row of a task (m,) -> the weights of every point, by name."""
-        rows = [task.expand(len(self.layers), -1), self.layers]
-        if self.kinds is not None:
-            layer, kind = (list(column) for column in zip(*self.places))
-            rows = [task.expand(len(self.places), -1), self.layers[layer], self.kinds[kind]]
-        embedded = self.projector(torch.cat(rows, dim=-1))
-        made = [maker(embedded).points() for maker in self.makers]
-        chosen = made[0] if self.plus else [made[kind][layer] for layer, kind in self.places]
-        return dict(zip(self.names, chosen, strict=True))
-
-
-class HyperNetwork(nn.Module):
-    """The rows of all tasks, and the stacks that make adapters from them."""
-
-    def __init__(self, config: Hyperformer, points: list[SublayerPoint]) -> None:
-        super().__init__()
-        self.names = config.tasks
-        self.tasks = nn.Parameter(torch.randn(len(config.tasks), config.task_dim))
-        groups: dict[tuple[str, int], list[SublayerPoint]] = {}
-        for point in points:
-            groups.setdefault((point.tower, point.dim_out), []).append(point)
-        self.stacks = nn.ModuleList(Stack(config, group) for group in groups.values())
-
-    def forward(self, task: str | None) -> dict[str, Weights]:
-        """A task's name (None: the only one) -> the weights of every point, by name."""
-        row = self.tasks[0 if task is None else self.names.index(task)]
-        return {name: weights for stack in self.stacks for name, weights in stack(row).items()}
-
-
-class MadeBottleneck(nn.Module):
-    """`y (..., d) -> y + LN(W_up f(W_down y + b_down) + b_up)` with the weights that were made for this pass."""
-
-    def __init__(self, made: Any, hyper: HyperNetwork, name: str, activation: str) -> None:
-        super().__init__()
-        self.made, self.shared = made, (hyper,)
-        self.point, self.activation = name, activation
-
-    def forward(self, y: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        weights: Weights = self.made.get()[self.point]
-        return y + normed(bottleneck(y, *weights[:4], self.activation), weights)
 
 
 @register_adapter("hyperformer")
 @dataclass
-class Hyperformer(Adapter):
+class Hyperformer(OfTasks):
     """Hyperformer and Hyperformer++.
 
     Args:
@@ -143,104 +73,31 @@ class Hyperformer(Adapter):
     default_lr = 3e-4
     paper = "Karimi Mahabadi et al. 2021"
     taxonomy = "additive"
-    identity = False
-    merges = False
     trial = {"rank": 2, "task_dim": 4, "hidden": 8, "projected": 8}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tasks = tuple(self.tasks)
-        if self.rank is None and self.reduction is None:
-            self.reduction = 32.0
-        self.check(bool(self.tasks), "tasks is empty; name at least one.")
-        self.check(len(set(self.tasks)) == len(self.tasks), f"tasks names one twice: {', '.join(self.tasks)}.")
-        self.check(self.rank is None or self.reduction is None, "rank and reduction are both given; give one of them.")
-        for name in ("rank", "task_dim", "hidden", "projected"):
-            value = getattr(self, name)
-            self.check(value is None or value >= 1, f"{name} is {value}; expected 1 or more.")
-        self.check(self.reduction is None or self.reduction > 0, f"reduction is {self.reduction}; expected above 0.")
-        self.check(
-            self.activation in ACTIVATIONS, f"activation is {self.activation!r}; known: {', '.join(ACTIVATIONS)}."
-        )
+        self.check_settings(32.0, "task_dim", "hidden", "projected")
 
-    def bottleneck_at(self, dim: int) -> int:
-        """b at a point of width `dim`."""
-        return self.rank if self.rank is not None else max(1, round(dim / (self.reduction or 1)))
+    def hypernetwork(self, chosen: Sequence[SublayerPoint]) -> HyperNetwork:
+        """What makes the bottlenecks of these points: a stack for each tower and width."""
+
+        def stack(group: list[SublayerPoint]) -> Stack:
+            dim = group[0].dim_out
+            return Stack(
+                group,
+                self.task_dim,
+                lambda width: Projector(width, self.hidden, self.projected),
+                lambda: BottleneckMaker(self.projected, dim, self.bottleneck_at(dim)),
+                plus=self.form == "++",
+            )
+
+        return HyperNetwork(self.tasks, self.task_dim, chosen, lambda p: (p.tower, p.dim_out), stack)
 
     def attach(self, points: Points) -> None:
         """One hypernetwork; at every selected sublayer the bottleneck that it makes."""
-        points.require("sublayer", "hyperformer")
-        roles = [r for r in points.roles("sublayer") if r != "cross"]
-        chosen: list[SublayerPoint] = (
-            points.select(kind="sublayer", role=roles)
-            if self.targets is None
-            else points.select(self.targets, kind="sublayer")
-        )
-        many = len(self.tasks) > 1
-        task = points.context("task", "batch", required=many, choices=self.tasks, example=self.tasks[0])
-        hyper = HyperNetwork(self, chosen)
-        made = points.generate("hyper", hyper, task)
-        for point in chosen:
-            point.after(MadeBottleneck(made, hyper, point.name, self.activation))
+        chosen = self.chosen(points)
+        self.place(points, chosen, self.hypernetwork(chosen))
         if self.train_norms:
             for norm in points.require("norm", "hyperformer with train_norms"):
                 norm.train(*(n for n in ("weight", "bias") if norm.module._parameters.get(n) is not None))
-
-    def extract(self, model: Host, task: str, name: str | None = None) -> tuple[str, ...]:
-        """Attach a task's bottlenecks to the model as a plain `adapter` (switched off), and return its name in the model.
-
-        With `train_norms`, the trained norms come as a second adapter, `norm`, whose name is returned too. Together they give
-        what this adapter gives for the task; `model.save_adapter(folder, adapters=names)` writes them.
-
-        Raises:
-            UnknownNameError: this adapter has no such task.
-        """
-        if task not in self.tasks:
-            raise UnknownNameError(f"'{self.method}' has no task '{task}'. {nearest(task, self.tasks)}")
-        hyper: Any = self.hyper
-        with torch.no_grad():
-            made: dict[str, Weights] = hyper(task)
-        if name is None and task != "default":  # which is no name for an adapter: it becomes "adapter"
-            name = task
-        plain = BottleneckAdapter(
-            form="houlsby",
-            rank=self.rank,
-            reduction=self.reduction,
-            targets=tuple(made),
-            activation=self.activation,
-            norm="out",
-        )
-        with model.all_or_nothing(), torch.no_grad():
-            twin = model.add_adapter(plain, name, activate=False)
-            names = [next(n for n, one in model.adapters.items() if one is twin)]
-            for point, weights in made.items():
-                part = twin.module_at(point)
-                parts = (part.adapter_down, part.adapter_up, part.adapter_norm)
-                for layer, weight, bias in zip(parts, weights[::2], weights[1::2], strict=True):
-                    layer.weight.copy_(weight)
-                    layer.bias.copy_(bias)
-            if self.train_norms:
-                names.append(f"{names[0]}-norm")
-                norms = model.add_adapter("norm", names[1], activate=False)
-                trained = dict(self.named_parameters())
-                for key, parameter in norms.named_parameters():
-                    parameter.copy_(trained[key])
-        return tuple(names)
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'hyperformer' cannot be merged: it is a network of its own behind the sublayer, not a change of the weights. Take a "
-            "task out as a plain adapter (extract), or keep the model as it is."
-        )
-
-
-def _kind(point: SublayerPoint) -> str:
-    """What a block calls its sublayer: `attn`, `mlp`, `text.attn`; two of one role are two kinds."""
-    parts = point.name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

@@ -12,10 +12,8 @@ from zoo.engine.memory import recomputable
 
 
 def kronecker_sum(rule: Tensor, factors: Tensor) -> Tensor:
-    """`sum_i rule[i] (x) factors[i]`; rule (n, a, c), factors (n, k, p) -> (a k, c p)."""
-    return torch.einsum("iac,ikp->akcp", rule, factors).reshape(
-        rule.shape[1] * factors.shape[1], rule.shape[2] * factors.shape[2]
-    )
+    """`sum_i rule[i] (x) factors[i]`; rule (..., n, a, c), factors (..., n, k, p) -> (..., a k, c p)."""
+    return torch.einsum("...iac,...ikp->...akcp", rule, factors).flatten(-2).flatten(-3, -2)
 
 
 def compose(rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
