@@ -89,6 +89,9 @@ def test_refusals() -> None:
     refused(ConfigError, "batches is 'two'", batches="two")
     adapter = zoo.adapter("hyperformer", tasks=("birds", "planes"), **HYPER)
     refused(UnknownNameError, r"does not know 'cars'\. Attach it with tasks=\('birds', 'cars'\)", adapter)
+    adapter = zoo.adapter("hyperformer", tasks=("birds", "cars", "planes"), **HYPER)
+    refused(DataError, r"task 'planes' too, and data= holds none.*tasks=\('birds', 'cars'\)", adapter)
+    refused(DataError, "'birds' has no items", data={**data(), "birds": data()["birds"].select([])})
     model, _ = go("lora", epochs=1)
     with pytest.raises(UnknownNameError, match=r"no classes of the task 'car'\. Did you mean 'cars'"):
         single_task(model, "car")

@@ -126,6 +126,8 @@ class MultiTask(Regime):
                 )
         if not run.data:
             raise DataError("multitask: data= holds no task.")
+        if empty := [name for name, data in run.data.items() if not len(data)]:
+            raise DataError(f"multitask: the task '{empty[0]}' has no items to learn from.")
         self._together(run)
         for name, test in (run.test or {}).items():
             if name not in run.data:
@@ -140,6 +142,11 @@ class MultiTask(Regime):
                 raise UnknownNameError(
                     f"multitask: '{adapter.method}' is made for the tasks {', '.join(known)} and does not know '{unknown[0]}'. "
                     f"Attach it with tasks={tuple(run.data)}."
+                )
+            if known is not None and (idle := [n for n in known if n not in run.data]):
+                raise DataError(
+                    f"multitask: '{adapter.method}' is made for the task '{idle[0]}' too, and data= holds none of it: what it "
+                    f"makes there would stay as it began. Give its data, or attach it with tasks={tuple(run.data)}."
                 )
 
     def phases(self, run: Run) -> Iterator[Phase]:
