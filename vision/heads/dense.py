@@ -48,7 +48,8 @@ class Decoder(nn.Module):
         finest = max((tuple(m.shape[-2:]) for m in maps), key=lambda size: size[0] * size[1])
         total: Any = 0
         for norm, to_width, x in zip(self.norms, self.maps, maps, strict=True):
-            y = to_width(norm(x.permute(0, 2, 3, 1).to(norm.weight.dtype))).permute(0, 3, 1, 2)
+            channels_last = x.permute(0, 2, 3, 1).to(self.norm.weight.dtype)
+            y = to_width(norm(channels_last)).permute(0, 3, 1, 2)
             if tuple(y.shape[-2:]) != finest:
                 y = F.interpolate(y, finest, mode="bilinear", align_corners=False)
             total = total + y

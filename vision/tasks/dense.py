@@ -75,7 +75,7 @@ class Dense(Weighted):
                 raise ConfigError(f"augment is left to the transform that '{dataset.name}' brings; leave it out.")
             return dataset
         rows: Any = dataset.rows
-        made = DenseTransform(model.family.data_config(), self.name, train, augment, getattr(rows, "derive", None))
+        made: Any = DenseTransform(model.family.data_config(), self.name, train, augment, getattr(rows, "derive", None))
         return dataset.with_transform(made)  # type: ignore[return-value]
 
     def check(self, model: Host, dataset: Any, what: str = "data set") -> None:

@@ -10,7 +10,7 @@ dict: "task" (B,), its number, and "map" (B, C, H, W) float32, C the most that a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ class _One(Task):
 
     def __init__(self, name: str, kind: str, start: int, stop: int) -> None:
         self.task_name, self.start, self.stop = name, start, stop
-        self._kind: Any = registry.task(kind)
+        self._kind = cast("Any", registry.task(kind))
         self.monitor = self._kind.monitor  # type: ignore[misc]
         self._kind.width = stop - start
 
