@@ -2,6 +2,7 @@
 #   make demo     train five small adapters side by side on real images, a few minutes on two CPU cores
 #   make test     every test            (PYTEST_ARGS="tests/test_cli.py -k list" for a part)
 #   make table    every method on every family, where the tests take a sample
+#   make seg      mmsegmentation beside all that: its mmcv is compiled (minutes), then the tests that need it
 #   make lint     ruff and mypy         make format   lay the code out, fix what can be fixed, write README's table of methods
 #   make docs     the documentation, into site/
 #   make lock     the exact versions that all of these install, anew: requirements/lock-py*.txt
@@ -12,6 +13,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
+SEG_TESTS := tests/vision/mmseg
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +22,7 @@ CODE := zoo vision multimodal audio tests benchmarks scripts docs
 # Exact versions where there is a lock for this Python, else the newest that the ranges of pyproject.toml allow
 LOCK = $$($(BIN)/python -c 'import os, sys; lock = "requirements/lock-py%d%d.txt" % sys.version_info[:2]; print("-c " + lock if os.path.exists(lock) else "")')
 
-.PHONY: demo test table lint format docs lock latest install dev clean help
+.PHONY: demo test seg table lint format docs lock latest install dev clean help
 
 help:
 	@sed -n 's/^#  *make/  make/p' Makefile
@@ -33,6 +35,10 @@ test: dev
 
 table: dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --whole -m rest $(PYTEST_ARGS) tests/house
+
+# What was compiled is kept for this torch in ~/.cache/adapter-zoo, so that it is compiled once
+seg: $(VENV)/.installed-seg
+	$(BIN)/python -m pytest $(SEG_TESTS) $(PYTEST_ARGS)
 
 lint: dev
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -76,6 +82,11 @@ $(VENV)/.installed-dev: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/p
 	$(PIP) install --quiet $(LOCK) -e '.[dev]'
 	$(BIN)/python scripts/check_install.py
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-seg: $(VENV)/.installed-dev
+	$(PIP) install --quiet $(LOCK) -e '.[dev,seg]'
+	$(BIN)/zoo install-mmcv
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-latest site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -61,7 +61,7 @@ def test_extras_install_what_code_uses() -> None:
     """Extras of packages that no code imports were offered."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    imports = {"scikit-learn": "sklearn", "open_clip_torch": "open_clip"}
+    imports = {"scikit-learn": "sklearn", "open_clip_torch": "open_clip", "mmsegmentation": "mmseg"}
     files = [p for folder in ("zoo", "vision", "multimodal", "audio") for p in (ROOT / folder).rglob("*.py")]
     code = "\n".join(p.read_text(encoding="utf-8") for p in files)
     for line in section.split("dev = [")[0].splitlines():

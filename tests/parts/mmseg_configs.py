@@ -30,7 +30,11 @@ def config(data: Path, work: Path, iterations: int = 6, adapter: Any = None, **b
     one: dict[str, Any] = {"batch_size": 2, "num_workers": 0, "dataset": dataset}
     # mmseg measures at the size of the files, so maps are read behind the resize
     late = [steps[0], steps[2], steps[1], steps[3]]
-    measured = {**one, "dataset": {**dataset, "pipeline": late}, "sampler": {"type": "DefaultSampler", "shuffle": False}}
+    measured = {
+        **one,
+        "dataset": {**dataset, "pipeline": late},
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+    }
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": ["vision.mmseg"], "allow_failed_imports": False},

@@ -11,6 +11,7 @@ from zoo.library import library
 
 __all__ = ["mmseg_models"]
 
+# mmseg's models import ftfy and regex, which its package does not ask for; the extra does
 HOW = "pip install 'adapter-zoo[seg]', then zoo install-mmcv"
 
 

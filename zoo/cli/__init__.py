@@ -18,6 +18,7 @@ from zoo.cli import (
     evaluate,
     export,
     listing,
+    mmcv,
     new,
     predict,
     regime,
@@ -103,8 +104,9 @@ for _command, _name in (
     (compare.compare, "bench compare"),
     (new.new, "new"),
     (run.demo, "demo"),
+    (mmcv.install_mmcv, "install-mmcv"),
 ):
     app.command(
         _name,
-        no_args_is_help=_name not in ("list", "bench", "demo"),
+        no_args_is_help=_name not in ("list", "bench", "demo", "install-mmcv"),
     )(checked(_name, _command))

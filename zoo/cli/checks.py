@@ -83,6 +83,7 @@ OPTIONS: dict[str, Kind] = {
     "rates": whole(1, 5),
     **dict.fromkeys(("rounds", "num_classes", "top"), whole(1, 10**6)),
     **dict.fromkeys(("stage", "block", "folds"), whole(0, 10**6)),
+    "jobs": whole(1, 1024),
     "image_size": whole(1, 4096),
     "workers": whole(0, 256),
     "seed": SEED,
@@ -129,7 +130,9 @@ def _check(command: str, name: str, said: str, value: Any) -> None:
     if kind is not None:
         kind.of(said, value)
     if isinstance(value, Path):
-        _check_place(said, value.expanduser(), folder=name in ("out", "checkpoints") and IN_FILES.get(command) != name)
+        _check_place(
+            said, value.expanduser(), folder=name in ("out", "checkpoints", "wheels") and IN_FILES.get(command) != name
+        )
         if name in ("png", "confusion") and value.suffix not in PICTURES:
             raise ConfigError(f"{said} is '{value}'; expected a file that ends in {', '.join(PICTURES)}.")
 
