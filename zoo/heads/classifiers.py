@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, nearest
 from zoo.heads.base import HEADS, Head, register_head
 
-__all__ = ["HEADS", "CosineHead", "TwoHeads", "kind_of", "make_head"]
+__all__ = ["HEADS", "CosineHead", "MeanHead", "TwoHeads", "kind_of", "make_head"]
 
 
 @register_head("cosine")
@@ -38,6 +38,21 @@ class TwoHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, d) -> (B, K)."""
         return (self.head(x) + self.dist_head(x)) / 2
+
+
+@register_head("mean")
+class MeanHead(Head):
+    """A linear map of the mean of all tokens, class tokens included: `W mean_n(t_n) + b`."""
+
+    needs = ("tokens",)
+
+    def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features, **place)
+
+    def forward(self, outputs: Mapping[str, Any], targets: Any = None) -> Tensor:
+        """tokens (B, N, d) -> (B, K)."""
+        return self.linear(outputs["tokens"].mean(dim=1))
 
 
 HEADS["linear"] = nn.Linear

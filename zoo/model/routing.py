@@ -86,7 +86,7 @@ def _check_alone(model: Model, names: Sequence[str | None]) -> None:
     if not model.training:
         return
     for name in dict.fromkeys(names):
-        if name is not None and name in model.adapters and getattr(model.adapters[name], "batch_wise", False):
+        if name is not None and name in model.adapters and model.adapters[name].batch_wise:
             raise ConfigError(
                 f"'{name}' normalises over the batch while training, so a batch of per-sample adapters, of which it serves some "
                 "rows, would train another function. Give it whole batches, switch its batch normalisation off, or call "
