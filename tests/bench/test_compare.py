@@ -99,7 +99,7 @@ def test_a_killed_comparison_goes_on(root: Path, tmp_path: Path, monkeypatch: py
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(out, root)
-    assert len(rows(out)) == 2
+    assert len(rows(out)) == 2 and run(out, root, finished=True).lines == []
     with (out / "rows.jsonl").open("a") as file:
         file.write('{"config": {"kind": "ru')
     again = run(out, root)
@@ -113,6 +113,7 @@ def test_a_killed_comparison_goes_on(root: Path, tmp_path: Path, monkeypatch: py
     assert fits == 3 + 6 + 4 and len(more.lines) == 3 and len(rows(out)) == 12
     run(out, root, protocol=Protocol(steps=4, search_steps=2, batch_size=4, rates=2, seeds=(0, 1), rounds=1))
     assert fits == 13 + 2 * 2  # other final runs, after the same search
+    assert run(out, root, methods="lora,norm", finished=True).lines == [whole.lines[0] | again.lines[0]]
 
 
 def test_the_search_sees_no_test_item(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

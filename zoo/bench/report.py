@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.study import Study
+from zoo.bench.study import Protocol, Study
+from zoo.disk import write_file
+from zoo.errors import SaveError
 
-__all__ = ["COLUMNS", "cells", "draw", "markdown", "write"]
+__all__ = ["COLUMNS", "cells", "draw", "groups", "markdown", "means", "read", "tables", "write"]
 
 COLUMNS = ("method", "setting", "trained", "lr", "test accuracy, %", "kept / full", "step / full")
 COLOURS = {
@@ -64,23 +66,8 @@ def means(study: Study) -> list[tuple[str, int, list[float], float]]:
 
 
 def markdown(study: Study) -> str:
-    """Everything as Markdown tables."""
-    p, text = study.protocol, []
-    for (data, budget), lines in groups(study).items():
-        at = f", {budget:,} parameters" if budget else ""
-        text += [f"## {study.backbone} on {data}{at}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
-        text += [_row(cells(line)) for line in lines] + [""]
-    names = list(dict.fromkeys(line["data"] for line in study.lines))
-    if len(names) > 1:
-        text += [
-            "## Mean over the data sets",
-            "",
-            _row(["method", "budget", *names, "mean"]),
-            _row(["---"] * (len(names) + 3)),
-        ]
-        text += [_row([m, f"{b:,}", *(f"{v:.1f}" for v in vs), f"{mean:.1f}"]) for m, b, vs, mean in means(study)] + [
-            ""
-        ]
+    """Everything as Markdown: tables, what is left out, what the numbers are."""
+    p, text = study.protocol, tables(study)
     if study.left_out:
         text += ["## Not compared", ""]
         text += [f"- {label} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
@@ -97,6 +84,27 @@ def markdown(study: Study) -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def tables(study: Study) -> list[str]:
+    """The lines of a table for each data set and budget, and of one of the means over the data sets."""
+    text: list[str] = []
+    for (data, budget), lines in groups(study).items():
+        at = f", {budget:,} parameters" if budget else ""
+        text += [f"## {study.backbone} on {data}{at}", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        text += [_row(cells(line)) for line in lines] + [""]
+    names = list(dict.fromkeys(line["data"] for line in study.lines))
+    if len(names) > 1:
+        text += [
+            "## Mean over the data sets",
+            "",
+            _row(["method", "budget", *names, "mean"]),
+            _row(["---"] * (len(names) + 3)),
+        ]
+        text += [_row([m, f"{b:,}", *(f"{v:.1f}" for v in vs), f"{mean:.1f}"]) for m, b, vs, mean in means(study)] + [
+            ""
+        ]
+    return text
 
 
 def _row(texts: Sequence[str]) -> str:
@@ -179,8 +187,6 @@ def _annotate(axis: Any, places: list[tuple[float, float, str, str]]) -> None:
 
 def write(study: Study, out: Path) -> None:
     """`comparison.md`, `comparison.json` and `comparison.png`, beside the rows."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text(markdown(study))
     document = {
         "backbone": study.backbone,
         "protocol": vars(study.protocol),
@@ -189,6 +195,22 @@ def write(study: Study, out: Path) -> None:
         "failed": study.failed,
         "revisions": study.revisions,
     }
-    (out / "comparison.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_file(out / "comparison.md", markdown(study).encode())
+    write_file(out / "comparison.json", (json.dumps(document, indent=1) + "\n").encode())
     if study.lines:
         draw(study, out / "comparison.png")
+
+
+def read(file: Path) -> Study:
+    """A comparison from its `comparison.json`.
+
+    Raises:
+        SaveError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        protocol = Protocol(**{**found["protocol"], "seeds": tuple(found["protocol"]["seeds"])})
+        left_out = {(x["budget"], x["method"]): x["why"] for x in found["left_out"]}
+        return Study(found["backbone"], protocol, found["lines"], left_out, found["failed"], found["revisions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaveError(f"{file} is no comparison of zoo bench compare ({error!r}).") from error

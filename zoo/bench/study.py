@@ -117,6 +117,7 @@ def compare(
     data_root: Path | None = None,
     device: str | None = None,
     keep: bool = False,
+    finished: bool = False,
     tell: Tell = lambda text, done, total: None,
     **options: Any,
 ) -> Study:
@@ -126,6 +127,7 @@ def compare(
         data: names of data sets (`zoo.bench.sets`).
         also: methods that are compared beside them at their own size, whatever the budget.
         keep: save the adapter of the first seed in `out/adapters/<data>/<label>-<parameters>`.
+        finished: train nothing; only what has all its rows is shown.
         tell: is called with what goes on, and how many trainings of all are done.
         options: of `zoo.load`, such as `img_size`.
 
@@ -151,10 +153,12 @@ def compare(
     runs = _Runs(backbone, protocol, Journal(out / "rows.jsonl"), best_device(device), options, tell)
     runs.total = len(jobs) * (protocol.rates + len(protocol.seeds))
     runs.folder = out / "adapters" if keep else None
+    runs.finished = finished
     for sets, size, method in jobs:
-        runs.prepare(sets)
         try:
             line = runs.line(sets, method)
+        except _Unfinished:
+            continue
         except ZooError as error:
             study.failed.append({"data": sets.name, "method": method.label, "error": str(error)})
         except Exception:  # one method that breaks must not cost the others their results
@@ -175,10 +179,15 @@ def _own_size(backbone: str, also: Sequence[Method], classes: int, options: dict
     return found
 
 
+class _Unfinished(Exception):
+    """A training that is wanted and not in the journal."""
+
+
 class _Runs:
     """The trainings of one comparison, those in the journal skipped."""
 
     folder: Path | None = None
+    finished = False
     total = 0
 
     def __init__(
@@ -209,18 +218,21 @@ class _Runs:
             rate = float(f"{base * factor:.3g}")
             config = self._config(sets, method, "search", SEARCH_SEED, rate, protocol.search_steps)
             told = f"{sets.name}: {method.label}, lr {rate:g}"
-            tried.append({"lr": rate, **self._once(config, told, partial(self._search, method, rate))})
+            tried.append({"lr": rate, **self._once(sets, config, told, partial(self._search, method, rate))})
         best = max(tried, key=lambda t: (t["accuracy"], -t["loss"]))
         results = []
         for seed in protocol.seeds:
             config = self._config(sets, method, "run", seed, best["lr"], protocol.steps)
             config["test_items"] = len(sets.test)
             told = f"{sets.name}: {method.label}, seed {seed}"
-            results.append(self._once(config, told, partial(self._run, sets, method, best["lr"], seed)))
+            results.append(self._once(sets, config, told, partial(self._run, sets, method, best["lr"], seed)))
         costs = {k: v for k, v in results[0].items() if k not in ("accuracy", "loss", "seconds")}
         return {
             **asdict(method),
             **costs,
+            "trained": round(
+                sum(r["trained"] for r in results) / len(results)
+            ),  # what decides on the data may differ by seed
             "lr": best["lr"],
             "val_accuracy": best["accuracy"],
             "tried": tried,
@@ -248,11 +260,16 @@ class _Runs:
             "seed": seed,
         }
 
-    def _once(self, config: dict[str, Any], told: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _once(
+        self, sets: Sets, config: dict[str, Any], told: str, work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """The result in the journal, or that of the work, which is then written there."""
         self.tell(told, self.done, self.total)
         row = self.journal.find(config)
+        if row is None and self.finished:
+            raise _Unfinished
         if row is None:
+            self.prepare(sets)
             result = work()
             row = {"config": config, "result": result, "revision": revision(), "versions": versions()}
             row |= {"device": machine(self.device)["device"], "time": datetime.datetime.now(datetime.UTC).isoformat()}

@@ -49,6 +49,7 @@ def compare(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
     image_size: Annotated[int | None, typer.Option(help="Another image size than the backbone's own.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Save the adapters of the first seed, too.")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="Train nothing; show what is finished.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -98,6 +99,7 @@ def compare(
             data_root=data_root,
             device=device,
             keep=keep,
+            finished=finished,
             tell=tell,
             **options,
         )

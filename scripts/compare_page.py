@@ -1,0 +1,130 @@
+"""docs/comparison.md and its pictures, from the comparisons in benchmarks/results/comparison/.
+
+    python scripts/compare_page.py                          # the page anew from what is there
+    python scripts/compare_page.py vit-cifar10=<out> ...    # first take over comparisons of zoo bench compare, by these names
+
+Of each comparison its rows (`<name>.rows.jsonl`) and its numbers (`<name>.json`) are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from zoo.bench.report import draw, means, read, tables
+from zoo.bench.study import Study
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "comparison"
+PICTURES = ROOT / "docs" / "images"
+PLAIN = {"spt": "lora:targets=all-linear", "spt:form=adapter": "adapter:form=adaptformer"}  # beside what each is shown
+
+INTRODUCTION = """# Comparison
+
+Methods side by side at one budget of trained parameters (without the head), on small data sets and small backbones,
+three seeds each. This page is made by `scripts/compare_page.py` from the rows in `benchmarks/results/comparison/`;
+each row names its settings, seed, commit and versions. The numbers tell how methods behave on these small networks
+over few steps, not how they rank at full size.
+
+What is equal for all: training items, steps, batch, head and its learning rate, schedule, and a search over equally
+many learning rates on items set aside from the training data. Each method is made as large as the budget allows; what
+cannot meet it is named with the reason. Test items are read once for each seed, after the last step. *kept* is the
+number of bytes kept for the backward pass and *step* the time of a training step, both by full fine-tuning's of the
+same backbone; time was measured in turns with full fine-tuning on a machine that did other work beside, so it is good
+to about a tenth.
+"""
+
+
+def section(name: str, study: Study) -> list[str]:
+    """One comparison: how to repeat it, its tables, its picture, what was left out."""
+    p = study.protocol
+    data = list(dict.fromkeys(line["data"] for line in study.lines))
+    budgets = sorted({line["budget"] for line in study.lines if line["budget"]})
+    labels = list(dict.fromkeys(line["label"] for line in study.lines if line["budget"]))
+    also = list(dict.fromkeys(line["label"] for line in study.lines if not line["budget"]))
+    words = ["zoo", "bench", "compare", "--backbone", study.backbone, "--data", ",".join(data)]
+    words += ["--methods", ",".join(labels), "--budget", ",".join(map(str, budgets))]
+    words += ["--also", ",".join(also)] if also else []
+    words += ["--steps", str(p.steps), "--search-steps", str(p.search_steps), "-b", str(p.batch_size)]
+    words += ["--rates", str(p.rates), "--seeds", ",".join(map(str, p.seeds)), "--rounds", str(p.rounds)]
+    words += ["--shots", str(p.shots)] if p.shots else []
+    words += ["--test-items", str(p.test_items)] if p.test_items else []
+    items = "all" if p.shots is None else f"at most {p.shots}"
+    tested = "all" if p.test_items is None else f"at most {p.test_items:,}"
+    text = [
+        f"## {study.backbone}: {', '.join(data)}",
+        "",
+        f"{p.steps} steps of {p.batch_size} items, {items} training items of every class, {tested} test items; {p.rates} "
+        f"learning rates tried for {p.search_steps} steps each; seeds {', '.join(map(str, p.seeds))}.",
+        "",
+        "```console",
+        f"$ {shlex.join(words)}",
+        "```",
+        "",
+        f"![accuracy against parameters, kept bytes and step time](images/comparison-{name}.png)",
+        "",
+    ]
+    text += ["#" + line if line.startswith("## ") else line for line in tables(study)]
+    text += plain(study)
+    if study.left_out:
+        text += ["Not compared:", ""]
+        text += [f"- `{label}` at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
+    if study.failed:
+        text += ["Broke off:", ""]
+        text += [f"- `{f['method']}` on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed] + [
+            ""
+        ]
+    return text
+
+
+def plain(study: Study) -> list[str]:
+    """SPT beside the plain method that its modules are, on average over the data sets."""
+    found = {(label, budget): mean for label, budget, _, mean in means(study)}
+    data = list(dict.fromkeys(line["data"] for line in study.lines))
+    text: list[str] = []
+    for (label, budget), mean in found.items():
+        other = found.get((PLAIN.get(label, ""), budget))
+        if other is None:
+            continue
+        spread = _spread(study, label, budget, data)
+        verdict = "above" if mean > other else "not above"
+        text += [
+            f"`{label}` has {mean:.1f} % on average over {', '.join(data)}, `{PLAIN[label]}` {other:.1f} %: at this budget "
+            f"SPT is {verdict} the plain method here, by {abs(mean - other):.1f} points; the standard deviation of SPT's mean "
+            f"over the seeds is {spread:.1f}.",
+            "",
+        ]
+    return text
+
+
+def _spread(study: Study, label: str, budget: int, data: list[str]) -> float:
+    lines: list[dict[str, Any]] = [
+        line for line in study.lines if line["label"] == label and line["budget"] == budget and line["data"] in data
+    ]
+    by_seed = [100 * statistics.mean(values) for values in zip(*(line["accuracy"] for line in lines), strict=True)]
+    return statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparisons", nargs="*", help="name=<out of zoo bench compare>")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for word in args.comparisons:
+        name, _, out = word.partition("=")
+        shutil.copy(Path(out) / "comparison.json", RESULTS / f"{name}.json")
+        shutil.copy(Path(out) / "rows.jsonl", RESULTS / f"{name}.rows.jsonl")
+    text = [INTRODUCTION]
+    for file in sorted(RESULTS.glob("*.json")):
+        study = read(file)
+        draw(study, PICTURES / f"comparison-{file.stem}.png")
+        text += section(file.stem, study)
+    (ROOT / "docs" / "comparison.md").write_text("\n".join(text).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
