@@ -173,6 +173,11 @@ class VeRA(Adapter):
         """The target points."""
         return points.linears(self.targets, VeRA.targets)  # type: ignore[arg-type]
 
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, Any] | None:
+        """By its rank, up to the largest of the paper: beyond, the frozen pair costs more than the network itself."""
+        return {"rank": size} if size <= 1024 else None
+
     def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
         """A and B with the vectors in them."""
         parts = {point.name: self.module_at(point) for point in self.selected(points)}
