@@ -6,14 +6,13 @@ Points: `linear`, by default q, k, v of every attention; and one low-rank change
 the last block, where the backbone has one (role `project`).
 
     y = W x + b + s dropout(B_1 A_1 (1 - a) x) + s dropout(B_2 A_2 a x)      A (r, d), B (o, r)
-    a = 1/2 + (quality - threshold)                                          one number for each image, all its tokens and windows
+    a = 1/2 + gain (quality - threshold)                                     one number for each image, all its tokens and windows
     z = W' x + b' + s dropout(B A x)                                         at the projection
 
 q, k and v read one input: they share A_1 and A_2 (theirs is one change of the fused projection), and so do up and gate of
 an MLP. Branch 2 is that of the good images. `quality` is a score of `vision.adapters.parts.quality`, from 0 (worst) to 1
-(best), so a lies between 1/2 - threshold and 3/2 - threshold, and with the default threshold is the quality itself. It is
-measured on the images that the model is called with, as they were before they were normalised;
-`model(x, context={"quality": q})` gives it instead.
+(best); with the default threshold and gain (theirs has no gain) a is the quality itself. It is measured on the images that
+the model is called with, as they were before they were normalised; `model(x, context={"quality": q})` gives it instead.
 
 A ~ N(0, 1/r^2), B = 0, so the start is the pretrained function, to the bit. Defaults: r = 8, s = 1, dropout 0.1 (their
 scripts and layers); AdamW, 5e-4, weight decay 0.1, 40-50 epochs, CosFace or ArcFace (heads `cosface`, `arcface`).
@@ -123,6 +122,7 @@ class PetalFace(Adapter):
         targets: roles or names of linear points.
         quality: "sharpness"; "cnniqa", "brisque" or "piqe", where pyiqa is installed; or "given": it must come with the call.
         threshold: of the quality at which both branches count alike. None: the mean of the training images, by calibration.
+        gain: how much a difference of quality counts; 1 is theirs. Scores whose values lie close together want more.
         unknown: what becomes of an image without a quality: "refuse", or "middle" (half and half).
         projection: name or role of linear points that get a single change; "": none. The default is left out where there
             are none.
@@ -134,6 +134,7 @@ class PetalFace(Adapter):
     targets: str | tuple[str, ...] = TARGETS
     quality: Literal["sharpness", "cnniqa", "brisque", "piqe", "given"] = "sharpness"
     threshold: float | None = 0.5
+    gain: float = 1.0
     unknown: Literal["refuse", "middle"] = "refuse"
     projection: str = "project"
 
@@ -155,6 +156,7 @@ class PetalFace(Adapter):
             self.threshold is None or 0 <= self.threshold <= 1,
             f"threshold is {self.threshold}; expected a quality, from 0 (worst) to 1 (best), or None.",
         )
+        self.check(self.gain > 0, f"gain is {self.gain}; expected more than 0.")
         self.check(self.unknown in ("refuse", "middle"), f"unknown is {self.unknown!r}; expected 'refuse' or 'middle'.")
         self.__dict__["needs_calibration"] = self.threshold is None
 
@@ -168,7 +170,7 @@ class PetalFace(Adapter):
                 "give it: zoo.adapter('petalface', quality='given'), model(x, context={'quality': ...})."
             )
         score = None if given else SCORES[self.quality]
-        mixing = Mixing(score, moments, (self.plan or {}).get("threshold", self.threshold), self.unknown)
+        mixing = Mixing(score, moments, (self.plan or {}).get("threshold", self.threshold), self.gain, self.unknown)
         example = (lambda n: torch.linspace(0.2, 0.8, n)) if given else None
         values = [points.context("quality", required=given, example=example)]
         values += [] if given else [points.context("inputs")]

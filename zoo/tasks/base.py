@@ -62,6 +62,7 @@ class Task:
     own: nn.Module | None = None  # what `modules` gave, in a run
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
     labels: ClassVar[str] = "auto"  # what labels it is trained on (`zoo.data.labels`)
+    measures: ClassVar[bool] = False  # it measures only: there is no loss to report
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None

@@ -18,10 +18,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_roc
 
-__all__ = ["RecallAt", "Verification"]
+__all__ = ["Embeddings", "RecallAt", "Verification"]
 
 
-class _Embeddings(Metric):
+class Embeddings(Metric):
     """Keeps embeddings (n, d) of length 1 and identities (n,)."""
 
     full_state_update = False
@@ -45,7 +45,7 @@ class _Embeddings(Metric):
         return z, own
 
 
-class RecallAt(_Embeddings):
+class RecallAt(Embeddings):
     """recall@k."""
 
     def __init__(self, k: int) -> None:
@@ -67,7 +67,7 @@ class RecallAt(_Embeddings):
         return torch.cat(hits).float().mean()
 
 
-class Verification(_Embeddings):
+class Verification(Embeddings):
     """eer and tar@f."""
 
     rates = (0.1, 0.01, 0.001)

@@ -286,6 +286,8 @@ def run(
     processes.add(counter.totals)
     processes.add(counter.hits)
     result = counter.result()
+    if task.measures:
+        del result["loss"]
     if not result["images"]:
         raise DataError(
             f"{dataset.name}: none of the {task.items(model)} could be read; first: {skipped[0][1] if skipped else 'none there'}"

@@ -51,8 +51,8 @@ def by_loops(image: np.ndarray) -> float:
     for rows in (image, image.T):
         total = lost = 0.0
         for row in rows:
-            wide = np.pad(row, 4, mode="edge")
-            blurred = [wide[i : i + 9].mean() for i in range(len(row))]
+            wide = np.pad(row, 2, mode="edge")
+            blurred = [wide[i : i + 5].mean() for i in range(len(row))]
             for i in range(1, len(row)):
                 own, left = abs(row[i] - row[i - 1]), abs(blurred[i] - blurred[i - 1])
                 total, lost = total + own, lost + max(0.0, own - left)
@@ -81,11 +81,11 @@ def test_sharpness() -> None:
 @both
 def test_each_image_is_mixed_by_its_own_quality(network: tuple[str, dict[str, Any]]) -> None:
     """As a network whose weights are W + s ((1 - a) B_1 A_1 + a B_2 A_2), one for each image; in batches and alone."""
-    model, x, qualities = load(network, petal(threshold=0.3)), images(), [0.05, 0.4, 0.9]
+    model, x, qualities = load(network, petal(threshold=0.3, gain=1.4)), images(), [0.05, 0.4, 0.9]
     found = model(x, context={"quality": qualities})
     adapter = model.adapters["petalface"]
     for i, quality in enumerate(qualities):
-        a = 0.5 + quality - 0.3
+        a = 0.5 + 1.4 * (quality - 0.3)
         plain = copy.deepcopy(model)
         plain.remove_adapter("petalface")
         for point in plain.points.select("q,k,v"):
@@ -222,7 +222,7 @@ def test_what_is_refused() -> None:
         petal(quality="sharp")
     with pytest.raises(ConfigError, match="threshold is 40"):
         petal(threshold=40.0)
-    for wrong in ({"rank": 0}, {"scale": 0.0}, {"dropout": 1.0}):
+    for wrong in ({"rank": 0}, {"gain": 0.0}, {"scale": 0.0}, {"dropout": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             petal(**wrong)
     with pytest.raises(AttachError, match=r"takes none.*quality='given'"):

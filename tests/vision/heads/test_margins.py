@@ -53,7 +53,8 @@ def by_definition(kind: str, theta: float, m: float, g: float) -> float:
 @each
 @pytest.mark.parametrize("margin", [None, 0.2, 1.7])
 def test_against_the_definition(kind: str, margin: float | None) -> None:
-    made = head(kind, scale=30.0, **({} if margin is None else {"margin": margin}))
+    settings: dict[str, Any] = {} if margin is None else {"margin": margin}
+    made = head(kind, scale=30.0, **settings)
     z, targets = features()
     m = margin if margin is not None else (0.5 if kind == "arcface" else 0.4)
     found = made({"pooled": z}, targets)

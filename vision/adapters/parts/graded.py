@@ -1,6 +1,6 @@
 """How much of a change each image gets, by its quality: what `petalface` makes once in front of each forward pass.
 
-a = 1/2 + (quality - threshold)         (B,), the share of the branch of good images
+a = 1/2 + gain (quality - threshold)         (B,), the share of the branch of good images
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ Moments = tuple[tuple[float, ...], tuple[float, ...]]
 class Mixing(nn.Module):
     """The share a (B,) of the branch of good images, from a quality that is given (B,), or from images (B, C, H, W)."""
 
-    def __init__(self, score: Score | None, moments: Moments | None, threshold: float | None, unknown: str) -> None:
+    def __init__(
+        self, score: Score | None, moments: Moments | None, threshold: float | None, gain: float, unknown: str
+    ) -> None:
         super().__init__()
-        self.score, self.moments, self.threshold, self.unknown = score, moments, threshold, unknown
+        self.score, self.moments, self.threshold, self.gain, self.unknown = score, moments, threshold, gain, unknown
         self.kept: dict[str, Any] = {}  # networks of pyiqa's are no parts of the model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Mixing(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(found, known)
         middle = torch.full_like(found, float("nan") if self.unknown == "refuse" else 0.5)
-        return torch.where(known, 0.5 + (found - self.threshold), middle)
+        return torch.where(known, 0.5 + self.gain * (found - self.threshold), middle)
 
     @torch.no_grad()
     def quality(self, quality: Tensor | None, images: Tensor | None) -> Tensor:

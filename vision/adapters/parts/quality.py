@@ -13,7 +13,7 @@ What a score gives beyond its scale (brisque goes on to 150 and below 0) is cut 
 
     sharpness = min over both axes of  sum max(0, |dF| - |dB|) / sum |dF|
 
-F (H, W) is the image in grey, B its mean over 9 pixels along the axis, d the difference of neighbours along it. A sharp
+F (H, W) is the image in grey, B its mean over 5 pixels along the axis, d the difference of neighbours along it. A sharp
 image loses most of its variation by the blurring; one that was blurred already, or enlarged, keeps it. The ratio does not
 depend on brightness and contrast. An image without any variation has no quality: NaN.
 """
@@ -32,7 +32,7 @@ from zoo.errors import ContextError, MissingPackageError
 
 __all__ = ["SCORES", "Score", "grey", "sharpness"]
 
-WINDOW = 9  # pixels of the mean
+WINDOW = 5  # pixels of the mean: of 3, 5 and 9 the one that told faces of a quarter of the size apart best
 SMALLEST = 4  # pixels of a side
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue
 FLAT = 1e-6  # mean difference of neighbours below which there is nothing to see; a step of 8 bits is 4e-3
