@@ -1,9 +1,9 @@
 """The methods of the AST study against numbers recorded from the authors' code, and the counts that their code trains.
 
 `petl_ast.json` holds logits and gradients of umbertocappellazzo/PETL_AST (`src/AST_adapters.py`, `AST_LoRA.py`,
-`AST_prompt_tuning.py`, `AST.py`, with transformers 4.28) on an AST of 2 blocks, width 48, 40 frames of 32 bands, in float64,
-bottlenecks of 48 / 16, kernels of 5 tokens, a linear head on the mean of all tokens. A gradient is its first three values, its
-norm and its sum. Names are ours.
+`AST_prompt_tuning.py`, `AST.py`, `MoA.py`, with transformers 4.28) on an AST of 2 blocks, width 48, 40 frames of 32 bands, in
+float64, bottlenecks of 48 / 16, kernels of 5 tokens, a linear head on the mean of all tokens. A gradient is its first three
+values, its norm and its sum. Names are ours.
 
 Faults of theirs that are not repeated:
 - the conformer computes a layer norm and drops what it gives (`conformer-*` is that function, our `norm=False`);
@@ -12,6 +12,8 @@ Faults of theirs that are not repeated:
 - prompts take the place of the second class token. Here the recorded numbers are of their code on tokens with an empty one in
   that place, so that DIST stays: attention does not ask in which order tokens stand;
 - "sequential before" puts F(A(x)) + A(x): see `tests/adapters/test_adapter.py` for ours, written out;
+- the mixture beside the attention alone is added twice (`moa-*` stand beside the MLP, or beside both, where it is not;
+  `tests/audio/adapters/test_moa.py` has ours beside the attention, written out);
 - biases of linear layers and norms leave out that of the patch embedding (768 parameters);
 - the "best" weights are the live ones, and on one data set the test part chooses them: the study keeps the last epoch.
 """
@@ -142,6 +144,15 @@ def test_prefix() -> None:
     compare("prefix", model, "prefix")
 
 
+@pytest.mark.parametrize("targets", ["mlp", ("attn", "mlp")], ids=["pfeiffer", "houlsby"])
+@pytest.mark.parametrize("form", ["soft", "dense"])
+def test_mixtures(form: str, targets: Any) -> None:
+    settings: dict[str, Any] = {"slots": 3} if form == "soft" else {}
+    model = adapted(zoo.adapter("moa", form=form, experts=2, reduction=16.0, targets=targets, **settings))
+    shift(dict(model.adapters["moa"].named_parameters()))
+    compare(f"moa-{form}-{'pfeiffer' if targets == 'mlp' else 'houlsby'}", model, "moa")
+
+
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
 def test_prompts(deep: bool) -> None:
     recorded = AUTHORS["prompts-deep" if deep else "prompts-shallow"]
@@ -219,6 +230,8 @@ def test_their_start_is_dead() -> None:
         ("prefix-24", "prefix", {"num_tokens": 12}, ("norm*",)),
         ("prompts-25", "vpt", {"num_tokens": 25}, ("norm*",)),
         ("bitfit", "bitfit", {}, ()),
+        ("moa-soft", "moa", {}, ("blocks.*.norm1", "norm*")),
+        ("moa-dense", "moa", {"form": "dense"}, ("blocks.*.norm1", "norm*")),
     ],
 )
 def test_counts_of_their_code(case: str, method: str, settings: dict[str, Any], norms: tuple[str, ...]) -> None:
