@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -114,6 +115,27 @@ def test_a_killed_comparison_goes_on(root: Path, tmp_path: Path, monkeypatch: py
     run(out, root, protocol=Protocol(steps=4, search_steps=2, batch_size=4, rates=2, seeds=(0, 1), rounds=1))
     assert fits == 13 + 2 * 2  # other final runs, after the same search
     assert run(out, root, methods="lora,norm", finished=True).lines == [whole.lines[0] | again.lines[0]]
+
+
+def test_other_data_of_the_same_name_are_other_work(root: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", root, methods="linear")
+    (root / "colours").unlink()
+    rng = np.random.default_rng(1)
+    for split in ("train", "test"):
+        for name in ("blue", "red"):
+            (root / "colours" / split / name).mkdir(parents=True)
+            for i in range(12):
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                    root / "colours" / split / name / f"{i}.png"
+                )
+    assert run(tmp_path / "out", root, methods="linear", finished=True).lines == []
+
+
+def test_seeds_in_another_order_are_the_same_runs(root: Path, tmp_path: Path) -> None:
+    (one,) = run(tmp_path / "out", root, methods="linear").lines
+    turned = Protocol(steps=3, search_steps=2, batch_size=4, rates=2, seeds=(1, 0), rounds=1)
+    (other,) = run(tmp_path / "out", root, methods="linear", protocol=turned, finished=True).lines
+    assert other["accuracy"] == one["accuracy"][::-1] and other["step_ratio"] == one["step_ratio"]
 
 
 def test_the_search_sees_no_test_item(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

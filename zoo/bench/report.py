@@ -35,8 +35,7 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
         f"{line['trained']:,}",
         f"{line['lr']:.2g}",
         f"{statistics.mean(accuracy):.1f}{spread}",
-        f"{line['saved_ratio']:.2f}",
-        f"{line['step_ratio']:.2f}",
+        *("-" if line[key] is None else f"{line[key]:.2f}" for key in ("saved_ratio", "step_ratio")),
     )
 
 
@@ -125,7 +124,7 @@ def draw(study: Study, path: Path) -> None:
         len(names), 3, figsize=(16, 5.6 * len(names)), sharey="row", squeeze=False, layout="constrained"
     )
     for row, name in zip(axes, names):
-        lines = [line for line in study.lines if line["data"] == name]
+        lines = [line for line in study.lines if line["data"] == name and line["step_ratio"] is not None]
         for axis, key, label in (
             (row[0], "trained", "trained parameters, without the head"),
             (row[1], "saved_ratio", "kept for backward / full fine-tuning"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
+from zoo.data.digest import content
 from zoo.data.sampling import few_shot, known_labels, split_train_val
 from zoo.errors import DataError, MissingPackageError
 from zoo.tasks import Classify
@@ -57,6 +58,14 @@ class Sets:
     part: ImageDataset
     val: ImageDataset
     test: ImageDataset
+    _digests: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def digest(self, part: str) -> dict[str, Any]:
+        """What the items of a part are, by their labels and contents (`zoo.data.digest`)."""
+        if part not in self._digests:
+            found = content(getattr(self, part))
+            self._digests[part] = {key: found[key] for key in ("items", "labels", "contents")}
+        return self._digests[part]
 
     @property
     def classes(self) -> list[str]:

@@ -42,6 +42,7 @@ __all__ = ["Protocol", "Study", "compare", "factors"]
 HEAD_RATE = 1e-2
 SEARCH_SEED = 1000  # of the search's runs; no final run has it
 FACTORS = {1: (1.0,), 2: (1.0, 3.0), 3: (1 / 3, 1.0, 3.0), 4: (1 / 3, 1.0, 3.0, 10.0), 5: (0.1, 1 / 3, 1.0, 3.0, 10.0)}
+COSTS = ("saved_bytes", "saved_ratio", "step_seconds", "step_ratio")
 Tell = Callable[[str, int, int], object]
 
 
@@ -223,13 +224,16 @@ class _Runs:
         results = []
         for seed in protocol.seeds:
             config = self._config(sets, method, "run", seed, best["lr"], protocol.steps)
-            config["test_items"] = len(sets.test)
+            config["test"] = sets.digest("test")
             told = f"{sets.name}: {method.label}, seed {seed}"
             results.append(self._once(sets, config, told, partial(self._run, sets, method, best["lr"], seed)))
-        costs = {k: v for k, v in results[0].items() if k not in ("accuracy", "loss", "seconds")}
+        costs: dict[str, Any] = next(
+            (r for r in results if "step_ratio" in r), {}
+        )  # other seeds may have been first before
         return {
             **asdict(method),
-            **costs,
+            **{name: costs.get(name) for name in COSTS},
+            "head": results[0]["head"],
             "trained": round(
                 sum(r["trained"] for r in results) / len(results)
             ),  # what decides on the data may differ by seed
@@ -248,8 +252,7 @@ class _Runs:
             "fingerprint": self.fingerprint,
             "options": self.options,
             "data": sets.name,
-            "items": len(sets.train),
-            "shots": protocol.shots,
+            "train": sets.digest("train"),
             "val_fraction": protocol.val_fraction if kind == "search" else None,
             "method": method.name,
             "settings": method.settings,
