@@ -114,6 +114,23 @@ def test_several_shots_from_a_published_start(image_folder: Path, tmp_path: Path
     assert "none" in refused and "There is no adapter" in " ".join(refused.split())
 
 
+def test_metric_learning(image_folder: Path, tmp_path: Path) -> None:
+    """A task that embeds gets a model without a classifier, and is measured on the validation data's own classes."""
+    line = [
+        "fit",
+        "vit-micro",
+        "vpt",
+        "--no-pretrained",
+        "--data",
+        image_folder / "train",
+        "--val",
+        image_folder / "test",
+    ]
+    found = json.loads(run(*line, "--task", "proxy-anchor", "--steps", 1, "--json", "-o", tmp_path / "out").stdout)
+    assert 0 <= found["metrics"]["val_recall@1"] <= 1 and found["trained_parameters"] == 10 * 6 * 192
+    assert zoo.disk.read(tmp_path / "out").has_head is False
+
+
 def test_threads_wait_passively_in_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside one busy process on each core the demo fell from 250 to 2 images a second: threads that wait spun."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):

@@ -186,7 +186,7 @@ def fit(
             raise ConfigError(f"--folds and --seeds are of tasks with a head, and '{what.name}' has none.")
         if shots is not None:
             raise ConfigError(f"--shots chooses items of every class, and '{what.name}' knows no classes.")
-        model = load(None)
+        model = load(getattr(what, "head_width", None))
         train_set = opened(what, model, data, split, on_error, train=True, augment=augment)
         val_set, test_set = (
             opened(what, model, source or data, part, on_error) if source or part else None for source, part in others

@@ -266,7 +266,7 @@ class Headed(nn.Module):
             if plain
             else make_head(kind, dim, num_classes, settings, **factory)
         )
-        if self.device.type != "meta":
+        if self.device.type != "meta" and not getattr(head, "own_start", False):
             for part in head.modules():
                 if isinstance(part, nn.Linear):
                     nn.init.trunc_normal_(part.weight, std=0.02)

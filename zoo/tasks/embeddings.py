@@ -3,6 +3,7 @@
 s_ij = <z_i, z_j> / |z_i| |z_j|                                cosine of two embeddings
 recall@k = share of items i with an item of the same identity among the k largest s_ij, j != i
            (items whose identity occurs once are left out)
+nmi = I(identities; clusters) / mean of their entropies, of k-means with as many clusters as there are identities
 pairs {i < j}; a threshold t accepts the pairs with s_ij >= t:
 FAR(t): share of pairs of two identities that are accepted;  TAR(t): of one identity
 tar@f = the largest TAR(t) with FAR(t) <= f;   eer = FAR(t) where FAR(t) = 1 - TAR(t), between thresholds the mean of both
@@ -18,7 +19,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_roc
 
-__all__ = ["Embeddings", "RecallAt", "Verification"]
+from zoo.errors import MissingPackageError
+
+__all__ = ["Clusters", "Embeddings", "RecallAt", "Verification"]
 
 
 class Embeddings(Metric):
@@ -65,6 +68,29 @@ class RecallAt(Embeddings):
             near = scores.topk(min(self.k, len(z) - 1), dim=1).indices
             hits.append(same.gather(1, near).any(1)[same.any(1)])
         return torch.cat(hits).float().mean()
+
+
+class Clusters(Embeddings):
+    """nmi, with scikit-learn's k-means (10 starts, seed 0)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import sklearn.cluster  # noqa: F401
+        except ImportError as error:
+            raise MissingPackageError("nmi clusters with scikit-learn: pip install 'adapter-zoo[demo]'.") from error
+
+    def compute(self) -> Tensor:
+        """0..1; NaN if there are fewer than two identities."""
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
+
+        z, own = self.everything()
+        count = len(own.unique())
+        if count < 2:
+            return torch.tensor(float("nan"))
+        found = KMeans(count, n_init=10, random_state=0).fit_predict(z.double().cpu().numpy())
+        return torch.tensor(float(normalized_mutual_info_score(own.cpu().numpy(), found)))
 
 
 class Verification(Embeddings):

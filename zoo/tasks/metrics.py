@@ -14,6 +14,7 @@
 | `mae`, `mse`, `rmse` | numbers (B,) or (B, K), the same | absolute, squared error; the root of the squared one |
 | `r2`, `pearson`, `spearman` | the same | explained variance, correlation, that of ranks; of several numbers averaged |
 | `recall@<k>` | embeddings (B, d), identities (B,) | share whose k nearest others hold one of the same identity |
+| `nmi` | the same | mutual information of identities and k-means clusters, as many as identities; 0 to 1 |
 | `verification` | the same | `eer` and `tar@0.1`, `tar@0.01`, `tar@0.001` over all pairs (`zoo.tasks.embeddings`) |
 """
 
@@ -30,7 +31,19 @@ __all__ = ["METRICS", "metric", "named_metrics"]
 _REGRESSION = ("mae", "mse", "rmse", "r2", "pearson", "spearman")
 _TAGS = ("multilabel_f1", "multilabel_auroc", "hamming")
 METRICS = (
-    *("accuracy", "top<k>", "mean_accuracy", "f1", "auroc", "map", "miou", "calibration", "recall@<k>", "verification"),
+    *(
+        "accuracy",
+        "top<k>",
+        "mean_accuracy",
+        "f1",
+        "auroc",
+        "map",
+        "miou",
+        "calibration",
+        "recall@<k>",
+        "nmi",
+        "verification",
+    ),
     *_TAGS,
     *_REGRESSION,
 )
@@ -60,6 +73,10 @@ def metric(name: str, num_classes: int = 0) -> Any:
         from zoo.tasks.multilabel import MeanAveragePrecision
 
         return MeanAveragePrecision()
+    if name == "nmi":
+        from zoo.tasks.embeddings import Clusters
+
+        return Clusters()
     if name == "verification" or (numbered and numbered[1] == "recall@"):
         from zoo.tasks.embeddings import RecallAt, Verification
 
