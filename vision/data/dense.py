@@ -232,6 +232,11 @@ def _class_names(pairs: Any, given: Any, ignore: tuple[float, ...] | None) -> tu
     if ignore is None:
         last = len(names) - 1
         ignore = (IGNORE, last) if len(names) > 1 and names[last].lower() in VOID else (IGNORE,)
+        own = _classes_json(pairs) if given is not None else None
+        if (
+            own is not None and own[-1].lower() in VOID and names == own[:-1]
+        ):  # the data's own classes, without that one
+            ignore = (IGNORE, len(own) - 1)
     while names and len(names) - 1 in ignore:
         names = names[:-1]
     if inside := [int(i) for i in ignore if 0 <= i < len(names)]:

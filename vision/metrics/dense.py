@@ -31,6 +31,7 @@ class Overlap(Metric):
     def __init__(self, classes: int, ignore: int) -> None:
         super().__init__()
         self.classes, self.ignore = classes, ignore
+        self._ious: list[float] = []
         self.add_state("counts", torch.zeros(classes, classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -39,19 +40,20 @@ class Overlap(Metric):
         pairs = targets[kept] * self.classes + outputs.argmax(1)[kept]
         self.counts += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
-    def per_class(self) -> Tensor:
-        """(K,) IoU; NaN of a class that neither occurs nor was said."""
-        counts = self.counts.double()
-        hits = counts.diag()
-        return hits / (counts.sum(0) + counts.sum(1) - hits)
+    def per_class(self) -> list[float]:
+        """The IoU of each class, as `compute` found it; NaN of one that neither occurs nor was said."""
+        return self._ious
 
     def compute(self) -> dict[str, Tensor]:
         """Shares, 0..1."""
         counts = self.counts.double()
+        hits = counts.diag()
+        ious = hits / (counts.sum(0) + counts.sum(1) - hits)
+        self._ious = ious.tolist()
         return {
-            "miou": self.per_class().nanmean(),
-            "pixel_accuracy": counts.diag().sum() / counts.sum(),
-            "mean_accuracy": (counts.diag() / counts.sum(1)).nanmean(),
+            "miou": ious.nanmean(),
+            "pixel_accuracy": hits.sum() / counts.sum(),
+            "mean_accuracy": (hits / counts.sum(1)).nanmean(),
         }
 
 

@@ -58,9 +58,14 @@ class Dense(Weighted):
     """Base of these tasks."""
 
     on_head = True
-    head: ClassVar[str] = "dense"
+    head = "dense"
     outputs: ClassVar[int | None] = None  # width of the head; None: one for each class
     width: int | None = None  # of several tasks on one head: how many outputs are this one's
+
+    @classmethod
+    def source(cls, data: Any, **options: Any) -> DenseDataset:
+        """As `open_dense` opens it."""
+        return open_dense(data, cls.name, **options)
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None

@@ -154,3 +154,23 @@ def size(number: float) -> str:
 def is_folder(text: str) -> bool:
     """Whether an adapter is given as a folder of this machine rather than as a Hub repository or a method's name."""
     return text.startswith((".", "/", "~")) or Path(text).expanduser().is_dir()
+
+
+def rate(text: str | None) -> Any:
+    """A number, or "auto"."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--lr is '{text}'; expected a number, or auto.") from None
+
+
+def weights(text: str | None) -> Any:
+    """ "balanced", or {"a": 2.0} of "a=2"."""
+    if text is None or "=" not in text:
+        return text
+    try:
+        return {name.strip(): float(weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(f"--class-weights is '{text}'; expected balanced, or a=2,b=0.5.") from None

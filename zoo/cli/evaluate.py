@@ -92,7 +92,10 @@ def evaluate(
     what = resolve(model, task)
     set_truncate(what, truncate)
     on_error: Any = "skip" if skip_broken else "raise"
-    if what.on_head or what.labels == "numbers":
+    if what.head is not None:
+        check_maps(what.name, None, labels, label_column)
+        dataset = opened(what, model, data, split, on_error)
+    elif what.on_head or what.labels == "numbers":
         dataset = _dataset(label_options(what, labels, label_column), model, data, split, on_error)
     else:
         dataset = opened(what, model, data, split, on_error)
@@ -126,6 +129,8 @@ def evaluate(
         if k not in ("per_class", "confusion")
     ]
     console().print(table(["", ""], rows))
+    if per_class and "per_class" not in result:
+        raise ConfigError(f"--per-class: the task '{what.name}' measures nothing of single classes.")
     if per_class:
         shown = [(k, "-" if v is None else f"{v:.4f}") for k, v in result["per_class"].items()]
         console().print(table(["class", "accuracy"], shown, right=["accuracy"]))
@@ -173,6 +178,13 @@ def set_truncate(what: Task, truncate: bool) -> None:
         raise ConfigError(f"--truncate cuts captions, and '{what.name}' reads none.")
     if truncate:
         what.truncate = True  # type: ignore[attr-defined]
+
+
+def check_maps(task: str, shots: Any, labels: str, label_column: str | None) -> None:
+    """Raise ConfigError for options of labels, where each item has a map."""
+    given = {"--shots": shots, "--labels": None if labels == "auto" else labels, "--label-column": label_column}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{wrong[0]} is of items with labels; those of the task '{task}' have a map each.")
 
 
 def opened(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from zoo.cli.common import console, count, print_json, settings, size, table
-from zoo.cli.evaluate import label_options, opened, set_truncate
+from zoo.cli.common import console, count, print_json, rate, settings, size, table, weights
+from zoo.cli.evaluate import check_maps, label_options, opened, set_truncate
 from zoo.cli.options import (
     OUTPUT,
     Device,
@@ -137,6 +137,7 @@ def fit(
       zoo fit vit-b16 linear --data photos --cache-features --folds 5 --seeds 0,1,2 -o folds/
       zoo fit ast-micro lora --data sounds/ --split train -o out/
       zoo fit clip-vit-b32 lora --data captions/ --task contrast -o out/
+      zoo fit swin-b lora --data street/ --split train --val-split val --task segment -o out/
 
     The folder can be measured (zoo eval), loaded (zoo.load(adapter="out/")), merged and pushed. On several GPUs:
     accelerate launch --module zoo.cli fit ...
@@ -163,6 +164,7 @@ def fit(
             backbone,
             adapter=_adapters(adapters, setting or []),
             num_classes=classes,
+            head=what.head if classes else None,
             pretrained=pretrained,
             memory=memory,
             seed=seed,
@@ -172,7 +174,18 @@ def fit(
     on_error: Any = "skip" if skip_broken else "raise"
     others = ((val, val_split), (test, test_split))
     classes: list[str] | None = None
-    if what.on_head or what.labels == "numbers":
+    if what.head is not None:
+        check_maps(what.name, shots, labels, label_column)
+        train_set = what.source(data, split=split, on_error=on_error)
+        classes = list(train_set.classes or ())
+        named = {"classes": classes} if what.monitor == "miou" else {}
+        val_set, test_set = (
+            what.source(source or data, split=part, on_error=on_error, **named) if source or part else None
+            for source, part in others
+        )
+        outputs = len(classes)
+        model: Model | None = None if repeats else load(_new_head(adapters, outputs))
+    elif what.on_head or what.labels == "numbers":
         options: dict[str, Any] = {"seed": seed, "on_error": on_error, **label_options(what, labels, label_column)}
         train_set = cls.open_dataset(data, split=split, shots=few[0] if few and drawn is None else None, **options)
         outputs, classes = _outputs(train_set, data)
@@ -180,7 +193,7 @@ def fit(
             cls.open_dataset(source or data, split=part, classes=classes, **options) if source or part else None
             for source, part in others
         )
-        model: Model | None = None if repeats else load(_new_head(adapters, outputs))
+        model = None if repeats else load(_new_head(adapters, outputs))
     else:
         if repeats:
             raise ConfigError(f"--folds and --seeds are of tasks with a head, and '{what.name}' has none.")
@@ -196,9 +209,9 @@ def fit(
         "epochs": epochs,
         "steps": steps,
         "batch_size": batch_size,
-        "lr": _rate(lr),
+        "lr": rate(lr),
         "loss": loss,
-        "class_weights": _weights(class_weights),
+        "class_weights": weights(class_weights),
         "ema": ema,
         "metrics": _words(metrics),
         "monitor": monitor,
@@ -290,25 +303,6 @@ def _outputs(dataset: ImageDataset, data: str) -> tuple[int, list[str] | None]:
     if dataset.targets is None:
         raise DataError(f"The classes of '{data}' are not known. Give it class folders or a label column with names.")
     return (1 if dataset.targets.ndim == 1 else dataset.targets.shape[1]), None
-
-
-def _rate(text: str | None) -> Any:
-    if text is None or text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"--lr is '{text}'; expected a number, or auto.") from None
-
-
-def _weights(text: str | None) -> Any:
-    """ "balanced", or {"a": 2.0} of "a=2"."""
-    if text is None or "=" not in text:
-        return text
-    try:
-        return {name.strip(): float(weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))}
-    except ValueError:
-        raise ConfigError(f"--class-weights is '{text}'; expected balanced, or a=2,b=0.5.") from None
 
 
 def _words(text: str | None) -> list[str] | None:

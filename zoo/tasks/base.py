@@ -63,6 +63,7 @@ class Task:
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
     labels: ClassVar[str] = "auto"  # what labels it is trained on (`zoo.data.labels`)
     measures: ClassVar[bool] = False  # it measures only: there is no loss to report
+    head: ClassVar[str | None] = None  # the kind of head that the command line gives a model for it; None: a linear one
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
@@ -80,6 +81,15 @@ class Task:
             )
         _check_normalised(model, dataset)
         return dataset
+
+    @classmethod
+    def source(cls, data: Any, **options: Any) -> ImageDataset:
+        """Data for a task whose `head` is not a linear one, before there is a model: with its classes.
+
+        Raises:
+            TypeError: a task without.
+        """
+        raise TypeError(f"{cls.__name__} does not implement source.")
 
     def items(self, model: Host) -> str:
         """What the items of the data are called: "images", "sounds", "pairs"."""

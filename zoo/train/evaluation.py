@@ -129,7 +129,7 @@ def evaluate(
         split: for a source with several.
         record: the split's name under which the numbers are kept in `model.record["metrics"]` for the card. By default that of
             the data if it is a test or validation split ("cifar10/test"); "" keeps nothing.
-        per_class: also the accuracy of each class.
+        per_class: also the accuracy of each class; of a segmentation its intersection over union.
         metrics: further ones: names (`zoo.tasks.metrics`: "top3", "f1", "miou", "recall@1"), or names with objects of
             torchmetrics (`update(outputs, targets)`, `compute()`, `reset()`).
         confusion: True for the confusion matrix in the result; a path (.png, .pdf, .svg) draws it there, too.
@@ -300,6 +300,10 @@ def run(
     count = int(processes.add(torch.tensor([len(skipped)], device=device)))
     if count:
         result["skipped"] = count
+    if per_class and not classes:
+        names = model.classes or dataset.classes or []
+        for of_each in (m.per_class() for m in further.values() if hasattr(m, "per_class")):
+            result["per_class"] = {n: None if v != v else v for n, v in zip(names, of_each, strict=True)}
     if per_class and classes:
         result["per_class"] = counter.per_class(model.classes or dataset.classes or [str(i) for i in range(classes)])
     return result

@@ -22,6 +22,7 @@ from zoo.arguments import DEVICE, FLAG, NOTHING, PATH, Kind, one_of, typed, whol
 from zoo.data.unlabelled import open_unlabelled
 from zoo.disk import write_file
 from zoo.errors import ConfigError, DataError, SaveError
+from zoo.heads import Head
 from zoo.tasks import Task, resolve
 from zoo.train.batches import BatchPlan, make_loader
 from zoo.train.evaluation import MODEL, PRECISIONS, TASK, WORKERS, autocast, input_dtype, to_device
@@ -242,6 +243,11 @@ def _task(model: Model, task: str | Task | None) -> str:
         raise ConfigError(
             f"'{model.backbone_name}' has no head here that says anything of an item. Give a trained adapter with its head, "
             "or ask for its features (features=True, --features)."
+        )
+    if isinstance(model.head, Head) and "maps" in model.head.needs:
+        raise ConfigError(
+            "The model says something of every pixel, which no table holds: vision.tasks.dense_prediction.predict_maps(model, "
+            "files, 'segment') gives maps at the images' size."
         )
     if task is not None:
         name = resolve(model, task).name
