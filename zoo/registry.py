@@ -111,7 +111,7 @@ def register_regime(name: str) -> Any:
 
 # How our own files say what they declare: the line that registers it. Nothing is imported to find a name.
 _DECLARED = {
-    "zoo.adapters": re.compile(r'^@register_adapter\("([\w-]+)"\)', re.MULTILINE),
+    "zoo.adapters": re.compile(r'^@register_adapter\("([\w+-]+)"\)', re.MULTILINE),
     "zoo.backbones": re.compile(r'^@register_backbone\n(?:.*\n)+?    family = "([\w-]+)"', re.MULTILINE),
     "zoo.tasks": re.compile(r'^@register_task\("([\w-]+)"\)', re.MULTILINE),
     "zoo.heads": re.compile(r'^@register_head\("([\w-]+)"\)', re.MULTILINE),

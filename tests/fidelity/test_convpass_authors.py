@@ -17,6 +17,7 @@ from waves import SMALL, agree, fill, fill_head, learn, pictures, shift, wave
 
 import zoo
 from vision.adapters.convpass import Bypass
+from vision.adapters.parts.patches import Patches
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "convpass.json").read_text())
 
@@ -39,7 +40,7 @@ def test_equals_the_authors_code(case: str, targets: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("map", [False, True])
 def test_equals_their_bypass_of_swin(map: bool) -> None:
     """Tokens as they have them, (B, H W, d), and as our Swin's attention has them, (B, H, W, d)."""
-    module = Bypass(6, 3, "here", (4, 4), 0, 1.0, 0.1).double().eval()
+    module = Bypass(6, 3, Patches("convpass", "here", (4, 4), 0), 1.0, 0.1).double().eval()
     named = dict(module.named_parameters())
     shift(named)
     x = wave((2, 16, 6), 3, 1.0)

@@ -7,7 +7,8 @@ Points: `sublayer` (verb `parallel`), attn and mlp, each with a bypass of its ow
     y = F(x) + s (W_up dropout(f(K * f(W_down x + b_down) + c)) + b_up)      x (B, N, d), f(z) = z sigmoid(1.702 z)
 
 W_down (h, d), K (h, h, 3, 3) over the grid of patches with a border of zeros, W_up (d, h). A class token or another one in
-front of the patches is a map of its own of one place: it meets the middle of K alone.
+front of the patches is a map of its own of one place: it meets the middle of K alone. Where a sublayer sees windows cut out of
+the map (SAM), K stays inside of each.
 
 Defaults: h = 8, s = 1 (theirs is chosen for each task from .01 ... 100), dropout 0.1, both sublayers; `targets="attn"` is their
 "convpass_attn". W_down Xavier-uniform, biases 0, W_up = 0, so the start is the pretrained function, to the bit; K starts as the
@@ -26,14 +27,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision.adapters.parts.patches import Patches, patches_at
 from zoo import Adapter, Merger, Points, register_adapter
 from zoo.engine.memory import dropped, recomputable
-from zoo.errors import AttachError, MergeError
-from zoo.points.layout import Layout
+from zoo.errors import MergeError
 
 SLOPE = 1.702
 
@@ -44,20 +44,15 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class Bypass(nn.Module):
-    """x (B, N, d) or (B, H, W, d) -> s * W_up f(K * f(W_down x)), of the same shape.
+    """x (B, N, d) or (B, H, W, d) -> s * W_up f(K * f(W_down x)), of the same shape; `patches`: where the patches stand."""
 
-    `grid`: (H, W) of the patches in a sequence, which come last, behind `prefix` other tokens.
-    """
-
-    def __init__(
-        self, dim: int, rank: int, where: str, grid: tuple[int, int], prefix: int, scale: float, dropout: float
-    ) -> None:
+    def __init__(self, dim: int, rank: int, patches: Patches, scale: float, dropout: float) -> None:
         super().__init__()
         self.down = nn.Linear(dim, rank)
         self.conv = nn.Conv2d(rank, rank, 3, padding=1)
         self.up = nn.Linear(rank, dim)
         self.drop = nn.Dropout(dropout)
-        self.where, self.grid, self.prefix, self.scale = where, grid, prefix, scale
+        self.patches, self.scale = patches, scale
         nn.init.xavier_uniform_(self.down.weight)
         for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)  # type: ignore[arg-type]
@@ -73,25 +68,12 @@ class Bypass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the sublayer's output."""
         hidden = recomputable(quick_gelu, self.down(x))
-        hidden = dropped(recomputable(quick_gelu, self.neighbours(hidden)), self.drop)
-        return self.scale * self.up(hidden)
+        hidden = self.patches.convolve(hidden, self.conv, self.alone)
+        return self.scale * self.up(dropped(recomputable(quick_gelu, hidden), self.drop))
 
-    def neighbours(self, hidden: Tensor) -> Tensor:
-        """K over the patches, (..., h) -> (..., h) of the same shape."""
-        if hidden.dim() == 4:  # (B, H, W, h)
-            return self.conv(hidden.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
-        if hidden.shape[1] != self.prefix + self.grid[0] * self.grid[1]:
-            raise AttachError(
-                f"'convpass' at '{self.where}' got {hidden.shape[1]} tokens and expects {self.prefix} + {self.grid[0]} x "
-                f"{self.grid[1]}: an image of another size, or another adapter that puts tokens in or takes some out. Switch "
-                "that off, or load the backbone for this size."
-            )
-        front, patches = hidden[:, : self.prefix], hidden[:, self.prefix :]
-        patches = self.conv(patches.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
-        if not self.prefix:
-            return patches
-        alone = F.linear(front, self.conv.weight[:, :, 1, 1], self.conv.bias)
-        return torch.cat([alone, patches], dim=1)
+    def alone(self, hidden: Tensor) -> Tensor:
+        """K over a map of one place, for each token (B, n, h)."""
+        return F.linear(hidden, self.conv.weight[:, :, 1, 1], self.conv.bias)
 
 
 @register_adapter("convpass")
@@ -132,9 +114,8 @@ class Convpass(Adapter):
         if targets == Convpass.targets:  # a backbone may have only one of them, or a mixer in the attention's place
             targets = tuple(r for r in ("attn", "mixer", "mlp") if r in points.roles("sublayer")) or targets
         for point in points.select(targets, kind="sublayer"):
-            grid, prefix = _patches(points, point.name, point.layout)
-            made = Bypass(point.dim_out, self.rank, point.name, grid, prefix, self.scale, self.dropout)
-            point.parallel(made.start(self.conv))
+            patches = patches_at(points, "convpass", point.name, point.layout)
+            point.parallel(Bypass(point.dim_out, self.rank, patches, self.scale, self.dropout).start(self.conv))
 
     def merge(self, merger: Merger) -> None:
         """Never.
@@ -146,18 +127,3 @@ class Convpass(Adapter):
             "'convpass' cannot be merged: its convolutions are a network of their own beside the sublayers, not a change of the "
             "weights. Keep the model as it is, or use a method that can be merged: lora, fact, repadapter, ssf."
         )
-
-
-def _patches(points: Points, name: str, layout: Layout | None) -> tuple[tuple[int, int], int]:
-    """The grid of the patches at a point, and the number of tokens in front of them.
-
-    Raises:
-        AttachError: they are no grid of two axes, or it is not described how they stand.
-    """
-    if layout is not None and len(layout.grid) == 2:
-        return (layout.grid[0], layout.grid[1]), layout.prefix
-    known = "is not described" if layout is None else "depends on the input" if not layout.grid else "is another one"
-    raise AttachError(
-        f"'convpass' needs the patches row by row in a grid of two axes, and the order of the tokens of {points.backbone} at "
-        f"'{name}' {known}. Name other targets, or use a backbone of images of one size, such as a ViT or Swin."
-    )

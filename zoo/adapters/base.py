@@ -58,6 +58,9 @@ class Adapter(Structured):
     # A network beside the backbone that only reads it: alone, it learns nothing through the backbone, whose inputs then get
     # no gradient
     side_network: ClassVar[bool] = False
+    # Names of the blocks that shall run again in backward from their input whatever `model.memory` is, but "off": `attach` may
+    # say so where they learn nothing themselves and only hand gradients on
+    reruns: ClassVar[tuple[str, ...]] = ()
     plans_steps: ClassVar[bool] = False  # its own schedule spans the steps of a run, which cannot become others then
     stateless: ClassVar[bool] = False  # attaches nothing (linear probe)
     default_lr: ClassVar[float] = 1e-3

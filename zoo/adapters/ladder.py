@@ -41,7 +41,7 @@ from torch import nn
 
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.cut import cut_blocks, squared_gradients
-from zoo.adapters.parts.rungs import Rung, Top
+from zoo.adapters.parts.rungs import Rung, Top, one_stream
 from zoo.adapters.parts.side import Merge, SideBlock
 from zoo.errors import AttachError, MergeError
 from zoo.host import Host
@@ -107,7 +107,7 @@ class Ladder(Adapter):
 
     def attach(self, points: Points) -> None:
         """A rung at every block, and the up-projection behind the last."""
-        blocks = _one_stream(points)
+        blocks = one_stream(points, "ladder")
         layers = tuple(range(len(blocks))) if self.layers is None else self.layers
         self.check(
             len(set(layers)) == len(layers) and all(0 <= i < len(blocks) for i in layers),
@@ -153,7 +153,7 @@ class Ladder(Adapter):
 
     def calibrate(self, model: Host, batches: Iterable[Any], task: Task | None = None) -> None:
         """init="fisher": cut side blocks out of the backbone's by squared gradients of the task's loss over `samples` samples."""
-        blocks = _one_stream(model.points)
+        blocks = one_stream(model.points, "ladder")
         inside = [[p for p in model.points if p.name.startswith(f"{b.name}.")] for b in blocks]
         importance = squared_gradients(
             model, [p for own in inside for p in own if p.kind == "linear"], batches, self.samples
@@ -187,32 +187,3 @@ def _check_rows(points: Points, *blocks: Point) -> None:
             f"'ladder' joins neighbours between stages, and the tokens of {points.backbone} at '{blocks[0].name}' do not stand "
             "row by row. Use a backbone whose stages hand on maps, such as Swin, or one without stages."
         )
-
-
-def _one_stream(points: Points) -> list[Point]:
-    """The blocks of the one sequence of tokens that a ladder stands beside.
-
-    Raises:
-        AttachError: there is none, or more than one.
-    """
-    blocks = points.require("block", "ladder")
-    points.require("attention", "ladder")
-    towers = sorted({p.tower for p in blocks})
-    if len(towers) > 1:
-        raise AttachError(
-            f"'ladder' stands beside one sequence of tokens, and {points.backbone} has several ({', '.join(towers)}): what "
-            "would run beside each, and how these would meet, is not described. Use a backbone of one tower."
-        )
-    if "condition" in points.kinds:
-        raise AttachError(
-            f"'ladder' reads tokens alone, and the blocks of {points.backbone} depend on a condition (points of kind "
-            "'condition') that a side block would not know."
-        )
-    inside = tuple(f"{p.name}." for p in blocks)
-    behind = next((p.name for p in points if p.kind == "attention" and not p.name.startswith(inside)), None)
-    if behind is not None:
-        raise AttachError(
-            f"'ladder' ends with the tokens of the last block, and those of {points.backbone} are read by another attention "
-            f"behind it ('{behind}'). Use a backbone whose blocks give its tokens."
-        )
-    return blocks

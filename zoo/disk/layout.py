@@ -38,7 +38,7 @@ STAMP = "adapter-zoo"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"[\w+-]+")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -170,7 +170,7 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
                 path,
                 f"{where}.name",
                 repr(name),
-                f"letters, digits, '_' and '-', not '{HEAD}' or 'default', and no name twice",
+                f"letters, digits, '_', '-' and '+', not '{HEAD}' or 'default', and no name twice",
             )
         names.add(name)
     head = config["head"]

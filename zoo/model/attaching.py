@@ -93,11 +93,11 @@ class AdapterHost(Sited):
         name = self._free_name(fresh.method) if name is None or name == "" else name
         if (
             not isinstance(name, str)
-            or not name.replace("_", "").replace("-", "").isalnum()
+            or not name.replace("_", "").replace("-", "").replace("+", "").isalnum()
             or name in ("default", "head")
         ):
             raise ConfigError(
-                f"'{name}' cannot name an adapter: use letters, digits, '-' and '_' (not 'default', 'head')."
+                f"'{name}' cannot name an adapter: use letters, digits, '-', '_' and '+' (not 'default', 'head')."
             )
         if hasattr(nn.ModuleDict, name):  # or torch would say that the attribute exists
             raise ConfigError(

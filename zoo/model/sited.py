@@ -155,12 +155,14 @@ class Sited(Headed):
         self._note_precision()
         wanted: dict[int, tuple[nn.Module, str, bool]] = {}
         if (self._state.active or self._state.route) and self._memory != "off":
+            running = self._state.active or tuple(self._state.route or ())
+            again = {name for n in running for name in self.adapters[n].reruns}  # type: ignore[union-attr]
             for point in self.points:
                 if point.kind == "norm":
                     wanted[id(point.module)] = (point.module, "cheap", False)
                 elif self._memory == "low" and point.role in self.family.cheap_products and point.kind == "linear":
                     wanted[id(point.module)] = (point.module, "product", False)
-                elif self._memory == "min" and point.kind == "block":
+                elif point.kind == "block" and (self._memory == "min" or point.name in again):
                     wanted[id(point.module)] = (point.module, "", True)
             for module in self.family.elementwise_modules():
                 wanted[id(module)] = (module, "cheap", False)

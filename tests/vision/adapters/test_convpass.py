@@ -11,6 +11,7 @@ from torch import Tensor
 
 import zoo
 from vision.adapters.convpass import Bypass, quick_gelu
+from vision.adapters.parts.patches import Patches
 
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -26,7 +27,7 @@ def vit(adapter: Any) -> zoo.Model:
 
 def test_against_loops_over_places() -> None:
     """Each patch sees its eight neighbours, none beyond the border; each token in front sees itself alone."""
-    module = Bypass(4, 2, "here", (2, 3), 2, 0.5, 0.0).double()
+    module = Bypass(4, 2, Patches("convpass", "here", (2, 3), 2), 0.5, 0.0).double()
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=torch.float64))
@@ -79,7 +80,7 @@ def test_on_spectrograms() -> None:
     """AST's grid is of frequency and time, behind two tokens."""
     model = zoo.load("ast", "convpass", pretrained=False, num_classes=0, device="meta")
     part = model.adapters["convpass"].module_at("blocks.0.attn")
-    assert part.grid == (12, 101) and part.prefix == 2
+    assert part.patches.grid == (12, 101) and part.patches.prefix == 2
     assert model.num_parameters(trainable=True) == 327_552
 
 

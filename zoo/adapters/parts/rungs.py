@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from zoo.adapters.parts.side import Merge, SideBlock, SideNorm
 from zoo.engine.second_order import exact
 from zoo.errors import AttachError
-from zoo.points import Point
+from zoo.points import Point, Points
 from zoo.points.recorder import Carried
 
-__all__ = ["Rung", "Top"]
+__all__ = ["Rung", "Step", "Top", "Walk", "one_stream"]
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Walk:
     h: Tensor | None = None  # (B, N, w)
     x: Tensor | None = None  # what entered the first of `steps`
     last: Tensor | None = None  # what left the last of them
-    steps: list[tuple[Rung, Any]] = field(default_factory=list)  # rungs, and how their blocks run again
+    steps: list[tuple[Step, Any]] = field(default_factory=list)  # rungs, and how their blocks run again
     outputs: list[Tensor] = field(default_factory=list)
 
     def climb(self) -> None:
@@ -53,7 +53,7 @@ class Walk:
 class Part:
     """Some rungs in a row. The second time, in backward, their blocks run again, since the outputs were not kept."""
 
-    steps: list[tuple[Rung, Any]]
+    steps: list[tuple[Step, Any]]
     outputs: list[Tensor] | None
 
     def __call__(self, h: Tensor | None, x: Tensor) -> Tensor | None:
@@ -65,23 +65,12 @@ class Part:
         return h
 
 
-class Rung(nn.Module):
-    """What the ladder has at one block. Without `kept` the block is only passed."""
+class Step(nn.Module):
+    """What stands beside one block of a frozen backbone and takes a state along, several blocks at a time."""
 
-    def __init__(self, walk: Carried, block: Point, width: int, rerun: int) -> None:
+    def __init__(self, walk: Carried, block: Point, rerun: int) -> None:
         super().__init__()
         self.walk, self.rerun, self.block = walk, rerun, block.name
-        self.start: nn.Linear | None = None
-        self.merge: Merge | None = None
-        self.side: SideBlock | None = None
-        self.top: Top | None = None
-        self.width = width
-
-    def keep(self, inside: list[Point], dim: int, reduction: int, gate: tuple[float, float], number: int) -> None:
-        """Give it its parameters; gate = (alpha, T)."""
-        self.alpha, self.temperature = nn.Parameter(torch.full((1,), gate[0])), gate[1]
-        self.down = nn.Linear(dim, self.width)
-        self.side = SideBlock(inside, self.width, reduction, number)
 
     def enter(self, x: Tensor, again: Any) -> None:
         """The block begins with x (B, N, d)."""
@@ -104,6 +93,33 @@ class Rung(nn.Module):
         walk.last = y
         if walk.steps[-1][1] is None:
             walk.climb()
+        return y
+
+    def step(self, h: Tensor | None, x: Tensor, y: Tensor) -> Tensor | None:
+        """State h in front of the block, its input x and output y -> the state behind it."""
+        raise NotImplementedError
+
+
+class Rung(Step):
+    """What the ladder has at one block. Without `kept` the block is only passed."""
+
+    def __init__(self, walk: Carried, block: Point, width: int, rerun: int) -> None:
+        super().__init__(walk, block, rerun)
+        self.start: nn.Linear | None = None
+        self.merge: Merge | None = None
+        self.side: SideBlock | None = None
+        self.top: Top | None = None
+        self.width = width
+
+    def keep(self, inside: list[Point], dim: int, reduction: int, gate: tuple[float, float], number: int) -> None:
+        """Give it its parameters; gate = (alpha, T)."""
+        self.alpha, self.temperature = nn.Parameter(torch.full((1,), gate[0])), gate[1]
+        self.down = nn.Linear(dim, self.width)
+        self.side = SideBlock(inside, self.width, reduction, number)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The block is done with y (B, N, d)."""
+        y = super().leave(y)
         return y if self.top is None else self.top(y)
 
     def step(self, h: Tensor | None, x: Tensor, y: Tensor) -> Tensor | None:
@@ -143,3 +159,32 @@ class Top(nn.Module):
                 "tokens in or takes some out. Switch it off."
             )
         return y + tokens if self.add else tokens
+
+
+def one_stream(points: Points, method: str) -> list[Point]:
+    """The blocks of the one sequence of tokens that a side net stands beside.
+
+    Raises:
+        AttachError: there is none, or more than one.
+    """
+    blocks = points.require("block", method)
+    points.require("attention", method)
+    towers = sorted({p.tower for p in blocks})
+    if len(towers) > 1:
+        raise AttachError(
+            f"'{method}' stands beside one sequence of tokens, and {points.backbone} has several ({', '.join(towers)}): what "
+            "would run beside each, and how these would meet, is not described. Use a backbone of one tower."
+        )
+    if "condition" in points.kinds:
+        raise AttachError(
+            f"'{method}' reads tokens alone, and the blocks of {points.backbone} depend on a condition (points of kind "
+            "'condition') that a side block would not know."
+        )
+    inside = tuple(f"{p.name}." for p in blocks)
+    behind = next((p.name for p in points if p.kind == "attention" and not p.name.startswith(inside)), None)
+    if behind is not None:
+        raise AttachError(
+            f"'{method}' ends with the tokens of the last block, and those of {points.backbone} are read by another attention "
+            f"behind it ('{behind}'). Use a backbone whose blocks give its tokens."
+        )
+    return blocks
