@@ -74,28 +74,28 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The change alone: x (n, ..., d) -> (n, ..., o)."""
-        return self.up(self.shared[0](x))
+        return self.up(self.shared[0](x), self.low_b, self.high_b)
 
-    def up(self, hidden: Tensor) -> Tensor:
-        """(n, ..., 2r) -> (n, ..., o)."""
+    def up(self, hidden: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
+        """(n, ..., 2r) -> (n, ..., o), by these B of all projections of a group."""
         if not (self.training and self.drop.p):
-            return self.scale * F.linear(hidden, torch.cat([self.low_b, self.high_b], dim=1))
+            return self.scale * F.linear(hidden, torch.cat([low_b, high_b], dim=1))
         low, high = hidden.chunk(2, dim=-1)
-        return self.scale * (self.drop(F.linear(low, self.low_b)) + self.drop(F.linear(high, self.high_b)))
+        return self.scale * (self.drop(F.linear(low, low_b)) + self.drop(F.linear(high, high_b)))
 
     @staticmethod
     def add_group(parts: tuple[tuple[Branches, int, int], ...], x: Tensor, y: Tensor) -> Tensor:
         """`y[..., start:stop] + change(x)` for all parts of one projection, whose A is the same."""
-        hidden = parts[0][0].shared[0](x)
+        first = parts[0][0]
+        low_b, high_b = torch.cat([m.low_b for m, _, _ in parts]), torch.cat([m.high_b for m, _, _ in parts])
+        change = first.up(first.shared[0](x), low_b, high_b).to(y.dtype)
+        if change.shape[-1] == y.shape[-1]:
+            return y + change
         pieces, at = [], 0
-        for module, start, stop in parts:
-            if start > at:
-                pieces.append(y.new_zeros(*y.shape[:-1], start - at))
-            pieces.append(module.up(hidden).to(y.dtype))
+        for piece, (_, start, stop) in zip(change.split([stop - start for _, start, stop in parts], dim=-1), parts):
+            pieces += [y.new_zeros(*y.shape[:-1], start - at), piece]
             at = stop
-        if at < y.shape[-1]:
-            pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - at))
-        return y + (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
+        return y + torch.cat([*pieces, y.new_zeros(*y.shape[:-1], y.shape[-1] - at)], dim=-1)
 
 
 class Single(nn.Module):
