@@ -167,6 +167,12 @@ class TimmBackbone(Backbone):
         """A member that comes with the package; another number of classes gets a head of its own."""
         device = options.pop("device", None)
         network, data = cls.networks.get(name, (cls.timm_class, {}))
+        file = WEIGHTS / f"{name}.safetensors"
+        if pretrained and not file.is_file():  # told before hundreds of megabytes are made
+            raise ConfigError(
+                f"The weights of '{name}' are not part of this installation ('{file.name}' is not in {WEIGHTS}). Pass "
+                "pretrained=False for random ones, or checkpoint='<file>' for weights of your own."
+            )
         try:
             module = network(**{**cls.members[name], **options})
         except TypeError as error:
@@ -178,12 +184,6 @@ class TimmBackbone(Backbone):
             "num_classes": cls.members[name]["num_classes"],
         }
         if pretrained:
-            file = WEIGHTS / f"{name}.safetensors"
-            if not file.is_file():
-                raise ConfigError(
-                    f"The weights of '{name}' are not part of this installation ('{file.name}' is not in {WEIGHTS}). Pass "
-                    "pretrained=False for random ones, or checkpoint='<file>' for weights of your own."
-                )
             weights, own = resampled({k: v.float() for k, v in load_file(file).items()}, module), module.state_dict()
             for key in [k for k in weights if k.startswith("head.")]:
                 if key not in own:
