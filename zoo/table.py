@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.errors import MergeError, MissingPackageError, UnknownNameError, ZooError
+from zoo.tasks.resolve import resolve
 
 STEPS = ("attach", "train", "save", "merge")
 
@@ -73,13 +74,16 @@ def _cell(family: str, method: str) -> Cell:
         try:
             if registry.adapter_class(method).head_kind == "text":  # compares inputs of one tower with names
                 batch, targets = _named(model, batch)
-            adapter = model.add_adapter(method)
+            cls = registry.adapter_class(method)
+            # what chooses within a budget has one for such a small network
+            adapter = model.add_adapter(registry.adapter(method, **cls.trial) if cls.needs_calibration else method)
         except ZooError as error:  # no such points, a role that the family lacks, a setting that does not fit
             return Cell(family, method, **{**done, "attach": str(error)}, parameters=0)
         done["attach"] = "yes"
         try:
             if adapter.needs_calibration:
-                adapter.calibrate(model, [(batch if len(batch) > 1 else batch[0], targets)])
+                task = None if model.num_classes else resolve(model, loss=_loss)
+                adapter.calibrate(model, [(batch if len(batch) > 1 else batch[0], targets)], task)
         except ZooError as error:
             return Cell(family, method, **{**done, "train": str(error)}, parameters=0)
         with model.context(**model.example_context(*batch)):
@@ -111,12 +115,15 @@ def _train(model: Any, batch: tuple[Tensor, ...], targets: Tensor) -> str:
         return f"defect: without a gradient: {', '.join(dead)}"
     model.train()
     optimizer = torch.optim.SGD(model.parameters_to_train().values(), lr=0.1)
-    output = model(*batch)
-    loss = torch.nn.functional.cross_entropy(output, targets) if output.ndim == 2 else (output - 1).square().mean()
-    loss.backward()
+    _loss(model(*batch), targets).backward()
     optimizer.step()
     model.eval()
     return "yes"
+
+
+def _loss(output: Tensor, targets: Tensor) -> Tensor:
+    """Of any output: logits (B, K), or something of another form."""
+    return torch.nn.functional.cross_entropy(output, targets) if output.ndim == 2 else (output - 1).square().mean()
 
 
 def _save(model: Any, batch: tuple[Tensor, ...]) -> str:

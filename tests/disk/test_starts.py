@@ -198,14 +198,14 @@ def test_what_is_refused_leaves_the_model_alone(tmp_path: Path) -> None:
 
 def test_a_plan_comes_along(tmp_path: Path) -> None:
     """What a calibration chose belongs to the values: it is taken over, and cannot go with other settings."""
-    model = tiny_model(zoo.adapter("spt", budget=0.05))
+    model = tiny_model(zoo.adapter("spt", budget=0.005))
     zoo.fit(model, easy_data(16), steps=2, batch_size=8, progress=False)
     source = model.save_adapter(tmp_path / "spt")
     again = tiny_model(zoo.adapter("spt", init=source))
     assert again.adapters["spt"].plan == model.adapters["spt"].plan
     zoo.fit(again, easy_data(16), steps=1, batch_size=8, progress=False)
     assert again.adapters["spt"].plan == model.adapters["spt"].plan
-    with pytest.raises(ConfigError, match=r"trained with budget=0\.05"):
+    with pytest.raises(ConfigError, match=r"trained with budget=0\.005"):
         zoo.adapter("spt", init=source, budget=0.1)
 
 

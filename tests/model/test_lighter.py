@@ -92,7 +92,7 @@ def test_int8_refusals() -> None:
     assert list(small.adapters) == []
     data = torch.utils.data.TensorDataset(images()[[0, 1, 2, 3, 0]], torch.arange(5))
     for adapter, error, words in (
-        (zoo.adapter("spt", num_batches=1), AttachError, "Int8Linear has none"),
+        (zoo.adapter("spt", budget=0.004, num_batches=1), AttachError, "Int8Linear has none"),
         (zoo.adapter("ladder", init="fisher", reduction=4), ConfigError, "kept in int8"),
     ):
         small.add_adapter(adapter)

@@ -4,7 +4,7 @@ Idea: weights differ in what they matter for a task. Matrices in which many weig
 (structured), in the others only the weights that matter are tuned (unstructured); vectors as a whole, or in single entries.
 Points: all `linear` points inside of blocks (q, k, v, o, up, down; q, k and v each for itself), `norm` points, class token.
 
-    s_w    = sum over batches of (d mean loss / d w)^2                   for every weight w; the task's own head, cross-entropy
+    s_w    = sum over batches of (d mean loss / d w)^2                   for every weight w; the loss of any task, by its own head
     hits   = the tau highest s_w of all candidates
     matrix: hits >= C / alpha -> structured, else its hits are tuned     C = r (i + o), for the adapter 2 r o + r + o
     vector: hits >= len / beta -> tuned whole, else in its hits
@@ -21,6 +21,8 @@ CIFAR-100 masks: 380,909 at 0.4 M (23,789 single entries, 14 matrices), 999,941 
 The masks depend on the head's initial values: pass `seed` to zoo.load to get the same ones again.
 Source: He et al. 2023, "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning" (ziplab/SPT). Their code, which we follow,
 divides the cost C by alpha, which the paper does not.
+Any task gives sensitivities: classification, or without a head contrast of images and texts, generation, denoising; the paper has
+cross-entropy. A budget that does not reach the class token and one entry, or is above all that can be tuned, is refused.
 Deviations: the pass runs in eval mode (theirs with stochastic depth 0.1 in the backbone, which is random); below a budget of
 0.4 M tau goes in steps of a twentieth of it, as 0.02 M is too coarse; single entries of norms count in the sum as theirs do, and
 like theirs are not tuned (theirs: "doesn't affect the performance much"); dropout is also in front of o's module, and its
@@ -53,6 +55,7 @@ from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
+from zoo.tasks.resolve import resolve
 
 
 @register_adapter("spt")
@@ -115,20 +118,23 @@ class SPT(Adapter):
             task: whose loss the sensitivities are of; by default what the model is for.
 
         Raises:
-            ConfigError: the adapter is in no model, or the model has no head.
+            ConfigError: the adapter is in no model, the model has no head and the task needs one, or the budget is below the
+                cheapest choice or above all that can be tuned.
             DataError: no batch, wrong labels, NaN or Inf. The model is as it was, then.
         """
         name = next((n for n, a in model.adapters.items() if a is self), None)
         if name is None:
             raise ConfigError("This 'spt' is attached to no model: calibrate what model.add_adapter('spt') returned.")
+        what = resolve(model, task)
         self.check(
-            model.num_classes > 0 or (task is not None and not task.on_head),
-            "sensitivity is that of a task, so the model needs a head: pass num_classes=...",
+            model.num_classes > 0 or not what.on_head,
+            f"sensitivity is that of a task, and '{what.name}' needs a head: pass num_classes=..., or another task.",
         )
         found = candidates(model.points, self.form, self.rank, self.alpha, self.beta)
+        self._check_budget(found, model)
         # on the pretrained weights: what was chosen before is off, while the head in use stays
         with damped(model, name, 0.0) if self.plan is not None and name in model.active else nullcontext():
-            scores, count, samples = sensitivity(model, found, batches, self.num_batches, task)
+            scores, count, samples = sensitivity(model, found, batches, self.num_batches, what)
         before = self.plan
         try:
             self._decide(found, scores, model)
@@ -141,10 +147,18 @@ class SPT(Adapter):
         finally:
             self._indices = {}
 
+    def _check_budget(self, found: list[Candidate], model: Host) -> None:
+        """Raise ConfigError for fewer parameters than the tokens and one entry, or more than there are."""
+        fixed, most = _tokens(model)[1], sum(c.size for c in found)
+        self.check(
+            fixed < round(self.budget * 1e6) <= fixed + most,
+            f"budget is {self.budget:g} million parameters; of {model.backbone_name} {fixed + most:,} can be tuned, of which the "
+            f"class token, always tuned, has {fixed:,}. Expected {(fixed + 1) / 1e6:.6f} to {(fixed + most) / 1e6:.6f}.",
+        )
+
     def _decide(self, found: list[Candidate], scores: list[Tensor], model: Host) -> None:
         """Set `plan` and the index lists."""
-        tokens = [p for p in model.points if isinstance(p, TokensPoint) and p.parameter]
-        fixed = sum(model.backbone.get_parameter(p.parameter).numel() for p in tokens)
+        tokens, fixed = _tokens(model)
         budget = round(self.budget * 1e6)
         taus = grid(budget, sum(c.size for c in found))
         owner, place = most_sensitive(scores, taus[-1])
@@ -245,3 +259,9 @@ class SPT(Adapter):
                 if module.bias_delta is not None:
                     bias = merger.bias(point)
                     merger.set_bias(point, bias + module.change("bias", tuple(bias.shape)).to(bias.device))
+
+
+def _tokens(model: Host) -> tuple[list[TokensPoint], int]:
+    """The points whose tokens (the class token) are tuned in any case, and how many numbers these have."""
+    tokens = [p for p in model.points if isinstance(p, TokensPoint) and p.parameter]
+    return tokens, sum(model.backbone.get_parameter(p.parameter).numel() for p in tokens)

@@ -331,6 +331,18 @@ def test_refusals() -> None:
         swin.add_adapter(stray)
 
 
+def test_budgets_that_cannot_be() -> None:
+    """Below the class token and one entry, or above all weights that are candidates; the model stays as it was."""
+    model = build()
+    whole = sum(p.numel() for n, p in model.backbone.named_parameters() if n.startswith(("blocks.", "norm.", "cls")))
+    for budget in (48 / 1e6, (whole + 1) / 1e6):
+        adapter = model.add_adapter(zoo.adapter("spt", budget=budget))
+        with pytest.raises(ConfigError, match=rf"{whole:,} can be tuned.* Expected 0\.000049 to {whole / 1e6:.6f}"):
+            adapter.calibrate(model, batches())  # type: ignore[operator]
+        assert adapter.plan is None
+        model.remove_adapter("spt")
+
+
 def test_fit_calibrates_and_learns(image_folder: Path) -> None:
     model = build()
     model.add_adapter(zoo.adapter("spt", num_batches=2, **SETTINGS))

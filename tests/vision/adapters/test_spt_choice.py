@@ -80,7 +80,7 @@ def test_unit_costs() -> None:
 )
 def test_a_failure_leaves_the_model_as_it_was(inputs: Tensor | None, targets: Tensor, match: str) -> None:
     model = build()
-    adapter = model.add_adapter("spt")
+    adapter = model.add_adapter(zoo.adapter("spt", budget=0.004))
     model.train()
     before, logits = snapshot(model), model(IMAGES)
     with pytest.raises(DataError, match=match):
@@ -184,7 +184,7 @@ def test_sensitivity_is_that_of_the_task(kind: str) -> None:
     options: dict[str, Any] = {"task": "multilabel"} if kind == "multilabel" else {"loss": losses[kind]}
     by_fit = zoo.load(
         "vit-micro",
-        zoo.adapter("spt", num_batches=1),
+        zoo.adapter("spt", budget=0.02, num_batches=1),
         num_classes=3,
         pretrained=False,
         embed_dim=48,

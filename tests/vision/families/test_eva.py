@@ -12,6 +12,7 @@ from flat_models import MODELS, asked, images, library, prompted, shaken, with_p
 from torch import nn
 
 import zoo
+from vision.adapters.parts.sensitivity import candidates
 from zoo.adapters.prefix import Prefix
 from zoo.errors import AttachError, MergeError
 
@@ -181,7 +182,8 @@ def test_a_copy_has_biases_of_its_own() -> None:
 
 
 def test_spt_scores_and_tunes_biases_beside_the_projection() -> None:
-    model = wrapped("eva02-packed", zoo.adapter("spt", budget=3000))
+    everything = sum(c.size for c in candidates(wrapped("eva02-packed").points, "lora", 8, 10, 5))
+    model = wrapped("eva02-packed", zoo.adapter("spt", budget=everything / 1e6))
     model.adapters["spt"].calibrate(model, [(images(), TARGETS)])
     assert model.probe(images()) == []
     with torch.no_grad():

@@ -133,7 +133,10 @@ def test_equal_to_the_library_to_the_bit(dtype: torch.dtype) -> None:
     "method", ["lora", "bitfit", "norm", "ia3", "full", "ssf", "vpt", "prefix", "vqt", "adapter", "spt"]
 )
 def test_alive_and_merged(method: str) -> None:
-    settings: dict[str, Any] = {"lora": {"targets": "all-linear"}, "spt": {"drop_path": 0.0, "dropout": 0.0}}
+    settings: dict[str, Any] = {
+        "lora": {"targets": "all-linear"},
+        "spt": {"budget": 0.01, "drop_path": 0.0, "dropout": 0.0},
+    }
     model = wrapped(zoo.adapter(method, **settings.get(method, {}))).train()
     adapter = model.adapters[method]
     if adapter.needs_calibration:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zoo import probing
+from zoo.engine.context import batch_of
 from zoo.errors import AttachError, DataError
 from zoo.points import LinearPoint, NormPoint, Points
 
@@ -127,7 +128,7 @@ def sensitivity(
                         "the backbone's weights."
                     )
                 loss.backward()
-                count, samples = count + 1, samples + len(targets)
+                count, samples = count + 1, samples + _rows(inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -147,6 +148,12 @@ def _check(model: Host, task: Task, targets: Any) -> None:
             f"Labels of a calibration batch run from {int(targets.min())} to {int(targets.max())}; the head has "
             f"{model.num_classes} classes. Load the model with num_classes= of the data."
         )
+
+
+def _rows(inputs: Any) -> int:
+    """Samples of a batch: rows of its first tensor."""
+    first = batch_of(inputs if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    return 0 if first is None else len(first)
 
 
 class _Square:
