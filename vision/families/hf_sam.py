@@ -195,6 +195,11 @@ class TransformersSAM(TransformersVision):
         everything = {"pooled": self.pool(output), "maps": [output.last_hidden_state]}
         return {name: everything[name] for name in want}
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Those of the neck."""
+        return (int(self.config.output_channels),)
+
     def licence(self) -> str | None:
         """Licence of the weights; None for random ones, or where none is known."""
         return "apache-2.0" if self.pretrained and self.source in self.configs else None

@@ -189,6 +189,13 @@ class SamViT(TimmBackbone):
             found["pooled"] = module.forward_head(map_, pre_logits=True).contiguous()
         return {name: found[name] for name in want}
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Those of the neck."""
+        module: Any = self.module
+        neck = [m for m in module.neck.modules() if isinstance(m, nn.Conv2d)]
+        return (neck[-1].out_channels if neck else int(module.embed_dim),)
+
     @classmethod
     def half(cls, block: Any, role: str, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, H, W, d) plus the attention of its windows, or plus the MLP."""
