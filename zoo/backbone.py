@@ -188,7 +188,9 @@ class Backbone:
     def map_channels(self) -> tuple[int, ...]:
         """C of each of the output "maps": by default the width of each stage's blocks, or of all blocks where there are none."""
         blocks = [point for point in self.points() if point.kind == "block"]
-        widths = {p.stage: p.dim_out for p in blocks if p.tower == blocks[0].tower}  # of two towers that of images is first
+        widths = {
+            p.stage: p.dim_out for p in blocks if p.tower == blocks[0].tower
+        }  # of two towers that of images is first
         return tuple(widths.values())
 
     def take_head(self) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def test_maps_are_those_of_the_model_and_only_adapters_train() -> None:
 def test_the_runner_trains_tests_and_goes_on(tmp_path: Path) -> None:
     data = folder(tmp_path / "data")
     given = config(data, tmp_path / "work", iterations=8, adapter={"type": "lora", "rank": 2})
-    runner = Runner.from_cfg(Config(given))
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    runner = Runner.from_cfg(Config.fromfile(tmp_path / "config.json"))  # which imports what `custom_imports` names
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     runner.train()
     after = runner.model.state_dict()
