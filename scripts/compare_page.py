@@ -9,6 +9,7 @@ Of each comparison its rows (`<name>.rows.jsonl`) and its numbers (`<name>.json`
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 
 from zoo.bench.report import draw, means, read, tables
 from zoo.bench.study import Study
+from zoo.loading import embedded_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "comparison"
@@ -69,7 +71,7 @@ def section(name: str, study: Study) -> list[str]:
         "",
     ]
     text += ["#" + line if line.startswith("## ") else line for line in tables(study)]
-    text += plain(study)
+    text += heads(study) + plain(study)
     if study.left_out:
         text += ["Not compared:", ""]
         text += [f"- `{label}` at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
@@ -79,6 +81,36 @@ def section(name: str, study: Study) -> list[str]:
             ""
         ]
     return text
+
+
+def heads(study: Study) -> list[str]:
+    """Whose head is of another size than the others' of the same data set."""
+    text = []
+    for data in dict.fromkeys(line["data"] for line in study.lines):
+        sizes = {line["label"]: line["head"] for line in study.lines if line["data"] == data}
+        usual = statistics.mode(sizes.values())
+        other = [f"`{label}` {size:,}" for label, size in sizes.items() if size != usual]
+        if other:
+            text += [
+                f"The head on {data} has {usual:,} parameters, which are not counted; that of {', '.join(other)}.",
+                "",
+            ]
+    return text
+
+
+def shipped() -> list[str]:
+    """The trained adapters that come along, with the accuracy that their cards state."""
+    text = ["## Adapters that come along", ""]
+    text += [
+        "`zoo.load(adapter=<name>)` loads one with its backbone, offline. Accuracy is that of the fp16 weights on all test"
+    ]
+    text += ["items. How they were trained is in their cards (`model_cards/`).", ""]
+    text += ["| name | data | training items | test accuracy, % |", "| --- | --- | --- | --- |"]
+    for name, folder in sorted(embedded_adapters().items()):
+        record = json.loads((folder / "metrics.json").read_text())
+        data, accuracy = record["data"], record["metrics"]["test"]["accuracy"]
+        text.append(f"| `{name}` | {data['name']} | {data['train']:,} | {100 * accuracy:.1f} |")
+    return [*text, ""]
 
 
 def plain(study: Study) -> list[str]:
@@ -123,6 +155,7 @@ def main() -> None:
         study = read(file)
         draw(study, PICTURES / f"comparison-{file.stem}.png")
         text += section(file.stem, study)
+    text += shipped()
     (ROOT / "docs" / "comparison.md").write_text("\n".join(text).rstrip() + "\n")
 
 
