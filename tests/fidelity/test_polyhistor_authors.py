@@ -25,11 +25,11 @@ from zoo.adapters.parts.of_tasks import MadeBottleneck
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "polyhistor.json").read_text())
 SIZE = {"tasks": ["a", "b"], "reduction": 2.0, "task_dim": 6, "hidden": 8, "projected": 5, "targets": ["attn", "mlp"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "whole": ("polyhistor", {"decomposed": False, "embedding_norm": False}),
-    "block": ("polyhistor", {"inner_reduction": 2.0}),
-    "stage": ("polyhistor", {"inner": 3, "per": "stage"}),
-    "kernel": ("polyhistor-lite", {"inner": 2}),
-    "template": ("polyhistor-lite", {"inner": 2, "order": "template"}),
+    "whole": ("polyhistor", {"decomposed": False}),
+    "block": ("polyhistor", {"inner_reduction": 2.0, "embedding_norm": True}),
+    "stage": ("polyhistor", {"inner": 3, "per": "stage", "embedding_norm": True}),
+    "kernel": ("polyhistor-lite", {"inner": 2, "embedding_norm": True}),
+    "template": ("polyhistor-lite", {"inner": 2, "order": "template", "embedding_norm": True}),
 }
 STAGES = [(8, [0]), (16, [1, 2]), (32, [3])]  # width, layers
 MAPS = {"down": "down_sampler", "up": "up_sampler", "scale": "post_layernorm"}
@@ -163,14 +163,14 @@ def count_of(name: str, method: str, **settings: Any) -> int:
 @pytest.mark.parametrize(
     ("name", "settings", "recorded", "count"),
     [
-        ("polyhistor", {}, "polyhistor", 6_410_684),
-        ("polyhistor-lite", {}, "lite", 413_552),
-        ("polyhistor-lite", {"inner": 8, "targets": ("attn", "mlp")}, "lite both", 407_120),
-        ("polyhistor", {"per": "stage", "targets": ("attn", "mlp")}, "stage", 2_803_438),
+        ("polyhistor", {"embedding_norm": True}, "polyhistor", 6_410_684),
+        ("polyhistor-lite", {"embedding_norm": True}, "lite", 413_552),
+        ("polyhistor-lite", {"inner": 8, "targets": ("attn", "mlp"), "embedding_norm": True}, "lite both", 407_120),
+        ("polyhistor", {"per": "stage", "targets": ("attn", "mlp"), "embedding_norm": True}, "stage", 2_803_438),
         # the paper's row of Hyperformer
         (
             "polyhistor",
-            {"decomposed": False, "reduction": 8, "targets": ("attn", "mlp"), "embedding_norm": False},
+            {"decomposed": False, "reduction": 8, "targets": ("attn", "mlp")},
             "hyperformer",
             72_770_768,
         ),
@@ -181,6 +181,15 @@ def test_counts_on_swin_t(name: str, settings: dict[str, Any], recorded: str, co
     assert count_of("swin-t", name, tasks=FOUR, **settings) == count == AUTHORS["counts"][recorded]
 
 
+@pytest.mark.parametrize(
+    ("name", "networks", "count"), [("polyhistor", 12, 6_409_148), ("polyhistor-lite", 1, 413_424)]
+)
+def test_the_norm_of_the_embedding(name: str, networks: int, count: int) -> None:
+    """Off by default: 2 p fewer for each network than their class with it."""
+    assert count_of("swin-t", name, tasks=FOUR) == count
+    assert count_of("swin-t", name, tasks=FOUR, embedding_norm=True) == count + 2 * 64 * networks
+
+
 def test_count_of_the_paper_s_adapter_row() -> None:
     """8.69 M: for each of four tasks one bottleneck of d / 2 behind each MLP, with a LayerNorm of its own."""
     assert 4 * count_of("swin-t", "adapter", targets="mlp", reduction=2, norm="out") == 8_688_000
@@ -189,9 +198,9 @@ def test_count_of_the_paper_s_adapter_row() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "count"),
     [
-        ("polyhistor", {}, 17_999_168),
-        ("polyhistor", {"per": "stage"}, 1_572_080),
-        ("polyhistor-lite", {}, 2_118_080),
+        ("polyhistor", {}, 17_997_632),
+        ("polyhistor", {"per": "stage"}, 1_571_952),
+        ("polyhistor-lite", {}, 2_117_952),
     ],
 )
 def test_counts_on_vit_b(name: str, settings: dict[str, Any], count: int) -> None:

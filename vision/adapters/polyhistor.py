@@ -6,7 +6,7 @@ Points: `sublayer` (verb `after`, or `parallel` with insert="parallel"). Context
 
     y <- y + LN(W_up f(W_down y + b_down) + b_up; gamma, beta)             y the sublayer's output, before the residual sum
     h <- h + F(LN h) + LN(W_up f(W_down h + b_down) + b_up; gamma, beta)   instead, parallel: beside it, from its residual stream
-    e = LN(W_2 relu(W_1 z + b_1) + b_2)                                    (p,), W_1 (h, z), W_2 (p, h)
+    e = W_2 relu(W_1 z + b_1) + b_2                                        (p,), W_1 (h, z), W_2 (p, h)
     W_down = P_1 Q_1, W_up = P_2 Q_2                                       P_1 (b, q), Q_1 (q, d), P_2 (d, q), Q_2 (q, b)
     [P_i; Q_i], b_down (b,), b_up (d,), gamma (d,), beta (d,): six linear maps of e
 
@@ -16,23 +16,24 @@ Points: `sublayer` (verb `after`, or `parallel` with insert="parallel"). Context
 | `stage` | [task; layer], and kind if several | the blocks of a width  | all of their sublayers  | hyperlowrank++ |
 
 `decomposed=False` makes whole matrices: what the paper compares with as Hyperformer. Rows of tasks are common to all blocks.
-Start: rows N(0, 1), matrices N(0, 0.01^2), biases 0; gamma and beta are made as well and small at first, so the start is close
-to the pretrained function, not equal to it.
+Start: rows N(0, 1), matrices N(0, 0.01^2), biases 0; gamma and beta are made as well and about 0.002 at first, so the start is
+close to the pretrained function, not equal to it. `embedding_norm=True` is e = LN(...), which makes them 0.08: far from it.
 
 The weights are made once for each forward pass and task, and kept in evaluation. A batch has one task: `model(x, context={"task":
 "edges"})`; with a single task it need not be said. One task's adapters are taken out as a plain `adapter` (`extract`), which
 needs no hypernetwork.
 
 Defaults: per block, m = 512, h = 128, p = 64, f = SiLU, b = d / 16, q = b / 4 (rounded down), behind the MLP.
-Counts: for each block h (m + 1) + p (h + 1) + 2 p, for each of its points (p + 1) (2 q (d + b) + b + 3 d), and m for each task.
-Swin-T, 4 tasks: 12 * 74,048 + 65 sum (2 q (d + b) + b + 3 d) + 4 * 512 = 888,576 + 5,520,060 + 2,048 = 6,410,684; the sum is
+Counts: h (m + 1) + p (h + 1) for each block, (p + 1) (2 q (d + b) + b + 3 d) for each of its points, and m for each task.
+Swin-T, 4 tasks: 12 * 73,920 + 65 sum (2 q (d + b) + b + 3 d) + 4 * 512 = 887,040 + 5,520,060 + 2,048 = 6,409,148; the sum is
 over 2 blocks of d = 96 (b = 6, q = 1: 498), 2 of 192 (12, 3: 1,812), 6 of 384 (24, 6: 6,072) and 2 of 768 (48, 12: 21,936). The
 paper's table says 6.41 M and not at which sizes; its plain adapter (behind the MLP) speaks for these. Its row of Hyperformer,
-72.77 M, is `decomposed=False, reduction=8, targets=("attn", "mlp"), embedding_norm=False`: 72,770,768.
-ViT-B/16, one task: 17,999,168, and per stage (which is one for all blocks) 1,572,080.
+72.77 M, is `decomposed=False, reduction=8, targets=("attn", "mlp")`: 72,770,768. The norm is 2 p more for each network.
+ViT-B/16, one task: 17,997,632, and per stage (which is one for all blocks) 1,571,952.
 Source: Liu, Ma, Tian, He and Kira, "Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks", NeurIPS 2022;
 their training code, as it circulates in public.
-Deviations: b is d / reduction rounded, theirs rounded down (16 divides the widths of Swin). The LayerNorm in front of the
+Deviations: the LayerNorm of e is off; their class has it on, their counts agree with both, and only without it is the start what
+it is meant to be. b is d / reduction rounded, theirs rounded down (16 divides the widths of Swin). The LayerNorm in front of the
 bottleneck that their code has as a further switch is left out, and so are norms of each task behind the stages: a head's affair.
 """
 
@@ -78,7 +79,7 @@ class Polyhistor(Decomposed):
     targets: str | tuple[str, ...] | None = None
     insert: Literal["serial", "parallel"] = "serial"
     activation: Literal["relu", "gelu", "gelu_new", "silu", "tanh", "none"] = "silu"
-    embedding_norm: bool = True
+    embedding_norm: bool = False
 
     default_lr = 1e-3
     paper = "Liu et al. 2022"

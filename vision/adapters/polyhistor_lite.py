@@ -5,7 +5,7 @@ narrowest width, each stretched by a small kernel, and their sum is its weight.
 Points: `sublayer` (verb `after`, or `parallel` with insert="parallel"). Context: `task`, one for the batch.
 
     y <- y + LN(W_up f(W_down y + b_down) + b_up; gamma, beta)     y the sublayer's output, in front of the residual sum
-    e_j = LN(W_2 relu(W_1 [task; layer_j; kind] + b_1) + b_2)      (p,), j = 1 .. s = d / d_0; `kind` only where there are several
+    e_j = W_2 relu(W_1 [task; layer_j; kind] + b_1) + b_2          (p,), j = 1 .. s = d / d_0; `kind` only where there are several
     T_j = P_j Q_j, t_j                                             templates (b_0, d_0), (d_0, b_0) and vectors, linear in e_j
     W = sum_j K_j (x) T_j                                          (b, d) and (d, b), b = s b_0; K (s, s, s), one for up and down
     b_down = sum_j k_j (x) t_j, b_up alike, k (s, s);  gamma and beta alike with a kernel (s, s) of their own
@@ -13,23 +13,23 @@ Points: `sublayer` (verb `after`, or `parallel` with insert="parallel"). Context
 d_0 is the narrowest width of the chosen points (of their tower); s must be whole. K, k and the kernel of the norm belong to a
 point, for all tasks; where s = 1 there are none, so that on a backbone of one width this is `polyhistor` with per="stage".
 `order="template"` takes T_j (x) K_j instead, which mixes neighbouring channels in the place of groups of d_0. Start: rows and
-kernels N(0, 1), matrices of the network and the maps N(0, 0.01^2), biases 0; gamma and beta are small at first, so the start is
-close to the pretrained function, not equal to it.
+kernels N(0, 1), matrices of the network and the maps N(0, 0.01^2), biases 0; gamma and beta are some 0.01 at first, so the start
+is close to the pretrained function, not equal to it. `embedding_norm=True` is e_j = LN(...), with which it is far from it.
 
 The weights are made once for each forward pass and task, and kept in evaluation. A batch has one task: `model(x, context={"task":
 "edges"})`; with a single task it need not be said. One task's adapters are taken out as a plain `adapter` (`extract`), which
 needs no hypernetwork and no kernels.
 
 Defaults: m = 512, h = 128, p = 64, f = SiLU, b_0 = d_0 / 2, q = 12, behind the MLP, K in front.
-Counts: h (z + 1) + p (h + 1) + 2 p with z = 2 m, or 3 m; (p + 1) (2 q (d_0 + b_0) + b_0 + 3 d_0); m for each task, for each kind
-if there are several, and s times for each layer; s^3 + 2 s^2 for each point with s > 1.
-Swin-T, 4 tasks: 139,584 + 65 * 3,792 + 512 (4 + 2 + 2 * 2 + 6 * 4 + 2 * 8) + 2 * 16 + 6 * 96 + 2 * 640 = 139,584 + 246,480 +
-25,600 + 1,888 = 413,552. The paper's table says 0.41 M and not at which sizes; several give it, and these are those of its plain
-adapter (behind the MLP, b = d / 2) with q = b_0 / 4, as in `polyhistor`. ViT-B/16, one task: 2,118,080.
+Counts: h (z + 1) + p (h + 1) with z = 2 m, or 3 m (with the norm 2 p more); (p + 1) (2 q (d_0 + b_0) + b_0 + 3 d_0); m for each
+task, for each kind if there are several, and s times for each layer; s^3 + 2 s^2 for each point with s > 1.
+Swin-T, 4 tasks: 139,456 + 65 * 3,792 + 512 (4 + 2 + 2 * 2 + 6 * 4 + 2 * 8) + 2 * 16 + 6 * 96 + 2 * 640 = 139,456 + 246,480 +
+25,600 + 1,888 = 413,424. The paper's table says 0.41 M and not at which sizes; several give it, and these are those of its plain
+adapter (behind the MLP, b = d / 2) with q = b_0 / 4, as in `polyhistor`. ViT-B/16, one task: 2,117,952.
 Source: Liu, Ma, Tian, He and Kira, "Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks", NeurIPS 2022;
 their training code, as it circulates in public.
-Deviations: s is what the widths say; theirs is 1, 2, 4, 8 by the number of the stage, which is the same on Swin. The LayerNorm
-in front of the bottleneck that their code has as a further switch is left out.
+Deviations: the LayerNorm of e is off, as in `polyhistor`. s is what the widths say; theirs is 1, 2, 4, 8 by the number of the
+stage, which is the same on Swin. The LayerNorm in front of the bottleneck that their code has as a further switch is left out.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class PolyhistorLite(Decomposed):
     order: Literal["kernel", "template"] = "kernel"
     insert: Literal["serial", "parallel"] = "serial"
     activation: Literal["relu", "gelu", "gelu_new", "silu", "tanh", "none"] = "silu"
-    embedding_norm: bool = True
+    embedding_norm: bool = False
 
     default_lr = 1e-3
     paper = "Liu et al. 2022"

@@ -24,6 +24,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("polyhistor", {"decomposed": False, "inner": None}),
     "lite": ("polyhistor-lite", {}),
     "template": ("polyhistor-lite", {"order": "template"}),
+    "normed": ("polyhistor-lite", {"embedding_norm": True}),
 }
 forms = pytest.mark.parametrize("form", list(FORMS))
 
@@ -56,7 +57,8 @@ def test_forward_written_out(form: str, insert: str) -> None:
 
     def embedding(rows: list[Tensor], stack: str) -> Tensor:
         e = affine(affine(torch.cat(rows), f"{stack}.projector.into").relu(), f"{stack}.projector.out")
-        return F.layer_norm(e, (6,), s[f"{stack}.projector.norm.weight"], s[f"{stack}.projector.norm.bias"], 1e-6)
+        norm = f"{stack}.projector.norm"
+        return F.layer_norm(e, (6,), s[f"{norm}.weight"], s[f"{norm}.bias"], 1e-6) if f"{norm}.weight" in s else e
 
     def made(e: Tensor, maps: str, d: int, b: int) -> list[Tensor]:
         """W_down, b_down, W_up, b_up, gamma, beta."""
@@ -92,7 +94,7 @@ def test_forward_written_out(form: str, insert: str) -> None:
             name = "kernel" if i in (0, 2) else "bias_kernel" if i in (1, 3) else "norm_kernel"
             total = torch.zeros(())
             for kernel, template in zip(s[f"{stretch}.{name}"][point], templates, strict=True):
-                pair = (kernel, template[i]) if form == "lite" else (template[i], kernel)
+                pair = (kernel, template[i]) if form != "template" else (template[i], kernel)
                 total = total + torch.kron(*pair)
             out.append(total)
         return out
@@ -177,16 +179,17 @@ def test_made_once_for_each_step(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert runs == ["a", "b"]
 
 
-@forms
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "normed"])
 def test_start_is_close(form: str) -> None:
     """gamma and beta are made, and small."""
     model = attached(form)
-    weights = model.adapters["poly"].hyper(None)
-    assert all(float(w.norm.detach().abs().max()) < 0.25 for w in weights.values())
+    made = model.adapters["poly"].hyper(None)
+    assert all(float(w.norm.detach().abs().max()) < 0.01 for w in made.values())
     with torch.no_grad():
         adapted = model(images())
         with model.disable():
-            assert not torch.equal(adapted, model(images()))
+            plain = model(images())
+    assert 0 < float((adapted - plain).norm() / plain.norm()) < 0.02
 
 
 @forms
