@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_data import dense_model, pairs
+from dense_data import images as dense_images
 from method_models import bare, images, shake
 from torch import Tensor
 
 import zoo
+from vision.data.dense import open_dense
 from zoo.adapters.parts.hypernetwork import BottleneckMaker
 from zoo.adapters.parts.kronecker import kronecker_sum
 from zoo.errors import AttachError, ConfigError, ContextError, MergeError, UnknownNameError
+from zoo.regimes.multitask import single_task
 
 SMALL: dict[str, Any] = {"rank": 4, "inner": 2, "task_dim": 4, "hidden": 8, "projected": 6}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -256,3 +260,28 @@ def test_widths_that_no_template_stretches_to_are_refused() -> None:
     points = [SimpleNamespace(name=f"blocks.{i}.mlp", block=i, tower="", dim_out=d) for i, d in enumerate((24, 40))]
     with pytest.raises(AttachError, match=r"'blocks.1.mlp' is 40 wide, no multiple of the narrowest width 24"):
         method.hypernetwork(points)
+
+
+def test_several_dense_tasks_and_one_taken_out(tmp_path: Path) -> None:
+    """Maps of classes, edges and distances learnt at once; one task's decoder and plain adapters say the same alone."""
+    images_, names = pairs(6), ("parts", "edges", "far")
+    data = {
+        "parts": open_dense(images_, classes=["dark", "bright"]),
+        "edges": open_dense(images_, "edges", derive="edges"),
+        "far": open_dense(images_, "depth", derive="distance"),
+    }
+    model = dense_model("swin", zoo.adapter("polyhistor-lite", tasks=names, **{**SMALL, "rank": 2}), outputs=0)
+    before = {k: v.clone() for k, v in model.adapters["polyhistor-lite"].state_dict().items()}
+    report = zoo.run(model, "multitask", data, data, epochs=2, tau=0.0, fit={"progress": False, "batch_size": 3})
+    assert set(report.summary["values"]) == set(names)
+    after = model.adapters["polyhistor-lite"].state_dict()
+    assert all(not torch.equal(after[k], v) for k, v in before.items())
+    batch = dense_images("swin")
+    with torch.no_grad():
+        logits = model(batch, context={"task": "edges"})
+        one = single_task(model, "edges")
+        assert [a.method for a in one.adapters.values()] == ["adapter"] and one.classes == ["edge"]
+        torch.testing.assert_close(one(batch), logits[:, 2:3], rtol=1e-4, atol=1e-5)
+        one.save_adapter(tmp_path / "edges")
+        again = zoo.load(adapter=tmp_path / "edges", pretrained=False, seed=0)
+        assert torch.equal(again(batch), one(batch))
