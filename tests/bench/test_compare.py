@@ -166,7 +166,8 @@ def test_one_method_that_breaks_costs_only_itself(root: Path, tmp_path: Path, mo
     monkeypatch.setattr(registry.adapter_class("lora"), "fit_start", broken)
     found = run(tmp_path / "out", root)
     assert [line["label"] for line in found.lines] == ["linear"]
-    assert "of this method alone" in found.failed[0]["error"]
+    assert "RuntimeError: of this method alone" in found.failed[0]["error"]
+    assert "fit_start" in (tmp_path / "out" / "failed.log").read_text()
 
 
 def test_methods_at_their_own_size_and_kept_adapters(root: Path, tmp_path: Path) -> None:
@@ -199,6 +200,13 @@ def test_data_by_name(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             named_sets(cls, name)
     with pytest.raises(DataError, match="camvid"):
         named_sets(vit, "camvid", root=data_dir)
+
+
+def test_two_processes_share_a_journal(tmp_path: Path) -> None:
+    one, other = Journal(tmp_path / "rows.jsonl"), Journal(tmp_path / "rows.jsonl")
+    one.add({"config": {"seed": 0}, "result": {"accuracy": 0.5}})
+    assert other.find({"seed": 0}) == {"config": {"seed": 0}, "result": {"accuracy": 0.5}}
+    assert other.find({"seed": 1}) is None
 
 
 def test_damaged_journal(tmp_path: Path) -> None:

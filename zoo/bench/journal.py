@@ -27,15 +27,18 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: dict[str, dict[str, Any]] = {}
+        self._size = 0
         if path.exists():
-            self._read()
+            whole = self._read()
+            if whole < path.stat().st_size:  # killed while it was written
+                with path.open("r+b") as file:
+                    file.truncate(whole)
 
-    def _read(self) -> None:
+    def _read(self) -> int:
+        """Take in the whole lines; returns where they end."""
         data = self.path.read_bytes()
+        self._size = len(data)
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # killed while it was written
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)
@@ -44,9 +47,12 @@ class Journal:
                 raise SaveError(
                     f"{self.path}: line {number} is no row of a comparison ({error!r}). Take it out, or name another folder."
                 ) from error
+        return whole
 
     def find(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The finished row of this work, if there is one."""
+        """The finished row of this work, if there is one; another process may have written it meanwhile."""
+        if _key(config) not in self._rows and self.path.exists() and self.path.stat().st_size != self._size:
+            self._read()
         return self._rows.get(_key(config))
 
     def add(self, row: dict[str, Any]) -> None:

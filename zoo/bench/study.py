@@ -162,8 +162,12 @@ def compare(
             continue
         except ZooError as error:
             study.failed.append({"data": sets.name, "method": method.label, "error": str(error)})
-        except Exception:  # one method that breaks must not cost the others their results
-            study.failed.append({"data": sets.name, "method": method.label, "error": traceback.format_exc(limit=-4)})
+        except Exception as error:  # one method that breaks must not cost the others their results
+            told = f"{type(error).__name__}: {error} (out/failed.log says where)"
+            study.failed.append({"data": sets.name, "method": method.label, "error": told})
+            out.mkdir(parents=True, exist_ok=True)
+            with (out / "failed.log").open("a") as file:
+                file.write(f"{sets.name}, {method.label}, {method.settings}\n{traceback.format_exc()}\n")
         else:
             study.lines.append({"data": sets.name, "budget": size, **line})
         gc.collect()
