@@ -1,4 +1,4 @@
-"""A module of the backbone inside of what replaces it (`SublayerPoint.replace`)."""
+"""What surrounds a sublayer: a module in its place that calls it (`replace`), one in front of it and in the sum (`enter`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Around"]
+__all__ = ["Around", "Entering"]
 
 
 @dataclass(eq=False)
@@ -33,3 +33,22 @@ class Around:
 
         y = self.module(inner, x)
         return (y, *(rest or [None])) if self.packed or rest else y
+
+
+@dataclass(eq=False)
+class Entering:
+    """Changes the residual stream in front of a sublayer: in front of its norm, and in the sum behind it."""
+
+    module: nn.Module
+    held: Tensor | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`x + module(x)`; what was added is kept until the exit."""
+        self.held = self.module(x)
+        return x + self.held
+
+    def join(self, y: Tensor) -> Tensor:
+        """`y` and what was added in front."""
+        added, self.held = self.held, None
+        assert added is not None, "the sublayer's exit ran without its entry"
+        return y + added

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.engine.around import Around
+from zoo.engine.around import Around, Entering
 from zoo.engine.blocks import require_plain
 from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.generated import Made
@@ -277,6 +277,11 @@ class Session:
             self.op(at, self._make(point, verb, f"watch_{side}", module, module, last=True))
         elif verb == "after":
             change(point.exit_side, point.exit, module)
+        elif verb == "enter":
+            entering = Entering(module)
+            at = point.entry if point.stream is None else point.stream
+            change("input", at, entering.enter)
+            change(point.exit_side, point.exit, entering.join)
         else:
             stash = Stash(module)
             # without a norm in front of F (post-norm blocks) its input is the residual stream itself

@@ -155,8 +155,8 @@ class Sited(Headed):
         self._note_precision()
         wanted: dict[int, tuple[nn.Module, str, bool]] = {}
         if (self._state.active or self._state.route) and self._memory != "off":
-            running = self._state.active or tuple(self._state.route or ())
-            again = {name for n in running for name in self.adapters[n].reruns}  # type: ignore[union-attr]
+            running = self._state.active if self._state.route is None else tuple(self._state.route)
+            again = {name for n in running if n in self.adapters for name in self.adapters[n].reruns}  # type: ignore[union-attr]
             for point in self.points:
                 if point.kind == "norm":
                     wanted[id(point.module)] = (point.module, "cheap", False)

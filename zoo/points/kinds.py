@@ -4,7 +4,7 @@
 | ----------- | --------------------------------------------------- | ---------------------------------------------------------- |
 | `linear`    | a projection; a slice of a fused one is its own     | `add`, `after`, `rescale`, `rescale_input`,                |
 |             |                                                     | `reparametrize`, `train`                                   |
-| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `replace`, `watch`          |
+| `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `enter`, `replace`, `watch` |
 | `attention` | queries, keys and values just before the product    | `extend`, `gate`, `query`                                  |
 | `tokens`    | the sequence entering a block, the words of a text  | `prompt`, `train`, `words`                                 |
 | `norm`      | a normalisation's scale and shift                   | `train`, `rescale`                                         |
@@ -171,7 +171,7 @@ class SublayerPoint(Point):
     """A branch `F` of `x + F(norm(x))`. Tensors are channel-last: (B, N, d), or (B, H, W, d) on windowed backbones."""
 
     kind: ClassVar[str] = "sublayer"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel", "replace", "watch")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "parallel", "enter", "replace", "watch")
 
     entry: nn.Module = field(repr=False)  # its output is the input of F ("input": its own input is)
     exit: nn.Module = field(repr=False)  # its input is the output of F, before stochastic depth and the residual sum
@@ -202,6 +202,14 @@ class SublayerPoint(Point):
     def watch(self, module: nn.Module) -> None:
         """`module(x)` sees the input of F (behind its norm) and changes nothing. It does not see prompts of one block."""
         self._record("watch", module)
+
+    def enter(self, module: nn.Module) -> None:
+        """`u <- u + module(u)` on the residual stream in front of the branch's norm: the sum behind the branch gets it, too."""
+        if self.entry_side != "output" and self.stream is None:
+            raise AttachError(
+                f"'{self.name}' has no norm in front of it, where the residual stream could be told from it."
+            )
+        self._record("enter", module)
 
     def replace(self, module: nn.Module) -> None:
         """`y = module(F, x)` runs instead of the branch; `F(x)` is the sublayer's own module (behind its norm, in front of a
