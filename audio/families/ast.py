@@ -274,12 +274,16 @@ class AST(TransformersAudio):
         return "classifier"
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Verbs of attention and tokens points: more keys, and prompts."""
+        """Verbs of attention and tokens points: more keys, prompts, and queries."""
+        from zoo.families import split_queries
         from zoo.families.split_attention import record
 
         path = point.path if point.kind == "tokens" else point.path.rpartition(".")[0]
         block: Any = self.module.get_submodule(path)
         body, norm = self.body, block.layernorm_before
+        if verb == "query":
+            split_queries.record(self, session, point, module, block=block, attention=block.attention, norm=norm)
+            return
         record(
             session,
             point,

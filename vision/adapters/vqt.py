@@ -4,7 +4,7 @@ Idea: in every block a few learned tokens ask the frozen features what they know
 backbone's own tokens never see them, so nothing is back-propagated through the backbone.
 Points: `attention` (verb `query`), all blocks by default.
 
-    Z_m = Block_m(Q_m ; K, V of X_m)                                (B, T, d_m), see vision/queries.py; X_m stays as it is
+    Z_m = Block_m(Q_m ; K, V of X_m)                                (B, T, d_m), see zoo/engine/queries.py; X_m stays as it is
     f = [ n(pooled) | n(vec Z_1) | ... | n(vec Z_L) ]               (B, d + sum_m T d_m), n(x) = x / ||x||_2
     logits = W f + b
 

@@ -24,7 +24,7 @@ from vqt_models import (
 )
 
 import zoo
-from vision.families.parts import queries as streams
+from zoo.engine import queries as streams
 from zoo.engine.memory import saved_bytes
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vision.families.parts.queries import Stream, read
+from zoo.engine.queries import Stream, read
 from zoo.engine.sites import BlockSite, Op, parts
 from zoo.families import timm_attention as flat
 from zoo.points import Point
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class FlatStream(Stream):
     """The way of one adapter's queries through one block of these."""
-
-    def catch_own(self, k: Tensor, v: Tensor) -> None:
-        """The product's keys and values (B, h, N, c)."""
-        if self.armed:
-            self.armed, self.module.caught = False, (k, v, True)
 
     def run(self, k: Tensor, v: Tensor, normed: bool, batch: int) -> Tensor:
         """Keys and values (B, h, N, c) -> the queries' outputs (B, T, d)."""

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
-from vision.families.parts.queries import Stream, read
+from vision.families.parts.queries import FusedStream
 from vision.families.parts.swin_attention import Kinds, Merge, WindowBlock, WindowSite
 from zoo.engine.attention import Alone, Pair, Prompts, heads
+from zoo.engine.queries import read
 from zoo.engine.sites import BlockSite, LinearSite, Op, parts
 from zoo.families.timm_attention import Keys, entering
 from zoo.points import Point
@@ -115,7 +116,7 @@ KINDS = CosineKinds(CosineSite, CosineBlock, NormedMerge, ("parallel",))
 
 
 @dataclass(eq=False)
-class CosineStream(Stream):
+class CosineStream(FusedStream):
     """The way of one adapter's queries through one block."""
 
     def run(self, k: Tensor, v: Tensor, normed: bool, batch: int) -> Tensor:
