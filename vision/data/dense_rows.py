@@ -66,7 +66,7 @@ class FolderPairs:
                 f"{nearest(str(Path(missing[0]).with_suffix('')), known)}"
             )
         self._images = [images / f for f in files]
-        self._maps = [maps / known[stem] for stem in stems]
+        self._maps = self.files = [maps / known[stem] for stem in stems]
 
     def __len__(self) -> int:
         return len(self._images)

@@ -210,7 +210,10 @@ def build(kept: Path, jobs: int) -> Path:
 
         def seen(line: str) -> None:
             if step := STEP.search(line):
-                bar.update(task, completed=int(step[1]), total=int(step[2]), description=f"compiling ({jobs} at once)")
+                done, total = int(step[1]), int(step[2])
+                bar.update(task, completed=done, total=total, description=f"compiling ({jobs} at once)")
+                if not bar.console.is_terminal and done % 10 == 0:  # a log shows no bar
+                    bar.console.print(f"compiled {done} of {total}")
 
         make = [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", str(unpacked), "-w", str(place / "made")]
         run(make, log, environment, seen)
