@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def test_what_is_refused() -> None:
         built(adapter={"type": "lorra"})
     with pytest.raises(ConfigError, match="type=<method>"):
         built(adapter={"rank": 2})
-    with pytest.raises(MismatchError, match="'maps'"):
-        MODELS.build({"type": "ZooBackbone", "name": "ast-micro", "pretrained": False})
+    if find_spec("transformers") is not None:
+        with pytest.raises(MismatchError, match="'maps'"):
+            MODELS.build({"type": "ZooBackbone", "name": "ast-micro", "pretrained": False})
     with pytest.raises(ConfigError, match="gives 2"):
         built(out_indices=(3,))
     with pytest.raises(ConfigError, match=r"takes part in training \(.*after_step"):
