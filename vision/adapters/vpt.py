@@ -8,7 +8,8 @@ Points: `tokens` (verb `prompt`).
     deep:     [x_i | _] = Block_i([x_{i-1} | P_i])  P_i (T, d_i); what comes out of the prompts is dropped
 
 P ~ U(-v, v), v = sqrt(6 / (3 p^2 + d)) with p the patch size and d the width of the first block (of the prompts, if they
-are projected). `project=e`: P (T, e), and one linear map e -> d for all blocks of width d, Kaiming-normal (fan out).
+are projected); `start="normal"` is N(0, 0.02^2) instead. `project=e`: P (T, e), and one linear map e -> d for all blocks of
+width d, Kaiming-normal (fan out).
 Dropout is on the prompts, behind the map, drawn for each image.
 Defaults: T = 10, deep, no dropout. The authors choose T for each data set from {1, 5, 10, 50, 100, 200} (Swin: up to 50) and
 train by SGD (momentum 0.9, 100 epochs, 10 of warm-up, cosine) at a learning rate of {50, 25, 10, 5, 2.5, 1, .5, .25, .1,
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +49,21 @@ from zoo.adapters.base import Adapter
 from zoo.points import Points
 from zoo.registry import register_adapter
 
+STD = 0.02
+
 
 class Prompt(nn.Module):
-    """The prompts of one block. `project`, if any, belongs to the adapter and is shared by blocks."""
+    """The prompts of one block. `project`, if any, belongs to the adapter and is shared by blocks.
 
-    def __init__(self, num_tokens: int, dim: int, bound: float, dropout: float, project: nn.Linear | None) -> None:
+    They start in U(-bound, bound), without a bound in N(0, 0.02^2).
+    """
+
+    def __init__(
+        self, num_tokens: int, dim: int, bound: float | None, dropout: float, project: nn.Linear | None
+    ) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(torch.empty(num_tokens, dim).uniform_(-bound, bound))
+        tokens = torch.empty(num_tokens, dim)
+        self.prompt = nn.Parameter(tokens.normal_(0, STD) if bound is None else tokens.uniform_(-bound, bound))
         self.drop = nn.Dropout(dropout)
         self.shared = () if project is None else (project,)  # in a tuple, so that it is registered only once
 
@@ -78,6 +88,7 @@ class VPT(Adapter):
         dropout: on the prompts, while training.
         pool: where the features are an average over tokens: over the "patches", or over "all", prompts included.
         project: width of the prompts in front of a shared linear map; None: they have the block's width.
+        start: "uniform", as the authors', or "normal".
     """
 
     num_tokens: int = 10
@@ -85,7 +96,9 @@ class VPT(Adapter):
     dropout: float = 0.0
     pool: str = "patches"
     project: int | None = None
+    start: Literal["uniform", "normal"] = "uniform"
 
+    later = ("start",)
     default_lr = 1e-2
     paper = "Jia et al. 2022"
     taxonomy = "additive"
@@ -102,6 +115,7 @@ class VPT(Adapter):
         self.check(
             self.project is None or self.project >= 1, f"project is {self.project}; expected 1 or more, or None."
         )
+        self.check(self.start in ("uniform", "normal"), f"start is {self.start!r}; expected 'uniform' or 'normal'.")
 
     def attach(self, points: Points) -> None:
         """Put prompts in front of the first block, or of every block."""
@@ -109,7 +123,7 @@ class VPT(Adapter):
         patch = [p.dim_in for p in points if p.role == "patch"]  # 3 p^2: what one patch holds
         for point in tokens:
             width = self.project or tokens[0].dim_in
-            bound = math.sqrt(6 / ((patch[0] if patch else width) + width))
+            bound = math.sqrt(6 / ((patch[0] if patch else width) + width)) if self.start == "uniform" else None
             module = Prompt(self.num_tokens, self.project or point.dim_in, bound, self.dropout, self._map(point.dim_in))
             point.prompt(module, keep=not self.deep, pooled=self.pool == "all")
 
