@@ -120,3 +120,33 @@ def test_settings() -> None:
         vit(zoo.adapter("ia3", inputs="q"))
     with pytest.raises(AttachError, match="not a sequence of tokens"):
         vit(zoo.adapter("ia3", inputs="patch_embed"))
+
+
+def test_values_of_zero_leave_the_bias_of_the_projection() -> None:
+    """l_v scales W_v x and b_v together, behind everything that the attention does to values."""
+    model, x = vit("ia3"), images()
+    seen: list[Tensor] = []
+    model.backbone.blocks[0].attn.register_forward_hook(lambda m, i, y: seen.append(y))  # type: ignore[union-attr,operator,index]
+    with torch.no_grad():
+        model.adapters["ia3"].get_parameter("blocks.0.attn.v.scale").zero_()
+        model.backbone.blocks[0].attn.proj.bias.normal_()  # type: ignore[union-attr,operator,index]
+        model(x)
+    expected = model.backbone.blocks[0].attn.proj.bias.expand(BATCH, TOKENS, DIM)  # type: ignore[union-attr,operator,index]
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_behind_the_norm_inside_of_an_mlp() -> None:
+    """EVA-02's MLP norms its gated hidden values: in front of that norm one factor for all of them would be taken back."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"img_size": 28, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    model = zoo.load("eva02-b14", "ia3", pretrained=False, num_classes=5, **small).eval()
+    mlp: Any = model.backbone.blocks[0].mlp  # type: ignore[union-attr,operator,index]
+    assert mlp.norm.weight is not None
+    x = torch.randn(1, 3, 28, 28)
+    seen: list[Tensor] = []
+    mlp.fc2.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(x)
+        model.adapters["ia3"].get_parameter("blocks.0.mlp.down.scale").fill_(3.0)
+        model(x)
+    torch.testing.assert_close(seen[1], 3 * seen[0])

@@ -205,6 +205,27 @@ def test_dora_gradients_of_the_paper() -> None:
     torch.testing.assert_close(module(weight).norm(dim=1), module.magnitude)
 
 
+def test_dora_by_rows() -> None:
+    """A constant norm changes gradients, not outputs; a weight c times as large has an m c times as large; without B the rows of
+    the result keep their directions."""
+    torch.manual_seed(0)
+    weight = torch.randn(7, 5)
+    torch.testing.assert_close(DoRAWeight(-3 * weight, 2, 0.5).magnitude, 3 * DoRAWeight(weight, 2, 0.5).magnitude)
+    module, outer = DoRAWeight(weight, rank=2, scale=0.5), torch.randn(7, 5)
+    with torch.no_grad():
+        module.magnitude.mul_(torch.rand(7) + 0.5)
+    rows = module(weight)
+    torch.testing.assert_close(F.cosine_similarity(rows, weight), torch.ones(7))
+    with torch.no_grad():
+        module.lora_b.normal_()
+    constant = module(weight)
+    v = weight + 0.5 * module.lora_b @ module.lora_a
+    whole = module.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(constant, whole)
+    ours, theirs = (torch.autograd.grad((y * outer).sum(), module.lora_b)[0] for y in (constant, whole))
+    assert not torch.allclose(ours, theirs, atol=1e-2)
+
+
 def test_dora_stands_on_what_other_adapters_trained() -> None:
     model, x = vit(["full", zoo.adapter("lora", dora=True)]), images()
     shake(model)

@@ -38,7 +38,8 @@ QVKO, ALL = ("q", "k", "v", "o"), "all-linear"
         ("vit-b16", "lora", {"targets": ALL, "rank": 1}, 165_888),
         ("swin-t", "lora", {"targets": ALL, "rank": 1}, 79_488),
         ("swin-b", "lora", {"targets": ALL, "rank": 1}, 216_576),
-        # DoRA adds the length of every row: 12 * 9 * 768
+        # DoRA adds the length of every row: 12 * 2 * 768, 12 * 9 * 768
+        ("vit-b16", "lora", {"dora": True}, 313_344),
         ("vit-b16", "lora", {"targets": ALL, "dora": True}, 1_327_104 + 82_944),
         ("vit-b16", "adapter", {"form": "pfeiffer", "rank": 8}, 156_768),
         ("vit-b16", "adapter", {"form": "pfeiffer", "reduction": 8}, 1_779_840),

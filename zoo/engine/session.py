@@ -314,10 +314,12 @@ class Session:
         """See `zoo.engine.mixing`."""
         mix(self, self.others, self.points, names, make)
 
-    def train_everything(self) -> None:
-        """Trainable copies of all parameters of the backbone, saved under `backbone.` and the library's names."""
+    def train_everything(self, within: Sequence[str] | None = None) -> None:
+        """Trainable copies of all parameters of the backbone, or of these modules, under `backbone.` and the library's names."""
         copies: dict[int, tuple[nn.Module, str]] = {}  # of tied parameters one
         for path, module in self.family.modules_to_train():
+            if within is not None and not any(f"{path}.".startswith(f"{inside}.") for inside in within):
+                continue
             if "int8" in module._buffers:
                 raise AttachError(
                     f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept in int8, which is not trained. "

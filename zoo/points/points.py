@@ -225,9 +225,10 @@ class Points(Sequence[Point]):
             return None
         return next((p for p in self._points if p.kind == "norm" and p.module is entry), None)
 
-    def train_everything(self) -> None:
-        """Train every parameter of the backbone (inside `Adapter.attach`)."""
-        self._session("train_everything").train_everything()
+    def train_everything(self, within: Sequence[Point] | None = None) -> None:
+        """Train every parameter of the backbone, or of what stands at these points (inside `Adapter.attach`)."""
+        paths = None if within is None else [p.path for p in within]
+        self._session("train_everything").train_everything(paths)
 
     def context(
         self,

@@ -83,5 +83,5 @@ class Recorder(Protocol):
     def mix(self, names: Sequence[str], make: Callable[[Any], nn.Module]) -> None:
         """Run other adapters and mix what they make, wherever all of them act."""
 
-    def train_everything(self) -> None:
-        """Trainable copies of all parameters of the backbone."""
+    def train_everything(self, within: Sequence[str] | None = None) -> None:
+        """Trainable copies of all parameters of the backbone, or of those in modules at these paths."""
