@@ -29,6 +29,9 @@ Deviations:
 - They start W_2 at random, here it is zero: the pretrained function, to the bit.
 - Their "sequential before" is F(A(x)) + A(x), in which nothing of x reaches F but through c channels; here x stays.
 
+Mixed are the tokens that run through the block: the prompts of one block alone (`vpt`, deep) are not among them, and those that
+only query (`vqt`) are mixed among themselves.
+
 What one sample gives depends on the others of its batch while training. So a batch of per-sample adapters is refused then, and so
 are several processes and accumulated parts, whose statistics would be others; `batch_norm=False` allows all three. A block that
 is run again for backward does not move the running statistics a second time.

@@ -15,6 +15,8 @@ the study trains the norm in front and the last one besides, `zoo.adapter("norm"
 Count: n (2dr + r + d) + d n p (soft), + n (d + 1) (dense) for each point. AST: soft 903,672, dense 903,756; norms 19,968 more.
 Source: Cappellazzo, Falavigna, Brutti, "Efficient Fine-tuning of Audio Spectrogram Transformers via Soft Mixture of Adapters",
 Interspeech 2024 (umbertocappellazzo/PETL_AST, `src/MoA.py`); Puigcerver et al., "From Sparse to Soft Mixtures of Experts", 2023.
+The soft form averages the tokens that run through the block: not the prompts of one block alone (`vpt`, deep); those that only
+query (`vqt`) among themselves.
 Deviations:
 - Beside the attention alone, their code adds Y twice, behind the attention and again behind the MLP. Here once.
 - Their D_i start at zero, too, from where no matrix ever moves.
