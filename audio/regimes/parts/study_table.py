@@ -9,7 +9,7 @@ from zoo.regimes.report import style
 
 __all__ = ["draw_study", "order", "study_table"]
 
-COLOURS = ("#6e7781", "#1f6feb", "#8250df", "#d1242f", "#bf8700", "#1a7f37", "#0969da", "#cf222e", "#57606a", "#9a6700")
+COLOURS = ("#6e7781", "#d1242f", "#1f6feb", "#1a7f37", "#bf8700", "#8250df", "#24292f", "#e377c2", "#17becf", "#9a6700")
 Rows = list[dict[str, Any]]
 
 
@@ -57,7 +57,7 @@ def draw_study(figure: Any, summary: dict[str, Any]) -> None:
     rows: Rows = summary["rows"]
     methods = list(dict.fromkeys(r["method"] for r in rows))
     colour = {m: COLOURS[i % len(COLOURS)] for i, m in enumerate(methods)}
-    marker = {m: "os^D"[i // len(COLOURS) % 4] for i, m in enumerate(methods)}
+    marker = {m: "os^DvP"[i % 6] for i, m in enumerate(methods)}
     shots = sorted({r["shots"] for r in rows}, key=lambda n: n or 1 << 30)
     figure.set_size_inches(10.5, 4.6)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
@@ -80,7 +80,8 @@ def draw_study(figure: Any, summary: dict[str, Any]) -> None:
         for place in places:
             mine = [r for r in rows if (r["method"], r["budget"], r[key]) == (method, first, place)]
             heights.append(100 * statistics.mean(r["accuracy"] for r in mine))
-        right.plot(range(len(places)), heights, color=colour[method], marker=marker[method], ms=6, lw=1.2)
+        line = 1.2 if key == "shots" else 0  # data sets have no order
+        right.plot(range(len(places)), heights, color=colour[method], marker=marker[method], ms=6, lw=line)
     right.set_xticks(range(len(places)), [str(p) if p else "all" for p in places])
     right.set_xlabel("sounds of each class" if key == "shots" else "", fontsize=9)
     style(right, "mean accuracy, %, by shots" if key == "shots" else "accuracy, %, by data set")
