@@ -109,8 +109,14 @@ def shipped() -> list[str]:
     for name, folder in sorted(embedded_adapters().items()):
         record = json.loads((folder / "metrics.json").read_text())
         data, accuracy = record["data"], record["metrics"]["test"]["accuracy"]
-        text.append(f"| `{name}` | {data['name']} | {data['train']:,} | {100 * accuracy:.1f} |")
+        text.append(
+            _row([f"`{name}`", data["name"], f"{data['train']:,}", f"{data['test']:,}", f"{100 * accuracy:.1f}"])
+        )
     return [*text, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def plain(study: Study) -> list[str]:

@@ -4,9 +4,8 @@
     python scripts/ship_compared.py <out> --only 'flowers17/lora-*' 'esc10/*'
 
 The first seed's adapter of each method and data set. Weights are rounded to fp16 first; the accuracy in the card is that of the
-rounded weights on all test items. The learning rate is the one that the search chose on validation items; no test item chose
-anything.
-An adapter that ships already is left as it is without `--again`.
+rounded weights on all test items, or on `--test-items` of them. The learning rate is the one that the search chose on validation
+items; no test item chose anything. An adapter that ships already is left as it is without `--again`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def published(backbone: str, folder: Path) -> str:
     return "-".join([backbone, *words, folder.parent.name.replace("_", "-")])
 
 
-def ship(folder: Path, shots: int | None, root: Path, again: bool) -> str:
+def ship(folder: Path, shots: int | None, root: Path, again: bool, items: int | None) -> str:
     """Round, measure and write one adapter; returns what to print."""
     model = zoo.load(adapter=folder)
     weights = model.family.weights_folder
@@ -58,7 +57,7 @@ def ship(folder: Path, shots: int | None, root: Path, again: bool) -> str:
     with torch.no_grad():
         for parameter in model.parameters_to_train().values():
             parameter.copy_(parameter.half())
-    sets = named_sets(type(model.family), folder.parent.name, root=root, shots=shots)
+    sets = named_sets(type(model.family), folder.parent.name, root=root, shots=shots, test_items=items)
     found = zoo.evaluate(model, ready(model, sets.test), record="", progress=False)
     title, url = SETS[folder.parent.name]
     model.record |= {
@@ -81,13 +80,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of <data>/<label>")
     default = Path(os.environ.get("ZOO_TEST_DATA", "../shared/data"))
     parser.add_argument("--data-root", type=Path, default=default, help="folder of data sets")
+    parser.add_argument("--test-items", type=int, help="measure on so many test items; by default on all")
     parser.add_argument("--again", action="store_true", help="replace what ships already")
     args = parser.parse_args()
     shots = json.loads((args.out / "comparison.json").read_text())["protocol"]["shots"]
     for config in sorted((args.out / "adapters").glob("*/*/adapter_config.json")):
         folder = config.parent
         if any(fnmatch(f"{folder.parent.name}/{folder.name}", pattern) for pattern in args.only):
-            print(ship(folder, shots, args.data_root, args.again), flush=True)
+            print(ship(folder, shots, args.data_root, args.again, args.test_items), flush=True)
 
 
 if __name__ == "__main__":
