@@ -1,4 +1,4 @@
-"""Do pre-trained prompts help where examples are few (PVP)? `vit-micro`, 1 to 16 images of each class.
+"""Do pre-trained prompts help where examples are few (PVP)? `vit-micro`, one and two images of each class.
 
     python benchmarks/few_shot.py --data <folder with cifar10/, cifar100/> --seeds 3
 

@@ -50,6 +50,25 @@ def test_adapters_of_every_family_beat_the_probe() -> None:
     assert accuracy["objects", "LoRA"] > accuracy["objects", "zero-shot"]
 
 
+def test_prompts_that_were_trained_before_and_embeddings_of_unseen_classes() -> None:
+    """The committed tables stand in the card, and it says what they show: pre-trained prompts above random ones on average."""
+    card, results = (ROOT / "model_cards" / "vit-micro.md").read_text(), RESULTS.parent
+    assert all((results / f"{name}.md").read_text() in card for name in ("few_shot", "metric_learning"))
+    rows = json.loads((results / "few_shot.json").read_text())["rows"]
+    for shots in (1, 2):
+        means = {
+            start: [r["accuracy"] for r in rows if (r["start"], r["shots"]) == (start, shots)]
+            for start in ("random", "pre-trained", "scale", "shuffled")
+        }
+        assert {len(values) for values in means.values()} == {3}
+        ordered = sorted(means, key=lambda start: sum(means[start]))
+        assert ordered[0] == "shuffled" and ordered[-1] == "pre-trained"
+    found = json.loads((results / "metric_learning.json").read_text())["rows"]
+    (frozen,) = [r["recall@1"] for r in found if r["method"] == "frozen"]
+    proxies = [r["recall@1"] for r in found if r["method"] == "VPT-SP"]
+    assert len(proxies) == 3 and min(proxies) > frozen
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not os.environ.get("ZOO_SLOW"), reason="trains five models for some ten minutes; set ZOO_SLOW=1")
