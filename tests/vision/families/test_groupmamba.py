@@ -122,6 +122,9 @@ REFUSED = {
     "vqt": "attention points",
     "coop": "tokens points",
     "ladder": "attention points",
+    "dtl": "attention points",
+    "dtl+": "attention points",
+    "convpass": "is not described",
     "meft": "not a plain sequence",
 }
 
