@@ -57,7 +57,7 @@ def test_table_of_methods_in_the_readme() -> None:
     """Names, counts and mergers are those of the code: `scripts/readme.py` writes them."""
     text = (ROOT / "README.md").read_text()
     assert written(text) == text, "run `make format` (or python scripts/readme.py)"
-    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+|chosen|on other backbones) \| (yes|no) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w+-]+)` \| .* \| ([\d,]+|chosen|on other backbones) \| (yes|no) \|", text, re.MULTILINE)
     assert sorted(name for name, _, _ in rows) == zoo.list_adapters()
     cells = {cell.method: cell for cell in zoo.compatibility(["vit"])}
     for name, trained, merged in rows:

@@ -64,7 +64,7 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 def test_globs() -> None:
     assert {"vit-b16", "vit-micro"} <= set(zoo.list_backbones("vit*"))
-    assert zoo.list_adapters("vp*") == ["vpt"]
+    assert zoo.list_adapters("vp*") == ["vpt", "vpt-sp"]
 
 
 def test_a_taken_name() -> None:
