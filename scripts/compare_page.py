@@ -23,6 +23,7 @@ from zoo.loading import embedded_adapters
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "comparison"
 PICTURES = ROOT / "docs" / "images"
+PAGE = ROOT / "docs" / "comparison.md"
 PLAIN = {"spt": "lora:targets=all-linear", "spt:form=adapter": "adapter:form=adaptformer"}  # beside what each is shown
 
 INTRODUCTION = """# Comparison
@@ -147,6 +148,19 @@ def _spread(study: Study, label: str, budget: int, data: list[str]) -> float:
     return statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
 
 
+def studies() -> dict[str, Study]:
+    """The comparisons that are kept, by name."""
+    return {file.stem: read(file) for file in sorted(RESULTS.glob("*.json"))}
+
+
+def page() -> str:
+    """The text of the page."""
+    text = [INTRODUCTION]
+    for name, study in studies().items():
+        text += section(name, study)
+    return "\n".join([*text, *shipped()]).rstrip() + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="*", help="name=<out of zoo bench compare>")
@@ -156,13 +170,9 @@ def main() -> None:
         name, _, out = word.partition("=")
         shutil.copy(Path(out) / "comparison.json", RESULTS / f"{name}.json")
         shutil.copy(Path(out) / "rows.jsonl", RESULTS / f"{name}.rows.jsonl")
-    text = [INTRODUCTION]
-    for file in sorted(RESULTS.glob("*.json")):
-        study = read(file)
-        draw(study, PICTURES / f"comparison-{file.stem}.png")
-        text += section(file.stem, study)
-    text += shipped()
-    (ROOT / "docs" / "comparison.md").write_text("\n".join(text).rstrip() + "\n")
+    for name, study in studies().items():
+        draw(study, PICTURES / f"comparison-{name}.png")
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":
