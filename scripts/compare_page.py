@@ -103,10 +103,12 @@ def shipped() -> list[str]:
     """The trained adapters that come along, with the accuracy that their cards state."""
     text = ["## Adapters that come along", ""]
     text += [
-        "`zoo.load(adapter=<name>)` loads one with its backbone, offline. Accuracy is that of the fp16 weights on all test"
+        "`zoo.load(adapter=<name>)` loads one with its backbone, offline. Accuracy is that of the fp16 weights. How they were",
+        "trained is in their cards (`model_cards/`).",
+        "",
+        _row(["name", "data", "training items", "test items", "test accuracy, %"]),
+        _row(["---"] * 5),
     ]
-    text += ["items. How they were trained is in their cards (`model_cards/`).", ""]
-    text += ["| name | data | training items | test accuracy, % |", "| --- | --- | --- | --- |"]
     for name, folder in sorted(embedded_adapters().items()):
         record = json.loads((folder / "metrics.json").read_text())
         data, accuracy = record["data"], record["metrics"]["test"]["accuracy"]
