@@ -42,7 +42,7 @@ def resolve(version: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lock.txt"
-        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "demo", "--extra", "dev"]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "demo", "--extra", "dev", "--extra", "seg"]
         options = ["--universal", "--python-version", version, "--no-annotate", "--no-header", "--no-emit-index-url"]
         place = ["--no-config", "--quiet", "--output-file", str(out)]
         done = subprocess.run([*command, *options, *place], cwd=ROOT, capture_output=True, text=True)
