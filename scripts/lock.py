@@ -25,6 +25,7 @@ PLATFORMS = [
     {"sys_platform": "darwin", "platform_machine": "arm64", "platform_system": "Darwin", "os_name": "posix"},
     {"sys_platform": "win32", "platform_machine": "AMD64", "platform_system": "Windows", "os_name": "nt"},
 ]
+EXTRAS = ("demo", "dev", "seg")
 LINE = re.compile(r"([\w.\[\],-]+)==([\w.!]+)(?:\s*;\s*(.+))?")
 
 
@@ -42,7 +43,8 @@ def resolve(version: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lock.txt"
-        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "demo", "--extra", "dev", "--extra", "seg"]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml"]
+        command += [word for extra in EXTRAS for word in ("--extra", extra)]
         options = ["--universal", "--python-version", version, "--no-annotate", "--no-header", "--no-emit-index-url"]
         place = ["--no-config", "--quiet", "--output-file", str(out)]
         done = subprocess.run([*command, *options, *place], cwd=ROOT, capture_output=True, text=True)

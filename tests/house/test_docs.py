@@ -93,6 +93,8 @@ def test_console_lines_parse() -> None:
     assert len(lines) > 20
     for line in lines:
         name, *arguments = shlex.split(line.split("     ")[0], comments=True)
+        if arguments and f"{name} {arguments[0]}" in group.commands:  # zoo bench compare
+            name = f"{name} {arguments.pop(0)}"
         command = group.commands[name]
         with command.make_context(name, arguments, resilient_parsing=False):
             pass
