@@ -38,7 +38,8 @@ many learning rates on items set aside from the training data. Each method is ma
 cannot meet it is named with the reason. Test items are read once for each seed, after the last step. *kept* is the
 number of bytes kept for the backward pass and *step* the time of a training step, both by full fine-tuning's of the
 same backbone; time was measured in turns with full fine-tuning on a machine that did other work beside, so it is good
-to about a tenth.
+to about a tenth. A table holds the methods whose runs were finished when it was made; the command above it with `--methods all`
+adds the others, each with its own trainings only.
 """
 
 
@@ -132,11 +133,10 @@ def plain(study: Study) -> list[str]:
         if other is None:
             continue
         spread = _spread(study, label, budget, data)
-        verdict = "above" if mean > other else "not above"
+        verdict = f"{abs(mean - other):.1f} points {'above' if mean > other else 'below'}"
         text += [
             f"`{label}` has {mean:.1f} % on average over {', '.join(data)}, `{PLAIN[label]}` {other:.1f} %: at this budget "
-            f"SPT is {verdict} the plain method here, by {abs(mean - other):.1f} points; the standard deviation of SPT's mean "
-            f"over the seeds is {spread:.1f}.",
+            f"SPT is {verdict} the plain method here; the standard deviation of SPT's mean over the seeds is {spread:.1f}.",
             "",
         ]
     return text
