@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vision.families.parts.class_attention import ClassReader, ClassSite, TalkingSite
 from zoo.engine.attention import FusedKeys, Given, Prompts, recorder
+from zoo.engine.changes import OnOutput
 from zoo.engine.kept import Insert, Overwrite, kept
-from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite
 from zoo.errors import AttachError
 from zoo.points import Layout, Point, TokensPoint

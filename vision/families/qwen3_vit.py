@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vision.families.parts.flat_vit import FlatViT
 from vision.families.parts.timm_family import OPTIONS
 from zoo.engine.attention import recorder
+from zoo.engine.changes import OnOutput
 from zoo.engine.kept import Insert
-from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite
 from zoo.errors import AttachError
 from zoo.families import timm_attention as flat

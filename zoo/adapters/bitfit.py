@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoo.adapters.base import Adapter
-from zoo.engine.session import BiasDelta
+from zoo.engine.changes import BiasDelta
 from zoo.errors import AttachError
 from zoo.points import LinearPoint, NormPoint, Points
 from zoo.points.merger import Merger

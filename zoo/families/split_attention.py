@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.engine.attention import AttentionSite, Given, Prompts, SplitKeys, by_head, mask_bias, recorder
+from zoo.engine.changes import OnOutput
 from zoo.engine.kept import Insert, Overwrite, kept
-from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError
 from zoo.points import Point, TokensPoint

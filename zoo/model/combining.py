@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
-from zoo.engine.session import BiasDelta
+from zoo.engine.changes import BiasDelta
 from zoo.errors import CombinationError, ConfigError
 from zoo.registry import adapter_class
 

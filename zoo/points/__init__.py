@@ -7,12 +7,12 @@ from zoo.points.kinds import (
     ConditionPoint,
     LinearPoint,
     NormPoint,
-    Point,
     SublayerPoint,
     TokensPoint,
 )
 from zoo.points.layout import Layout
 from zoo.points.merger import Merger
+from zoo.points.point import Point
 from zoo.points.points import Points
 from zoo.points.rows import Row
 

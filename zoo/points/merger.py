@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import MergeError
-from zoo.points.kinds import LinearPoint, Point, SublayerPoint
+from zoo.points.kinds import LinearPoint, SublayerPoint
+from zoo.points.point import Point
 
 
 class Mergeable(Protocol):

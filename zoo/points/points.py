@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from zoo.errors import AttachError, SelectionError, nearest
-from zoo.points.kinds import KINDS, Point
+from zoo.points.kinds import KINDS
+from zoo.points.point import Point
 from zoo.points.selectors import LONGEST, expand, matcher
 
 if TYPE_CHECKING:

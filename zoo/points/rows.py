@@ -14,10 +14,10 @@ from zoo.points.kinds import (
     ConditionPoint,
     LinearPoint,
     NormPoint,
-    Point,
     SublayerPoint,
     TokensPoint,
 )
+from zoo.points.point import Point
 
 
 @dataclass(frozen=True)

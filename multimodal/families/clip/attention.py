@@ -31,8 +31,8 @@ from zoo.engine.attention import (
     mask_bias,
     recorder,
 )
+from zoo.engine.changes import OnOutput
 from zoo.engine.kept import Insert, Overwrite, kept
-from zoo.engine.session import OnOutput
 from zoo.engine.sites import BlockSite, Site
 from zoo.errors import AttachError, MismatchError
 from zoo.points import Point, TokensPoint
