@@ -227,6 +227,9 @@ class Backbone:
     def check_routed(self, *inputs: Any) -> None:
         """Raise ConfigError if the rows of what comes out do not belong to one sample each (per-sample adapters)."""
 
+    def check_pooled(self, method: str, *inputs: Any, **kwargs: Any) -> None:
+        """Raise ConfigError if these inputs do not give the pooled features beside which a method puts its own."""
+
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, in forward order."""
         return [p.module for p in self.points() if p.kind == "block"]

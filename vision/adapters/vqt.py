@@ -27,7 +27,8 @@ Efficient Transfer Learning", CVPR 2023; andytu28/VQT.
 Deviations: the authors concatenate queries and tokens into one sequence, which builds the graph through the whole backbone;
 here the queries run apart, with the same outputs and gradients, and of the tokens only the covariance of keys and values is
 kept. On Swin (not in their code) the queries read every window and the readings are averaged, as prompts in VPT. Combining the
-layers by a self-attention block (an option of their code, not of the paper's results) is left out.
+layers by a self-attention block (an option of their code, not of the paper's results) is left out. On CLIP the image tower's
+tokens are asked, and pooled is the embedding in the common space, in front of a classifier; texts have no such features.
 """
 
 from __future__ import annotations

@@ -142,6 +142,11 @@ class Adapter(Structured):
         return logits
 
     @property
+    def own_features(self) -> bool:
+        """Whether the head sees something else than the pooled features."""
+        return type(self).features is not Adapter.features
+
+    @property
     def behind_head(self) -> bool:
         """Whether it changes logits."""
         return type(self).logits is not Adapter.logits

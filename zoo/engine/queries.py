@@ -7,7 +7,7 @@ The tokens Q (1 or B, T, d) run through a copy of block m's forward in which the
 
 k_w, v_w (B, h, N, c) are those that the block has just used for its own N tokens, prompts and prefixes of other adapters
 included; attention over the whole sequence is one window. What is around this differs between families: each has a `Stream` of
-its own whose `run` is the rest of the block (`vision.families.parts.queries`, `zoo.families.split_queries`).
+its own whose `run` is the rest of the block (`fused_queries`, `flat_queries` and `split_queries` of `zoo.families`).
 
 In memory: if nothing trainable stands in front, the block's tokens have no graph, and backward needs of them only
 

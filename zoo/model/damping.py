@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.adapters.base import Adapter
 from zoo.engine.sites import BlockSite, LinearSite, Op, Site
 from zoo.errors import ConfigError, SelectionError, nearest
 from zoo.model.probing import unwrapped
@@ -41,8 +40,7 @@ def damped(model: Any, adapter: str, factor: Factors = 0.0) -> Iterator[None]:
         raise ConfigError(
             f"'{adapter}' cannot be damped: it is not active (active: {', '.join(model.active) or 'none'})."
         )
-    cls = type(model.adapters[adapter])
-    if cls.features is not Adapter.features:
+    if model.adapters[adapter].own_features:
         raise ConfigError(
             f"'{adapter}' cannot be damped at blocks: the head reads what it computes. Use model.set_active(...)."
         )

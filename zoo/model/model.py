@@ -177,6 +177,9 @@ class Model(Stated):
         names = [] if self._plan == "" else list(self._state.active)
         if self._beside:
             inputs, kwargs = apart(inputs, kwargs)
+        for name in names:
+            if self.adapters[name].own_features:
+                self.family.check_pooled(self.adapters[name].method, *inputs, **kwargs)  # type: ignore[arg-type]
         pooled = self.family.features(*inputs, **kwargs)
         for name in names:
             pooled = self._state.change(self.adapters[name].features, pooled)  # type: ignore[arg-type]

@@ -184,6 +184,21 @@ def swap(module: nn.Module) -> None:
         open_biases(module)
 
 
+def data_config(visual: Any) -> dict[str, Any]:
+    """open_clip's preprocessing of an image tower, in the words of timm's data configuration."""
+    own: dict[str, Any] = visual.preprocess_cfg
+    size = own["size"]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return {
+        "input_size": (3, height, width),
+        "mean": tuple(own["mean"]),
+        "std": tuple(own["std"]),
+        "interpolation": own["interpolation"],
+        "crop_pct": 1.0,
+        "crop_mode": {"shortest": "center", "squash": "squash", "longest": "border"}[own["resize_mode"]],
+    }
+
+
 def repository(name: str) -> str | None:
     """The Hub repository of a checkpoint by its name, as open_clip states it; None for one of ours or without one."""
     if name.startswith("zoo:"):

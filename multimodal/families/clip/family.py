@@ -245,11 +245,14 @@ class CLIPBackbone(Backbone):
                 yield path, module
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Prefixes and prompts, in either tower."""
-        from multimodal.families.clip.attention import record
+        """Prefixes and prompts in either tower, queries in that of images."""
+        from multimodal.families.clip import attention, queries
 
         tower = next(t for t in self.towers() if t.name == point.tower)
-        record(tower, session, point, verb, module, **options)
+        if verb == "query":
+            queries.record(tower, session, point, module)
+        else:
+            attention.record(tower, session, point, verb, module, **options)
 
     # -- what the model asks ----------------------------------------------------------------------------------------
 
@@ -301,6 +304,14 @@ class CLIPBackbone(Backbone):
                 "texts alone), and compare their embeddings."
             )
 
+    def check_pooled(self, method: str, images: Any = None, texts: Any = None) -> None:
+        """Neither texts nor scores have answers of an image's tokens beside them."""
+        if texts is not None:
+            raise ConfigError(
+                f"'{method}' puts features of its own beside the embeddings of images, and texts have none; nor are such "
+                "features compared with texts. Pass images alone (to a classifier: model.reset_head(K)), or use another method."
+            )
+
     @property
     def feature_dim(self) -> int:
         """d of the common space."""
@@ -342,18 +353,7 @@ class CLIPBackbone(Backbone):
 
     def data_config(self) -> dict[str, Any]:
         """open_clip's preprocessing of the checkpoint, in the words of timm's data configuration."""
-        own: dict[str, Any] = self.module.visual.preprocess_cfg  # type: ignore[union-attr,assignment]
-        size = own["size"]
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        crop_mode = {"shortest": "center", "squash": "squash", "longest": "border"}[own["resize_mode"]]
-        return {
-            "input_size": (3, height, width),
-            "mean": tuple(own["mean"]),
-            "std": tuple(own["std"]),
-            "interpolation": own["interpolation"],
-            "crop_pct": 1.0,
-            "crop_mode": crop_mode,
-        }
+        return clip_build.data_config(self.module.visual)
 
     def licence(self) -> str | None:
         """MIT for OpenAI's weights, Apache-2.0 for ours; open_clip does not state those of others."""

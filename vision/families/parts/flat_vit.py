@@ -90,9 +90,9 @@ class FlatViT(SequenceBackbone):
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Prefixes, prompts and queries."""
         if verb == "query":
-            from vision.families.parts.flat_queries import record
+            from zoo.families.flat_queries import record
 
-            record(self, session, point, module)
+            record(session, point, module, self.module.get_submodule(point.path.rpartition(".")[0]))
             return
         backbone: Any = self.module
         averaged = backbone.global_pool != "token" or getattr(backbone, "attn_pool", None) is not None

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
-from vision.families.parts.queries import FusedStream
 from vision.families.parts.swin_attention import Kinds, Merge, WindowBlock, WindowSite
 from zoo.engine.attention import Alone, Pair, Prompts, heads
 from zoo.engine.queries import read
 from zoo.engine.sites import BlockSite, LinearSite, Op, parts
+from zoo.families.fused_queries import FusedStream
 from zoo.families.timm_attention import Keys, entering
 from zoo.points import Point
 

@@ -197,11 +197,15 @@ class TimmBackbone(Backbone):
         return module.to(device) if device is not None else module
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-        """Verbs of attention and tokens points: more keys and prompts (`zoo.engine.attention`), queries (`queries.py`)."""
+        """Verbs of attention and tokens points: more keys and prompts, and queries (`zoo.families.fused_queries`)."""
         if verb == "query":
-            from vision.families.parts.queries import record
-        else:
-            from vision.families.parts.attention import record
+            from zoo.families import fused_queries
+
+            block = self.module.get_submodule(point.path.rpartition(".")[0])
+            fused_queries.record(session, point, module, block)
+            return
+        from vision.families.parts.attention import record
+
         record(self, session, point, verb, module, **options)
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Queries on EVA and BEiT (`AttentionPoint.query`): as on a ViT (`vision.families.parts.queries`), on turned keys.
+"""Queries on EVA and BEiT (`AttentionPoint.query`): as on a ViT (`zoo.families.fused_queries`), on turned keys.
 
     q = W_q LN1(Q) + b_q        A = softmax(q k^T / sqrt(c)) v
 
@@ -19,7 +19,6 @@ from zoo.families import timm_attention as flat
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from zoo import Backbone
     from zoo.points.recorder import Recorder
 
 
@@ -38,9 +37,8 @@ class FlatStream(Stream):
         return flat.half(block, "mlp", flat.attended(block, tokens, answers))
 
 
-def record(family: Backbone, session: Recorder, point: Point, module: nn.Module) -> None:
-    """Record the ops of `point.query(module)`."""
-    block: Any = family.module.get_submodule(point.path.rpartition(".")[0])
+def record(session: Recorder, point: Point, module: nn.Module, block: Any) -> None:
+    """Record the ops of `point.query(module)` in a block."""
     inside = parts(module)
 
     def op(at: nn.Module, kind: Any, where: str, fn: Any) -> None:

@@ -24,13 +24,12 @@ from zoo.errors import AttachError
 from zoo.points import Point
 
 if TYPE_CHECKING:
-    from zoo import Backbone
     from zoo.points.recorder import Recorder
 
 
 @dataclass(eq=False)
 class FusedStream(Stream):
-    """The way of one adapter's queries through one block of a ViT or Swin."""
+    """The way of one adapter's queries through one block whose attention has one projection for all three."""
 
     def catch(self, qkv: Tensor) -> None:
         """Keep keys and values out of the projections (B * W, N, 3 h c), as all adapters have left them."""
@@ -63,8 +62,8 @@ def _scaled(block: nn.Module, name: str, x: Tensor) -> Tensor:
     return x if scale is None else scale(x)
 
 
-def record(family: Backbone, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
-    """Record the ops of `point.query(module)`.
+def record(session: Recorder, point: Point, module: nn.Module, block: nn.Module) -> None:
+    """Record the ops of `point.query(module)` in a block.
 
     Raises:
         AttachError: an attention of a class that this file does not describe.
@@ -75,19 +74,31 @@ def record(family: Backbone, session: Recorder, point: Point, verb: str, module:
             f"the attention at '{point.name}' is a {type(attention).__name__}; queries are described for timm's Attention and "
             "WindowAttention. Use a backbone with one of these, or leave the point out of the targets."
         )
-    block = family.module.get_submodule(point.path.rpartition(".")[0])
     if not isinstance(block, (Block, SwinTransformerBlock)):
         raise AttachError(
             f"'{point.name}' is in a {type(block).__name__}; queries are described for timm's pre-norm blocks. Use a backbone of "
             "these, or leave the point out of the targets."
         )
 
-    def op(site_module: nn.Module, kind: Any, where: str, fn: Any) -> None:
-        made = Op(session.owner, where, fn, point.name, verb=verb, modules=parts(module), last=True)
-        session.op(site_module, made, kind)
-
     stream = FusedStream(session.owner, session.site(block, BlockSite).state, block, module, point.name)
-    op(block, BlockSite, "watch_input", stream.enter)
-    op(attention.qkv, LinearSite, "watch_output", stream.catch)  # type: ignore[arg-type]
-    op(attention, Site, "watch_keys", stream.catch_used)
-    op(block, BlockSite, "watch_output", stream.leave)
+    record_stream(session, point, stream, attention, attention.qkv)  # type: ignore[arg-type]
+
+
+def record_stream(
+    session: Recorder,
+    point: Point,
+    stream: FusedStream,
+    attention: nn.Module,
+    fused: nn.Module,
+    kind: type[Site] = Site,
+) -> None:
+    """Record the ops of a stream through a block whose `attention`, with a site of this kind, projects by `fused`."""
+    inside = parts(stream.module)
+
+    def op(at: nn.Module, kind: type[Site], where: str, fn: Any) -> None:
+        session.op(at, Op(session.owner, where, fn, point.name, verb="query", modules=inside, last=True), kind)
+
+    op(stream.block, BlockSite, "watch_input", stream.enter)
+    op(fused, LinearSite, "watch_output", stream.catch)
+    op(attention, kind, "watch_keys", stream.catch_used)
+    op(stream.block, BlockSite, "watch_output", stream.leave)
