@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo import registry
 from zoo.adapters.base import Adapter, fits
-from zoo.errors import ConfigError, nearest
+from zoo.errors import ConfigError, UnknownNameError, nearest
 
 __all__ = ["adapter"]
 
@@ -49,7 +49,14 @@ def adapter(name: str, *, init: Any = None, init_like: str = "values", **config:
         raise ConfigError(
             f"init is {init!r:.60}; expected a saved adapter: its folder, its name here, or a Hub repository."
         )
-    source = resolve(init)
+    try:
+        source = resolve(init)
+    except UnknownNameError:
+        if "init" not in cls.__dataclass_fields__:
+            raise
+        return cls.from_config(
+            {"init": init, **config}
+        )  # a wrong value of the method's own setting, which names the right ones
     if isinstance(source, Adapter):
         raise ConfigError(
             f"init is '{init}', which is a method and holds no values. Name a saved adapter: its folder, its name here, or a Hub "

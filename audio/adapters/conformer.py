@@ -175,8 +175,8 @@ class Conformer(Adapter):
                     "how its tokens are laid out is not described" if point.layout is None else "its tokens are causal"
                 )
                 raise AttachError(
-                    f"'conformer' mixes each token with those around it, and at '{point.name}' that may not be: {why}. Leave the "
-                    "point out of its targets, or use 'adapter', which treats each token alone."
+                    f"'conformer' mixes each token with those around it, and at '{point.name}' of {points.backbone} that may not "
+                    f"be: {why}. Leave the point out of its targets, or use 'adapter', which treats each token alone."
                 )
             module = Convolution(
                 point.dim_out,

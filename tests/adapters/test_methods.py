@@ -53,6 +53,14 @@ def test_start(family: str, method: str) -> None:
         assert torch.equal(model(images()), before)
 
 
+@each
+def test_an_empty_batch(method: str) -> None:
+    """timm's ViT takes one (its Swin does not): what a server may be asked between two requests."""
+    model = build("vit", method).eval()
+    with torch.no_grad():
+        assert model(images()[:0]).shape == (0, model(images()).shape[1])
+
+
 @both
 @each
 def test_removal(family: str, method: str) -> None:

@@ -129,6 +129,9 @@ def test_refused_settings() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             zoo.adapter("vera", **config)
+    zoo.load("vit-micro", zoo.adapter("vera", rank=2, d_init=1), pretrained=False)  # a whole number is one, too
+    with pytest.raises(zoo.ZooError):
+        zoo.load("vit-micro", zoo.adapter("vera", targets=()), pretrained=False)
 
 
 def test_what_is_kept_for_backward() -> None:

@@ -60,7 +60,7 @@ class Down(nn.Module):
         hidden = F.linear(x, torch.cat([self.low_a, self.high_a]))
         a = self.mixing.rows(hidden)[:, None]
         share = torch.cat([(1 - a).expand(-1, len(self.low_a)), a.expand(-1, len(self.high_a))], dim=1)
-        return hidden * share.view(len(share), *[1] * (hidden.dim() - 2), -1)
+        return hidden * share.view(len(share), *[1] * (hidden.dim() - 2), share.shape[1])
 
 
 class Branches(nn.Module):

@@ -203,7 +203,8 @@ class VQT(Adapter):
         Raises:
             ConfigError: the fraction is out of range, or the head reads something else.
         """
-        self.check(0 < fraction <= 1, f"fraction is {fraction}; expected 0 < fraction <= 1.")
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        self.check(number and 0 < fraction <= 1, f"fraction is {fraction!r}; expected 0 < fraction <= 1.")
         head = model.head
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim(model.family.feature_dim):
             raise ConfigError("the model's head is not a linear one on this adapter's features; train one first.")

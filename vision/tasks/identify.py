@@ -22,6 +22,7 @@ verification, as in IJB.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,6 +167,11 @@ class Identify(Task):
     ) -> None:
         self.gallery, self.gallery_split, self.singles = gallery, gallery_split, singles
         self.scales = (gallery_scale, probe_scale)
+        for what, values in (("ranks", ranks), ("rates", rates)):
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise ConfigError(
+                    f"{what} is {values!r}; expected several, such as {RANKS if what == 'ranks' else RATES}."
+                )
         self.ranks, self.rates = tuple(ranks), tuple(rates)
         for scale in self.scales:
             if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 1 <= scale <= 1024:
@@ -195,6 +201,7 @@ class Identify(Task):
             gallery, probes = self._divided(probes)
         else:
             gallery = super().open(model, self.gallery, train=False, split=self.gallery_split)
+            _check_apart(gallery, probes)
         sides = [self._coarse(side, scale) for side, scale in zip((gallery, probes), self.scales, strict=True)]
         first, second = _identities(gallery, probes)
         labels = np.concatenate([2 * first, 2 * second + 1])
@@ -262,6 +269,25 @@ def _labels(dataset: ImageDataset) -> np.ndarray:
             f"{dataset.name}: whose images these are is not known. Open data with one label for each image."
         )
     return dataset.labels
+
+
+def _check_apart(gallery: ImageDataset, probes: ImageDataset) -> None:
+    """Raise DataError if an image is on both sides: it finds itself, whatever the model."""
+    both = _places(gallery) & _places(probes)
+    if both:
+        raise DataError(
+            f"{len(both)} of the {len(probes)} probes of '{probes.name}' are images of the gallery, too, and would find "
+            "themselves. Give data that have no image in common; or one source, of which the first k images of each identity are "
+            "the gallery: gallery=k."
+        )
+
+
+def _places(dataset: ImageDataset) -> set[Any]:
+    """Where the images of a data set lie: files, rows of files, or items of an object that is in memory."""
+    held = getattr(dataset.rows, "dataset", getattr(dataset.rows, "_data", None))
+    if held is not None:
+        return {(id(held), int(index)) for index in dataset.indices}
+    return {os.path.realpath(dataset.where(index)) for index in range(len(dataset))}
 
 
 def _identities(gallery: ImageDataset, probes: ImageDataset) -> tuple[np.ndarray, np.ndarray]:

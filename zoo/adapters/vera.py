@@ -164,10 +164,12 @@ class VeRA(Adapter):
         """One pair for all selected points, and two vectors at each."""
         points.require("linear", "vera")
         chosen = self.selected(points)
+        if not chosen:
+            return  # the model refuses what adds nothing
         widths = max(p.dim_in for p in chosen), max(p.dim_out for p in chosen)
         pair = points.share("projections", Projections(*widths, self.rank, self.seed, self.save_projection))
         for point in chosen:
-            point.add(Vectors(pair, point.dim_in, point.dim_out, self.d_init, self.dropout))
+            point.add(Vectors(pair, point.dim_in, point.dim_out, float(self.d_init), self.dropout))
 
     def selected(self, points: Points) -> list[LinearPoint]:
         """The target points."""

@@ -125,7 +125,8 @@ def prepend(own: Tensor, *extra: Tensor) -> Tensor:
     """
     rows = own.shape[0]
     wide = [
-        e.expand(rows, -1, -1, -1) if e.shape[0] == 1 else e.repeat_interleave(rows // e.shape[0], dim=0) for e in extra
+        e.expand(rows, -1, -1, -1) if e.shape[0] == 1 else e.repeat_interleave(rows // max(1, len(e)), dim=0)
+        for e in extra
     ]
     return torch.cat([*(e.to(own.dtype) for e in wide), own], dim=2)
 

@@ -75,7 +75,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
         (B, h, T, c)
     """
     rows, _, tokens, width = k.shape
-    windows, count = rows // batch, q.shape[2]
+    windows, count = rows // max(1, batch), q.shape[2]
     frozen = not k.requires_grad and not v.requires_grad
     learning = q.requires_grad and torch.is_grad_enabled() and not exact()
     if frozen and learning and count <= FEW and count * width <= 2 * windows * tokens:

@@ -238,8 +238,9 @@ def test_feature_selection(tmp_path: Path) -> None:
     torch.manual_seed(0)
     again = zoo.load(adapter=tmp_path / "saved", pretrained=False)
     assert torch.equal(again.eval()(x), model(x))
-    with pytest.raises(zoo.ZooError, match="fraction"):
-        vqt.select(model, 0.0)
+    for wrong in (0.0, "a", None, True):
+        with pytest.raises(zoo.ZooError, match="fraction"):
+            vqt.select(model, wrong)
 
 
 def test_learns() -> None:

@@ -126,6 +126,11 @@ REFUSED = {
     "dtl+": "attention points",
     "convpass": "is not described",
     "meft": "not a plain sequence",
+    "conformer": "mixes each token with those around it",
+    "moa": "matches no sublayer point",
+    "noah": "tokens points",
+    "unipelt": "attention points",
+    "vpt-sp": "tokens points",
 }
 
 

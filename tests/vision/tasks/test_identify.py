@@ -170,6 +170,8 @@ def test_what_is_refused() -> None:
         ({"probe_scale": 0.5}, r"a scale is 0\.5"),
         ({"ranks": (0,)}, "ranks are"),
         ({"rates": (2.0,)}, "rates are"),
+        ({"ranks": 5}, "ranks is 5; expected several"),
+        ({"rates": 0.1}, r"rates is 0\.1; expected several"),
         ({"singles": "drop"}, "singles is 'drop'"),
     ):
         with pytest.raises(ConfigError, match=named):
@@ -177,6 +179,15 @@ def test_what_is_refused() -> None:
     numbers = TensorDataset(torch.randn(6, 3, 8, 8), torch.rand(6))
     with pytest.raises(zoo.ZooError):
         zoo.evaluate(tiny_model(), numbers, task="identify", progress=False)
+
+
+def test_a_gallery_that_holds_the_probes(tmp_path: Path) -> None:
+    """Every probe found itself: rank@1 was 1 whatever the model."""
+    folder(tmp_path / "faces", {"ann": 3, "bob": 3})
+    model = tiny_model()
+    with pytest.raises(DataError, match=r"6 of the 6 probes .* are images of the gallery"):
+        zoo.evaluate(model, tmp_path / "faces", task=Identify(tmp_path / "faces"), progress=False)
+    assert 0 <= zoo.evaluate(model, tmp_path / "faces", task=Identify(1), progress=False)["rank@1"] <= 1
 
 
 def test_command(tmp_path: Path) -> None:
@@ -188,6 +199,6 @@ def test_command(tmp_path: Path) -> None:
     found = json.loads(result.output)
     assert (found["gallery"], found["probes"]) == (3, 6) and 0 <= found["rank@1"] <= 1
     shown = run(app, ["identify", "vit-micro", "--data", str(faces), "--gallery", str(faces), "-q"])
-    assert shown.exit_code == 0 and "rank@1" in shown.output and "1.0000" in shown.output  # each finds itself
+    assert shown.exit_code == 1 and "images of the gallery" in " ".join(shown.output.split())
     for option, value in (("--probe-scale", "0.2"), ("--enrol", "0"), ("--singles", "some")):
         assert run(app, [*words, option, value]).exit_code == 1

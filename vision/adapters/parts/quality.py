@@ -57,7 +57,7 @@ def _kept(image: Tensor) -> Tensor:
     own, left = image.diff(dim=-1).abs(), blurred.diff(dim=-1).abs()
     total = own.sum(dim=(1, 2))
     lost = (own - left).clamp(min=0).sum(dim=(1, 2))
-    varies = total > FLAT * own[0].numel()
+    varies = total > FLAT * own.shape[1:].numel()
     return torch.where(varies, lost / total.where(varies, torch.ones_like(total)), torch.full_like(total, float("inf")))
 
 
