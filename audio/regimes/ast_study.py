@@ -170,6 +170,8 @@ class AstStudy(Regime):
         for name, data in train.items():
             if not data.classes or data.classes != test[name].classes:
                 raise DataError(f"ast-study: '{name}' and its test data must have the same known classes.")
+            if most := max(self.shots):
+                few_shot(data, most)  # what it does not have is said before the first training
         if len(run.model.adapters):
             raise ConfigError("ast-study attaches its own adapters: load the model without one.")
         if self.head == "mean" and "tokens" not in run.model.family.gives:

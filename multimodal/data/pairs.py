@@ -84,7 +84,7 @@ def open_pairs(
     else:
         found = locate(source, split, PAIRS)
         if found.kind == "hub":
-            rows = HubPairs(found.place, split, **options)
+            rows = HubPairs(found.place, split, sought=found.sought, **options)
         elif found.kind == "shards":
             rows = ShardPairs(found.files, name=short_name(found.files), **options)
         elif found.kind == "parquet":

@@ -259,6 +259,17 @@ def test_settings() -> None:
         "lora": {"rank": 4, "targets": "q,v", "dora": True}
     }
     assert settings(["lora.rank=4"], ["vpt", "lora"]) == {"vpt": {}, "lora": {"rank": 4}}
+    lists = settings(["a=[linear,lora]", 'b=["q", "v"]', "c=[blocks.*.fc1, 2]", "d=[2,8]", "e=[a:b]", "f=[]"], ["x"])[
+        "x"
+    ]
+    assert [lists[k] for k in "abcdef"] == [
+        ["linear", "lora"],
+        ["q", "v"],
+        ["blocks.*.fc1", 2],
+        [2, 8],
+        "[a:b]",
+        [],
+    ]
     for wrong, methods, hint in (
         ("rank", ["lora"], "name=value"),
         ("rank=4", ["vpt", "lora"], "vpt.rank=4"),

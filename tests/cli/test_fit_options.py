@@ -108,8 +108,10 @@ def test_several_shots_from_a_published_start(image_folder: Path, tmp_path: Path
         (("--shots", "1,1"), "expected a whole number >= 1, or several different ones"),
         (("--shots", "0"), "--shots is '0'"),
         (("--shots", "1,2", "--folds", 2), "several --shots are measured on --test"),
+        ((*test, "--shots", "1,2,9999"), "shots=9999 asks for more"),
     ):
         assert words in " ".join(run(*line, *options, "-q", "-o", tmp_path / "no", code=1).stderr.split())
+    assert not (tmp_path / "no").exists()  # all numbers are tried on the data before the first training
     refused = run(*line, "-s", f"init={tmp_path / 'none'}", "-q", "-o", tmp_path / "no", code=1).stderr
     assert "none" in refused and "There is no adapter" in " ".join(refused.split())
 

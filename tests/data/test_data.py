@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,27 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(image_folder: Path) -> None
         open_dataset(str(image_folder / "trian"))
     with pytest.raises(DataError, match="No file fits the pattern"):
         open_dataset(str(image_folder / "*.parquet"))
+
+
+def test_a_mistyped_name_is_first_said_not_to_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load_dataset(name: str, **_: Any) -> Any:
+        asked.append(name)
+        raise ConnectionError("no such data set")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for name in ("nope", "some/nope"):
+        with pytest.raises(
+            DataError, match=rf"^There is no file or folder '{name}' here \(in .*The Hub data set '{name}'"
+        ):
+            open_dataset(name)
+    with pytest.raises(DataError, match=r"^The Hub data set 'nope'"):  # not looked for here
+        open_dataset("hf:nope")
+    assert asked == ["nope", "some/nope", "nope"]
+    with pytest.raises(DataError, match=r"^There is no file or folder 'my nope' here .*Nor can it be"):
+        open_dataset("my nope")
+    assert len(asked) == 3
 
 
 # -- bad data -----------------------------------------------------------------------------------------------------------

@@ -286,8 +286,9 @@ def _pairs(source: Any, stored: str, split: str | None, image_column: str | None
         return FolderPairs(first, split, stored)
     found = locate(source, split)
     if found.kind != "parquet":
+        absent = f"There is no file or folder '{source}' here (in {Path.cwd()}). " if found.sought else ""
         raise DataError(
-            f"'{source}' holds no images with maps; expected a folder with 'images' and 'masks' in it, or Parquet files with a "
-            "column for each. A data set of the Hub: open it with datasets.load_dataset, and hand it over."
+            f"{absent}'{source}' holds no images with maps; expected a folder with 'images' and 'masks' in it, or Parquet "
+            "files with a column for each. A data set of the Hub: open it with datasets.load_dataset, and hand it over."
         )
     return ParquetPairs(found.files, image_column, mask_column, stored)

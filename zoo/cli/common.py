@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -110,7 +111,8 @@ def table(
 def settings(values: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The settings of each method, from `rank=4` (a single method) or `lora.rank=4` (several).
 
-    A value is read as JSON where it is JSON (`4`, `true`, `0.1`, `null`, `["q", "v"]`), else as text.
+    A value is read as JSON where it is JSON (`4`, `true`, `0.1`, `null`, `["q", "v"]`), `[q,v]` as a list of texts, all else as
+    text.
 
     Raises:
         ConfigError: no `=`, or a setting that does not say which of several methods it is for.
@@ -130,11 +132,19 @@ def settings(values: Sequence[str], methods: Sequence[str]) -> dict[str, dict[st
             raise ConfigError(
                 f"'--set {text}' is for '{method}', which is not among the adapters: {', '.join(methods)}."
             )
-        try:
-            found[method][name] = json.loads(raw)
-        except json.JSONDecodeError:
-            found[method][name] = raw
+        found[method][name] = _value(raw)
     return found
+
+
+def _value(raw: str) -> Any:
+    """JSON, a list of words without quotes (a shell takes them away: `run.methods=[linear,lora]` is left), or text."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError:
+        words = raw[1:-1].split(",") if raw.startswith("[") and raw.endswith("]") else []
+        if words and all(re.fullmatch(r"[\w.*+-]+", word.strip()) for word in words):
+            return [_value(word.strip()) for word in words]
+        return raw
 
 
 def count(number: float) -> str:

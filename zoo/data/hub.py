@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from zoo.data.names import names_of
 from zoo.errors import DataError, MissingPackageError, nearest
 
 __all__ = ["HubRows", "is_hub", "one_split"]
+
+_NAME = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)  # what the Hub may have; a few old data sets have no owner
 
 
 class HubRows(Labelled):
@@ -33,14 +36,18 @@ class HubRows(Labelled):
         label_column: str | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         labels: str = "auto",
+        sought: bool = False,
     ) -> None:
+        """`sought`: a file or folder of this name was looked for first, and there is none."""
         self.medium, self.noun = medium, medium.noun
+        absent = f"There is no file or folder '{source}' here (in {Path.cwd()}). " if sought else ""
+        if sought and not _NAME.fullmatch(str(source)):
+            raise DataError(f"{absent}Nor can it be a data set of the Hub, which is named 'owner/name'.")
         try:
             import datasets
         except ImportError as error:
             raise MissingPackageError(
-                f"Reading '{source}' from the Hub needs the package datasets: pip install 'adapter-zoo[data]'. If a local "
-                "folder was meant: there is none of this name."
+                f"{absent}Reading '{source}' from the Hub needs the package datasets: pip install 'adapter-zoo[data]'."
             ) from error
         loaded: Any = source
         if isinstance(source, str):
@@ -50,7 +57,7 @@ class HubRows(Labelled):
             except Exception as error:
                 reason = f"{error} ({error.__cause__})" if error.__cause__ is not None else str(error)
                 raise DataError(
-                    f"The Hub data set '{source}' (split {split!r}) could not be loaded: {reason}"
+                    f"{absent}The Hub data set '{source}' (split {split!r}) could not be loaded: {reason}"
                 ) from error
         else:
             own = getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"

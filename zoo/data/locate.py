@@ -28,13 +28,16 @@ def is_paths(source: Any) -> bool:
 
 
 class Found(NamedTuple):
-    """Where data are: `kind` is "folder", "table", "parquet", "shards" or "hub"; `below`: only files below this folder."""
+    """Where data are: `kind` is "folder", "table", "parquet", "shards" or "hub"; `below`: only files below this folder;
+    `sought`: it is taken for a name of the Hub because nothing here is called so.
+    """
 
     kind: str
     place: Any = None
     files: Sequence[Path] = ()
     below: Path | None = None
     split: str | None = None  # of the rows of a table
+    sought: bool = False
 
 
 def locate(
@@ -83,7 +86,7 @@ def locate(
             f"No such file or folder: '{text}'. {nearest(path.name, there) if there else ''} "
             "For a data set of the Hub write 'hf:owner/name'."
         )
-    return Found("hub", text)
+    return Found("hub", text, sought=True)
 
 
 def _path(text: str | Path) -> Path:

@@ -136,7 +136,7 @@ def open_with(
         return ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
     found = locate(source, split, medium, names)
     if found.kind == "hub":
-        rows = HubRows(found.place, split, **options)
+        rows = HubRows(found.place, split, sought=found.sought, **options)
     elif found.kind == "folder":
         place = Path(found.place)
         for setting, value in ((medium.setting, column), ("label_column", label_column)):

@@ -209,6 +209,8 @@ def repeat(
                 if isinstance(train, ImageDataset):
                     opened = opened.with_transform(train.transform)
             if few is not None:
+                if shots is not None and not rows:  # all of them, before the first training
+                    few_shot(opened, max(shots), seed)
                 mine = few_shot(opened, few, seed)
             if folds is not None:
                 if parts[0] is None:

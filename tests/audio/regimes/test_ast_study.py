@@ -170,6 +170,12 @@ def test_refusals() -> None:
     assert list(net.adapters) == ["lora"]
 
 
+def test_too_many_shots_are_refused_before_the_first_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AstStudy, "_fit", lambda *args: pytest.fail("it trained"))
+    with pytest.raises(DataError, match=r"shots=5 asks for more .* largest possible value is 4"):
+        go(shots=[1, 5])
+
+
 def test_one_command(tmp_path: Path) -> None:
     """Folders of sounds by class, on the command line; the table is printed, and the folder holds everything."""
     from audio_parts import encoded, tone

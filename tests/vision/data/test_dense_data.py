@@ -73,6 +73,8 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path: Path) -> None:
     data = open_dense(there)
     with pytest.raises(DataError, match=r"03.jpg: the map is 12 x 16 pixels .* its image 24 x 32"):
         data[3]
+    with pytest.raises(DataError, match=r"^There is no file or folder 'nope' here"):
+        open_dense("nope")
     with pytest.raises(DataError, match=r"03\.jpg"):
         zoo.fit(dense_model(), data, task="segment", epochs=1, progress=False)
     going_on = open_dense(there, on_error="skip")
