@@ -158,6 +158,11 @@ def test_a_control_of_the_same_scale(tmp_path: Path) -> None:
     assert kept.num_parameters(trainable=True, head=False) == 2 * 2 * 5 * 48
 
 
+def test_how_fresh_prompts_would_be_drawn_does_not_matter(tmp_path: Path) -> None:
+    start = zoo.adapter("vpt", init=saved(tmp_path / "vpt"), start="normal")
+    assert start.start == "normal"  # type: ignore[attr-defined]
+
+
 def test_what_is_refused_leaves_the_model_alone(tmp_path: Path) -> None:
     vpt, lora = saved(tmp_path / "vpt"), saved(tmp_path / "lora", "lora")
     torch.manual_seed(1)  # other random weights

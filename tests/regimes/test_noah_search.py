@@ -121,7 +121,7 @@ def test_refused() -> None:
         ({"val_fraction": 1.0}, "val_fraction is 1"),
         ({"lr": 0.0}, "lr is 0"),
         ({"generations": 0}, "generations is 0"),
-        ({"least": 0.000799, "limit": 0.0008, "supernet_epochs": 1, "population": 4}, "drawn at random"),
+        ({"least": 0.000799, "limit": 0.0008, "supernet_epochs": 10**6, "population": 4}, "drawn at random"),
     ):
         with pytest.raises(ConfigError, match=message):
             go(**options)

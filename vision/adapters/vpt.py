@@ -99,6 +99,7 @@ class VPT(Adapter):
     start: Literal["uniform", "normal"] = "uniform"
 
     later = ("start",)
+    translated = ("start",)  # how random values are drawn, which those of a source are not
     default_lr = 1e-2
     paper = "Jia et al. 2022"
     taxonomy = "additive"

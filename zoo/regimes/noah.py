@@ -119,6 +119,7 @@ class NeuralPromptSearch(Regime):
         part = {"prompts": self.width, "lora": self.width, "adapter": self.width}
         supernet: Any = model.add_adapter(adapter(NAME, **part, widths=self.widths, seed=self.seed), NAME)
         self._check_limit(supernet)
+        self._check_range(supernet)
         train, val = split_train_val(run.data, self.val_fraction, self.seed)
         common = {"batch_size": self.batch_size, "weight_decay": self.weight_decay}
         yield Phase("supernet", train, fit={**common, "epochs": self.supernet_epochs, "lr": self.supernet_lr})
@@ -146,6 +147,14 @@ class NeuralPromptSearch(Regime):
             f"Expected {smallest / 1e6:.6f} to {whole / 1e6:.6f}.",
         )
 
+    def _check_range(self, supernet: Any) -> None:
+        """Raise ConfigError if the first generation will be empty: before a supernet is trained for it."""
+        if not self._generation(supernet.space, supernet, [], set(), random.Random(f"{self.seed}/0")):
+            raise ConfigError(
+                f"noah: none of {TRIES * self.population} sub-networks drawn at random has {self.least:g} to {self.limit:g} "
+                "million parameters. Give a wider range, or other widths."
+            )
+
     # -- the search -------------------------------------------------------------------------------------------------
 
     def _search(self, run: Run, supernet: Any, val: Any) -> dict[str, Any]:
@@ -156,11 +165,6 @@ class NeuralPromptSearch(Regime):
         for number in range(self.generations):
             source = random.Random(f"{self.seed}/{number}")
             wanted = self._generation(space, supernet, top, seen, source)
-            if not wanted and not top:
-                raise ConfigError(
-                    f"noah: none of {TRIES * self.population} sub-networks drawn at random has {self.least:g} to {self.limit:g} "
-                    "million parameters. Give a wider range, or other widths."
-                )
             measured = run.once(f"generation-{number}", partial(self._measure, run, supernet, wanted, val))
             top = sorted([*top, *measured], key=lambda found: -found["accuracy"])[: self.keep]
         supernet.choose(None)
