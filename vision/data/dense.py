@@ -160,8 +160,8 @@ def open_dense(
         kind: "segment", "edges", "depth" (one number for each pixel, whatever it means) or "normals"; what the maps must be is
             in `vision.data.masks`.
         split: a subfolder, or the beginning of the files' names. Needed where there are several.
-        classes: of maps of classes, in the order of their indices; by default `classes.json` beside the files, else as many as
-            the maps hold.
+        classes: of maps of classes, in the order of their indices; by default `classes.json` beside the files or in the folder
+            above, else as many as the maps hold.
         ignore: stored values that are no class or no measurement. By default 255 in maps of classes, and a last class that is
             called "unlabelled", "void" or the like; given, it replaces these.
         derive: what is made of maps of classes: "edges" (kind "edges"), or "distance" to the next edge (kind "depth").

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vision.data.masks import as_map, decode_map
 from zoo.data.folders import SPLITS, files_below, folders_in, read_file, shown
 from zoo.data.images import decode
 from zoo.data.medium import IMAGES
+from zoo.data.open import folder_name
 from zoo.data.parquet import ParquetRows
 from zoo.errors import DataError, nearest
 
@@ -48,8 +50,9 @@ class FolderPairs:
         place, below = _split_of(folder, split, kind)
         images, maps = _two_folders(place, kind)
         images, maps = images / below, maps / below
-        self.name = f"{folder.name}/{split}" if split else folder.name
-        self.folders = [place, folder, folder.parent] if place != folder else [folder]
+        self.name = f"{folder.name}/{split}" if split else folder_name(folder)
+        own = Path(os.path.abspath(place))  # of a split told by its folder, the same as of one told by its name
+        self.folders = [own, own.parent]
         files = files_below(images, IMAGES.extensions)
         if not files:
             raise DataError(f"{shown(images)}: holds no image ({', '.join(IMAGES.extensions)}).")

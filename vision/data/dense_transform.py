@@ -65,16 +65,22 @@ class DenseTransform:
             image, planes = TF.hflip(image), planes.flip(-1)
             if self.kind == "normals":
                 planes = planes * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
+        values = image.float() / 255 if isinstance(image, Tensor) else TF.to_tensor(image)
+        return TF.normalize(values, list(own.mean), list(own.std)), self._target(planes)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The target of a map that is seen whole."""
+        planes = value.permute(2, 0, 1) if value.ndim == 3 else value[None]
+        return self._target(self._resized(planes, [self.images.height, self.images.width]))
+
+    def _target(self, planes: Tensor) -> Tensor:
+        """What is learnt of a map (C, h, w)."""
         if self.derive is not None:
             classes = planes[0]
             planes = DERIVED[self.derive][1](classes, IGNORE)[None]
-            if planes.dtype == torch.int64:
-                planes = planes.masked_fill(classes[None] == IGNORE, IGNORE)
-            else:
-                planes = planes.masked_fill(classes[None] == IGNORE, float("nan"))
-        values = image.float() / 255 if isinstance(image, Tensor) else TF.to_tensor(image)
-        target = planes if self.kind == "normals" else planes[0]
-        return TF.normalize(values, list(own.mean), list(own.std)), target.contiguous()
+            missing: float = IGNORE if planes.dtype == torch.int64 else float("nan")
+            planes = planes.masked_fill(classes[None] == IGNORE, missing)
+        return (planes if self.kind == "normals" else planes[0]).contiguous()
 
     def _resized(self, planes: Tensor, size: list[int]) -> Tensor:
         """(C, H, W) at another size."""

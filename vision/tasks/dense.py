@@ -12,9 +12,9 @@
 
 The model's head is one of maps ("dense"). Its logits are brought to the targets' size (bilinear). A loss is the mean over the
 pixels of an item that have a value, then over the items, so that neither parts nor processes change it; items without any such
-pixel count 0. `balanced-bce` weighs edges by the share of the other pixels and these by the share of edges (Xie & Tu 2015).
-`dice` is 1 - 2 sum p t / (sum p + sum t), the mean over the classes of an item. Data are opened by
-`vision.data.dense.open_dense`; several tasks at once are trained by `zoo.run(model, "multitask", data={...})`.
+pixel count 0, and data without any such item are refused. `balanced-bce` weighs edges by the share of the other pixels and these
+by the share of edges (Xie & Tu 2015). `dice` is 1 - 2 sum p t / (sum p + sum t), the mean over the classes of an item. Data are
+opened by `vision.data.dense.open_dense`; several tasks at once are trained by `zoo.run(model, "multitask", data={...})`.
 
 Images are resized to the backbone's size, whatever their shape, and maps with them; measured is at that size.
 """
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from vision.data.dense import IGNORE, DenseDataset, DenseRows, open_dense
 from vision.data.dense_transform import DenseTransform
+from vision.data.dense_valued import check_valued
 from vision.metrics.dense import Angles, Contours, Distances, Overlap
 from vision.tasks.dense_tasks import ManyDense
 from zoo import Adapter, register_task
@@ -117,6 +118,7 @@ class Dense(Weighted):
                 )
         if self.class_weights is not None and self.outputs is not None:
             raise ConfigError(f"class_weights are of classes; '{self.name}' has none.")
+        check_valued(dataset, what)
 
     def check_batch(self, model: Host, dataset: Any, targets: Any) -> None:
         """Raise DataError for targets of another form."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision.data.dense import DenseDataset
+from vision.data.dense_valued import check_valued
 from zoo import registry
 from zoo.errors import ConfigError, DataError
 from zoo.host import Host
@@ -128,6 +129,8 @@ class ManyDense(Task):
         model.family.check_wanted(("maps",), "this task")
         if model.num_classes != sum(self.sizes):
             raise ConfigError(f"The head has {model.num_classes} outputs, and the tasks {sum(self.sizes)} together.")
+        for name, part in zip(self.names, dataset.rows.datasets, strict=True):
+            check_valued(part, f"{what} of '{name}',")
 
     def check_batch(self, model: Host, dataset: Any, targets: Any) -> None:
         """Raise DataError for classes that a task does not have."""
@@ -171,7 +174,8 @@ class _One(Task):
         return self._kind.open(model, data, train=train, split=split, augment=augment)  # type: ignore[no-any-return]
 
     def check(self, model: Host, dataset: Any, what: str = "data set") -> None:
-        """Nothing: the head was made for these tasks."""
+        """Raise unless there is something to measure; the head was made for these tasks."""
+        check_valued(dataset, f"data set of '{self.task_name}',")
 
     def check_batch(self, model: Host, dataset: Any, targets: Any) -> None:
         """As the task itself."""

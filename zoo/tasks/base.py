@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
     from zoo.host import Host
 
-__all__ = ["Task", "call", "check_names", "seen_targets"]
+__all__ = ["Task", "call", "check_names", "check_whole", "seen_targets"]
 
 
 def call(model: Any, inputs: Any, **options: Any) -> Any:
@@ -183,6 +183,16 @@ def _check_normalised(model: Host, dataset: ImageDataset) -> None:
             f"trained with mean {mean} and std {std}. Give PIL images or uint8 tensors, which are preprocessed; or end the "
             "transform with torchvision.transforms.Normalize(model.mean, model.std).",
             stacklevel=5,
+        )
+
+
+def check_whole(model: Host, task: str, outputs: int | None) -> None:
+    """Raise ConfigError if the model's head says something of every pixel, and the task is of whole items."""
+    if "maps" in getattr(getattr(model, "head", None), "needs", ()):
+        raise ConfigError(
+            f"The task '{task}' is of whole {model.family.noun}, and the model's head says something of every pixel. Load it "
+            f"with num_classes={outputs or '<number of outputs>'} and without head=..., or pass data with maps and a task of "
+            "them: task='segment' (or 'edges', 'depth', 'normals')."
         )
 
 

@@ -11,7 +11,7 @@ from zoo.data.labels import bare, probabilities
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.registry import register_task
-from zoo.tasks.base import call, check_names, seen_targets
+from zoo.tasks.base import call, check_names, check_whole, seen_targets
 from zoo.tasks.losses import Weighted, cross_entropy, focal, one_versus_all
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Classify(Weighted):
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same classes."""
+        check_whole(model, self.name, len(dataset.classes or ()))
         if not model.num_classes:
             raise ConfigError(
                 "The model has no classification head (num_classes=0). Load it with num_classes="

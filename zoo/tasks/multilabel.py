@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo.data.sampling import tag_weights
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
-from zoo.tasks.base import call, check_names, seen_targets
+from zoo.tasks.base import call, check_names, check_whole, seen_targets
 from zoo.tasks.losses import GAMMA, Weighted, tags_of
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class MultiLabel(Weighted):
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the head and the data set have the same number of classes."""
+        check_whole(model, self.name, len(dataset.classes or ()))
         if not model.num_classes:
             classes = len(dataset.classes) if dataset.classes else "<number of classes>"
             raise ConfigError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
 from zoo.registry import register_task
-from zoo.tasks.base import call, seen_targets
+from zoo.tasks.base import call, check_whole, seen_targets
 from zoo.tasks.losses import Weighted
 from zoo.tasks.metrics import metric
 
@@ -46,6 +46,7 @@ class Regress(Weighted):
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless there is a head."""
+        check_whole(model, self.name, None)
         if not model.num_classes:
             raise ConfigError(
                 "The model has no head (num_classes=0). Load it with num_classes=1, or as many as there are numbers."
