@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from zoo import registry
 from zoo.bench import study as module
 from zoo.bench.journal import Journal
+from zoo.bench.report import read
 from zoo.bench.sets import named_sets
 from zoo.bench.sizes import parse_methods
 from zoo.bench.study import Protocol, Study, compare
@@ -215,6 +216,34 @@ def test_damaged_journal(tmp_path: Path) -> None:
         Journal(tmp_path / "rows.jsonl")
 
 
+def test_what_is_not_finished_is_named_and_no_table_lost(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["bench", "compare", "--backbone", "vit-s16", "--data", "colours", "--data-root", str(root), "-q"]
+    words += ["--budget", "400", "--steps", "2", "-b", "4", "--rates", "1", "--rounds", "1", "-o", str(out)]
+
+    def go(*more: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.replace("│", " ").split())
+
+    go("-m", "lora,linear", "--seeds", "0")
+    go("-m", "linear", "--seeds", "0,1")
+    said = go("-m", "lora,linear,bitfit", "--seeds", "0,1", "--finished")
+    assert "not finished: lora on colours at 400: seed 1 not finished: bitfit on colours at 400: the search" in said
+    assert "(1 of 2 seeds)" in said and "seed 0" not in said
+    text = (out / "comparison.md").read_text()
+    assert "| linear |" in text and "## Not finished" in text and "- lora on colours at 400: seed 1" in text
+    kept = read(out / "comparison.json")
+    assert [line.get("missing_seeds") for line in kept.lines] == [[1], None]
+    assert kept.missing[0] == {"data": "colours", "budget": 400, "method": "lora", "search": False, "seeds": [1]}
+    assert "What" in go("-m", "bitfit", "--seeds", "0", "--finished", code=1)
+    assert (out / "comparison.md").read_text() == text
+    said = go("-m", "lora,linear", "--seeds", "0", "--finished")
+    assert "no longer in the table: linear on colours at 400 (seeds: 1 instead of 2)" in said
+    said = go("-m", "linear", "--seeds", "0,1", "--finished")
+    assert "no longer in the table: lora on colours at 400" in said and "not finished" not in said
+
+
 def test_command(root: Path, tmp_path: Path) -> None:
     words = [
         "bench",
@@ -243,6 +272,14 @@ def test_command(root: Path, tmp_path: Path) -> None:
         (["--rates", "9"], "rates"),
         (["-m", "lorra"], "lora"),
         (["--data", "nowhere"], "splits"),
+        (["--data", "colours,colours"], "'colours' is named twice"),
+        (["--budget", "400,0.4k"], "budget of 400 is named twice"),
+        (["-m", "linear,lora:foo=1"], "has no setting 'foo'"),
+        (["-m", "linear,lora:rank=abc"], "'lora:rank=abc': 'lora' setting 'rank' is 'abc'"),
+        (["-m", "linear,lora:rank=-1"], "'lora:rank=-1'"),
+        (["-m", "lora:rank=1;rank=2"], "rank twice"),
+        (["--also", "adapter:form=nonsense"], "nonsense"),
+        (["--finished"], "nothing to show"),
     ):
         refused = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "no"), *more])
         assert refused.exit_code == 1 and said in " ".join(refused.output.replace("│", " ").split()), (

@@ -12,7 +12,7 @@ from zoo.bench.study import Protocol, Study
 from zoo.disk import write_file
 from zoo.errors import SaveError
 
-__all__ = ["COLUMNS", "cells", "draw", "groups", "markdown", "means", "read", "tables", "write"]
+__all__ = ["COLUMNS", "cells", "draw", "groups", "lacking", "lost", "markdown", "means", "read", "tables", "write"]
 
 COLUMNS = ("method", "setting", "trained", "lr", "test accuracy, %", "kept / full", "step / full")
 COLOURS = {
@@ -34,9 +34,15 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
         setting or line["note"],
         f"{line['trained']:,}",
         f"{line['lr']:.2g}",
-        f"{statistics.mean(accuracy):.1f}{spread}",
+        f"{statistics.mean(accuracy):.1f}{spread}{_partly(line)}",
         *("-" if line[key] is None else f"{line[key]:.2f}" for key in ("saved_ratio", "step_ratio")),
     )
+
+
+def _partly(line: dict[str, Any]) -> str:
+    """Behind a mean over less than all seeds."""
+    lacking = len(line.get("missing_seeds", ()))
+    return f" ({len(line['accuracy'])} of {len(line['accuracy']) + lacking} seeds)" if lacking else ""
 
 
 def groups(study: Study) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
@@ -54,11 +60,11 @@ def groups(study: Study) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
 
 
 def means(study: Study) -> list[tuple[str, int, list[float], float]]:
-    """(label, budget, accuracy in % on each data set, their mean) of what has them all, the best first."""
+    """(label, budget, accuracy in % on each data set, their mean) of what has them all with all seeds, the best first."""
     names = list(dict.fromkeys(line["data"] for line in study.lines))
     table: dict[tuple[str, int], dict[str, float]] = {}
     for (data, budget), lines in groups(study).items():
-        for line in lines:
+        for line in (x for x in lines if not x.get("missing_seeds")):
             table.setdefault((line["label"], budget or 0), {})[data] = 100 * statistics.mean(line["accuracy"])
     whole = [(m, b, [row[n] for n in names]) for (m, b), row in table.items() if len(row) == len(names)]
     return sorted(((m, b, v, statistics.mean(v)) for m, b, v in whole), key=lambda x: (x[1], -x[3]))
@@ -70,6 +76,8 @@ def markdown(study: Study) -> str:
     if study.left_out:
         text += ["## Not compared", ""]
         text += [f"- {label} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
+    if study.missing:
+        text += ["## Not finished", "", *(f"- {line}" for line in lacking(study)), ""]
     if study.failed:
         text += ["## Broken off", ""]
         text += [f"- {f['method']} on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed] + [""]
@@ -83,6 +91,33 @@ def markdown(study: Study) -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def lacking(study: Study) -> list[str]:
+    """What is not finished, a text for each method on each data set at each budget."""
+    found = []
+    for one in study.missing:
+        at = f" at {one['budget']:,}" if one["budget"] else ""
+        seeds = f"seed{'s' if len(one['seeds']) > 1 else ''} {', '.join(map(str, one['seeds']))}"
+        found.append(
+            f"{one['method']} on {one['data']}{at}: {'the search of learning rates, ' if one['search'] else ''}{seeds}"
+        )
+    return found
+
+
+def lost(before: Study, now: Study) -> list[str]:
+    """What a comparison showed before and does not show now, or over fewer seeds."""
+
+    def runs(study: Study) -> dict[tuple[str, int | None, str], int]:
+        return {(line["data"], line["budget"], line["label"]): len(line["accuracy"]) for line in study.lines}
+
+    found, after = [], runs(now)
+    for (data, budget, label), count in runs(before).items():
+        left = after.get((data, budget, label), 0)
+        if left < count:
+            at = f" at {budget:,}" if budget else ""
+            found.append(f"{label} on {data}{at}" + (f" (seeds: {left} instead of {count})" if left else ""))
+    return found
 
 
 def tables(study: Study) -> list[str]:
@@ -192,6 +227,7 @@ def write(study: Study, out: Path) -> None:
         "lines": study.lines,
         "left_out": [{"budget": b, "method": m, "why": w} for (b, m), w in study.left_out.items()],
         "failed": study.failed,
+        "missing": study.missing,
         "revisions": study.revisions,
     }
     write_file(out / "comparison.md", markdown(study).encode())
@@ -210,6 +246,14 @@ def read(file: Path) -> Study:
         found = json.loads(file.read_text(encoding="utf-8"))
         protocol = Protocol(**{**found["protocol"], "seeds": tuple(found["protocol"]["seeds"])})
         left_out = {(x["budget"], x["method"]): x["why"] for x in found["left_out"]}
-        return Study(found["backbone"], protocol, found["lines"], left_out, found["failed"], found["revisions"])
+        return Study(
+            found["backbone"],
+            protocol,
+            found["lines"],
+            left_out,
+            found["failed"],
+            found.get("missing", []),  # an older one had none
+            found["revisions"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaveError(f"{file} is no comparison of zoo bench compare ({error!r}).") from error

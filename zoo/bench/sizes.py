@@ -29,11 +29,27 @@ NEAR = 8  # sizes below one that the method refuses (a divisor that does not fit
 
 @dataclass(frozen=True)
 class Method:
-    """A method with some of its settings; its label is what it was written as."""
+    """A method with some of its settings; its label is what it was written as.
+
+    Raises:
+        ConfigError: a setting that it does not have, or a value that it refuses at any size.
+    """
 
     label: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.settings:
+            return
+        try:
+            registry.adapter(self.name, **self.settings)
+        except ConfigError as error:
+            more = registry.adapter_class(self.name).of_size(1)  # it may need a size beside them
+            try:
+                registry.adapter(self.name, **{**(more or {}), **self.settings})
+            except ConfigError:
+                raise ConfigError(f"'{self.label}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ def parse_methods(text: str) -> list[Method]:
     """Methods of "lora,spt:form=adapter" (settings behind a colon, several with semicolons); "all" is every registered one.
 
     Raises:
-        ConfigError: no method, one twice, a setting without a value. UnknownNameError: no such method.
+        ConfigError: no method, one twice, a setting twice, without a value or wrong. UnknownNameError: no such method.
     """
     found: list[Method] = []
     for word in (w.strip() for w in text.split(",") if w.strip()):
@@ -89,6 +105,8 @@ def parse_methods(text: str) -> list[Method]:
                 raise ConfigError(
                     f"'{part}' of '{word}' is no setting; write name=value, for example spt:form=adapter."
                 )
+            if key in settings:
+                raise ConfigError(f"'{word}' gives {key} twice.")
             try:
                 settings[key] = json.loads(raw)
             except json.JSONDecodeError:

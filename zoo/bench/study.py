@@ -94,8 +94,10 @@ class Study:
 
     Attributes:
         lines: one dict for each data set, budget and method with all its runs: "accuracy" (a list, in the order of the seeds),
-            "parameters", "lr", "saved_ratio" and the like.
+            "parameters", "lr", "saved_ratio" and the like; with `finished` also those with a part of their runs, which name the
+            others' seeds as "missing_seeds".
         left_out: (budget, label) -> why a method does not meet it. failed: what broke off, with its message.
+        missing: what `finished` did not find: dicts of "data", "budget", "method", "seeds" and whether its "search" lacks, too.
     """
 
     backbone: str
@@ -103,6 +105,7 @@ class Study:
     lines: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[tuple[int, str], str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
+    missing: list[dict[str, Any]] = field(default_factory=list)
     revisions: list[str] = field(default_factory=list)
 
 
@@ -128,17 +131,21 @@ def compare(
         data: names of data sets (`zoo.bench.sets`).
         also: methods that are compared beside them at their own size, whatever the budget.
         keep: save the adapter of the first seed in `out/adapters/<data>/<label>-<parameters>`.
-        finished: train nothing; only what has all its rows is shown.
+        finished: train nothing; what has rows of final runs is shown, the rest stands in `Study.missing`.
         tell: is called with what goes on, and how many trainings of all are done.
         options: of `zoo.load`, such as `img_size`.
 
     Raises:
-        ConfigError: a budget below the cheapest unit or above the whole backbone, a protocol that cannot be.
+        ConfigError: data or a budget twice, a budget below the cheapest unit or above the whole backbone, a protocol that
+            cannot be.
         DataError: data that are not there, or have no splits or classes.
     """
     cls, _ = registry.find_backbone(backbone)
     if not cls.pools:
         raise ConfigError(f"'{backbone}' does not classify, and what is compared here are classifiers.")
+    for what, given_ones in (("The data", data), ("The budget of", budgets)):
+        if twice := [one for one in given_ones if list(given_ones).count(one) > 1]:
+            raise ConfigError(f"{what} {twice[0]!r} is named twice.")
     tell("opening the data ...", 0, 0)
     given = {"shots": protocol.shots, "test_items": protocol.test_items, "val_fraction": protocol.val_fraction}
     opened = [named_sets(cls, name, root=data_root, **given) for name in data]  # type: ignore[arg-type]
@@ -158,7 +165,8 @@ def compare(
     for sets, size, method in jobs:
         try:
             line = runs.line(sets, method)
-        except _Unfinished:
+        except _Unfinished as found:
+            study.missing.append(_lacking(sets, size, method, found.search, found.seeds))
             continue
         except ZooError as error:
             study.failed.append({"data": sets.name, "method": method.label, "error": str(error)})
@@ -170,6 +178,8 @@ def compare(
                 file.write(f"{sets.name}, {method.label}, {method.settings}\n{traceback.format_exc()}\n")
         else:
             study.lines.append({"data": sets.name, "budget": size, **line})
+            if seeds := line.get("missing_seeds"):
+                study.missing.append(_lacking(sets, size, method, False, seeds))
         gc.collect()
     study.revisions = sorted(runs.revisions)
     return study
@@ -184,8 +194,16 @@ def _own_size(backbone: str, also: Sequence[Method], classes: int, options: dict
     return found
 
 
+def _lacking(sets: Sets, size: int | None, method: Sized, search: bool, seeds: Sequence[int]) -> dict[str, Any]:
+    return {"data": sets.name, "budget": size, "method": method.label, "search": search, "seeds": list(seeds)}
+
+
 class _Unfinished(Exception):
-    """A training that is wanted and not in the journal."""
+    """Trainings that are wanted and not in the journal: some of the search, and so all seeds, or all seeds."""
+
+    def __init__(self, search: bool, seeds: Sequence[int]) -> None:
+        super().__init__(search, seeds)
+        self.search, self.seeds = search, seeds
 
 
 class _Runs:
@@ -214,7 +232,9 @@ class _Runs:
             self.prepared = {part: ready(model, getattr(sets, part)) for part in ("train", "part", "val", "test")}
 
     def line(self, sets: Sets, method: Sized) -> dict[str, Any]:
-        """Search, then all seeds; what of it is new is written to the journal."""
+        """Search, then all seeds; what of it is new is written to the journal. If only what is finished is wanted, the seeds
+        that are.
+        """
         protocol = self.protocol
         cls = registry.adapter_class(method.name)
         base = few_steps(cls.default_lr, protocol.steps)
@@ -223,14 +243,21 @@ class _Runs:
             rate = float(f"{base * factor:.3g}")
             config = self._config(sets, method, "search", SEARCH_SEED, rate, protocol.search_steps)
             told = f"{sets.name}: {method.label}, lr {rate:g}"
+            if self.finished and self.journal.find(config) is None:
+                raise _Unfinished(True, protocol.seeds)
             tried.append({"lr": rate, **self._once(sets, config, told, partial(self._search, method, rate))})
         best = max(tried, key=lambda t: (t["accuracy"], -t["loss"]))
-        results = []
+        results, missing = [], []
         for seed in protocol.seeds:
             config = self._config(sets, method, "run", seed, best["lr"], protocol.steps)
             config["test"] = sets.digest("test")
             told = f"{sets.name}: {method.label}, seed {seed}"
+            if self.finished and self.journal.find(config) is None:
+                missing.append(seed)
+                continue
             results.append(self._once(sets, config, told, partial(self._run, sets, method, best["lr"], seed)))
+        if not results:
+            raise _Unfinished(False, missing)
         costs: dict[str, Any] = next(
             (r for r in results if "step_ratio" in r), {}
         )  # other seeds may have been first before
@@ -245,6 +272,7 @@ class _Runs:
             "val_accuracy": best["accuracy"],
             "tried": tried,
             **{name: [r[name] for r in results] for name in ("accuracy", "loss", "seconds")},
+            **({"missing_seeds": missing} if missing else {}),
         }
 
     def _config(self, sets: Sets, method: Sized, kind: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
@@ -273,8 +301,6 @@ class _Runs:
         """The result in the journal, or that of the work, which is then written there."""
         self.tell(told, self.done, self.total)
         row = self.journal.find(config)
-        if row is None and self.finished:
-            raise _Unfinished
         if row is None:
             self.prepare(sets)
             result = work()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zoo.cli.common import JSON_HELP, console, print_json, table
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, SaveError, ZooError
 
 
 def compare(
@@ -49,7 +49,9 @@ def compare(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
     image_size: Annotated[int | None, typer.Option(help="Another image size than the backbone's own.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Save the adapters of the first seed, too.")] = False,
-    finished: Annotated[bool, typer.Option("--finished", help="Train nothing; show what is finished.")] = False,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Train nothing; show what is finished and name what is not.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -67,7 +69,7 @@ def compare(
       zoo bench compare --backbone ast-micro --data fsdd,esc10 --methods lora,adapter,prefix
     """
     from zoo import registry
-    from zoo.bench.report import COLUMNS, cells, groups, write
+    from zoo.bench.report import COLUMNS, cells, groups, lacking, lost, read, write
     from zoo.bench.sizes import parse_budget, parse_methods
     from zoo.bench.study import Protocol, factors
     from zoo.bench.study import compare as run
@@ -103,9 +105,22 @@ def compare(
             tell=tell,
             **options,
         )
+    broken = "\n".join(f"{f['method']} on {f['data']}: {f['error']}" for f in study.failed)
+    before = out / "comparison.json"
+    if not study.lines:
+        rest = [f"left out: {line}" for line in _why(study)] + [f"not finished: {line}" for line in lacking(study)]
+        kept = f" What {out} held is as it was." if before.exists() else ""
+        raise ZooError("\n".join([f"There is nothing to show, and no table is written.{kept}", *rest, broken]).strip())
+    gone: list[str] = []
+    if before.exists():
+        try:
+            gone = lost(read(before), study)
+        except SaveError:  # somebody else's file, or half of one
+            gone = [f"whatever {before} was: it could not be read"]
     write(study, out)
     if as_json:
-        print_json({"out": str(out), "lines": study.lines, "failed": study.failed, "left_out": _why(study)})
+        document = {"out": str(out), "lines": study.lines, "failed": study.failed, "left_out": _why(study)}
+        print_json({**document, "missing": study.missing, "no_longer_shown": gone})
     else:
         shown = console()
         for (name, size), lines in groups(study).items():
@@ -113,10 +128,13 @@ def compare(
             shown.print(table(COLUMNS, [cells(line) for line in lines], title=title, right=COLUMNS[2:]))
         for line in _why(study):
             shown.print(f"left out: {line}", markup=False, soft_wrap=True)
+        for line in lacking(study):
+            shown.print(f"not finished: {line}", markup=False, soft_wrap=True)
+        for line in gone:
+            shown.print(f"no longer in the table: {line}", markup=False, soft_wrap=True)
         shown.print(f"saved in {out}: rows.jsonl, comparison.md, comparison.json, comparison.png")
     if study.failed:
-        told = "\n".join(f"{f['method']} on {f['data']}: {f['error']}" for f in study.failed)
-        raise ZooError(f"{len(study.failed)} of the comparisons broke off; the others are saved.\n{told}")
+        raise ZooError(f"{len(study.failed)} of the comparisons broke off; the others are saved.\n{broken}")
 
 
 def _why(study: Any) -> list[str]:
