@@ -167,7 +167,8 @@ def open_dense(
         derive: what is made of maps of classes: "edges" (kind "edges"), or "distance" to the next edge (kind "depth").
         image_column, mask_column: of Parquet files and rows; by their usual names, if None.
         transform: (image, map) -> tensors; None leaves it to `zoo.fit` and `zoo.evaluate`.
-        on_error: "skip" goes on without pairs that cannot be read.
+        on_error: "skip" goes on without pairs that cannot be read: a file that is corrupt or has no map, a map of another size
+            or outside the classes. They are counted as "skipped".
 
     Raises:
         DataError: no such source, several splits, an image without a map; maps of another size or outside the classes, when
@@ -186,10 +187,11 @@ def open_dense(
             f"derive='{derive}' makes maps of the kind '{DERIVED[derive][0]}', and '{kind}' is asked for."
         )
     stored = kind if derive is None else "segment"
-    pairs = _pairs(source, stored, split, image_column, mask_column)
+    lenient = on_error == "skip"
+    pairs = _pairs(source, stored, split, image_column, mask_column, lenient)
     names, left_out = None, _numbers(ignore)
     if stored == "segment":
-        names, left_out = _class_names(pairs, classes, left_out)
+        names, left_out = _class_names(pairs, classes, left_out, lenient)
     elif classes is not None:
         raise ConfigError(f"classes are of maps of classes; '{kind}' has none.")
     outputs = names if kind == "segment" else OUTPUTS[kind]
@@ -220,13 +222,15 @@ def _numbers(ignore: Any) -> tuple[float, ...] | None:
     return tuple(given)
 
 
-def _class_names(pairs: Any, given: Any, ignore: tuple[float, ...] | None) -> tuple[list[str], tuple[float, ...]]:
+def _class_names(
+    pairs: Any, given: Any, ignore: tuple[float, ...] | None, lenient: bool
+) -> tuple[list[str], tuple[float, ...]]:
     """(names of the classes that are learnt, stored values that are none)."""
     if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Sequence)):
         raise ConfigError(f"classes is {given!r:.60}; expected a list of names.")
     names = [str(n) for n in given] if given is not None else _classes_json(pairs)
     if names is None:
-        names = [str(i) for i in range(_largest(pairs, (IGNORE,) if ignore is None else ignore) + 1)]
+        names = [str(i) for i in range(_largest(pairs, (IGNORE,) if ignore is None else ignore, lenient) + 1)]
     if double := [n for i, n in enumerate(names) if n in names[:i]]:
         raise DataError(f"{pairs.name}: the class '{double[0]}' is named twice.")
     if ignore is None:
@@ -245,8 +249,24 @@ def _class_names(pairs: Any, given: Any, ignore: tuple[float, ...] | None) -> tu
             "counted anew. Store it as 255, or as the last class."
         )
     if not 2 <= len(names) <= IGNORE:
-        raise DataError(f"{pairs.name}: {len(names)} classes; expected 2 to {IGNORE}.")
+        raise DataError(f"{pairs.name}: {_too_few_or_many(names, given is not None)}")
     return names, ignore
+
+
+def _too_few_or_many(names: list[str], given: bool) -> str:
+    if len(names) > IGNORE:
+        return f"{len(names)} classes; expected 2 to {IGNORE}, since {IGNORE} in a map is no class."
+    if not names:
+        return "no class is left: every pixel of the maps is no class, or a value of ignore=. Name the classes: classes=[...]."
+    found = (
+        f"there is one class, '{names[0]}'"
+        if given
+        else f"there is one class, '{names[0]}' (of classes.json, or all that the maps hold)"
+    )
+    return (
+        f"{found}, and of one there is nothing to tell apart. Expected 2 to {IGNORE}; if these maps merely lack the others, name "
+        "all: classes=[...]."
+    )
 
 
 def _classes_json(pairs: Any) -> list[str] | None:
@@ -262,19 +282,30 @@ def _classes_json(pairs: Any) -> list[str] | None:
     return None
 
 
-def _largest(pairs: Any, ignore: tuple[float, ...]) -> int:
-    """The largest index in all maps, which are read for it once; -1: there is none."""
+def _largest(pairs: Any, ignore: tuple[float, ...], lenient: bool) -> int:
+    """The largest index in all maps, which are read for it once; -1: there is none. `lenient`: in those that can be read."""
     largest = -1
     for index in range(len(pairs)):
-        found = read_map(pairs.map(index), "segment", pairs.where(index))
+        try:
+            found = read_map(pairs.map(index), "segment", pairs.where(index))
+        except DataError:
+            if lenient:
+                continue
+            raise
         for value in ignore:
             found = found[found != value]
         largest = max(largest, int(found.max())) if found.numel() else largest
     return largest
 
 
-def _pairs(source: Any, stored: str, split: str | None, image_column: str | None, mask_column: str | None) -> Any:
+def _pairs(
+    source: Any, stored: str, split: str | None, image_column: str | None, mask_column: str | None, lenient: bool
+) -> Any:
     """The source of pairs that is meant."""
+    if isinstance(source, (list, tuple)) and not source:
+        raise DataError(
+            "The data are an empty list; expected pairs (image, map), rows {'image': ..., 'mask': ...}, or Parquet files."
+        )
     if not is_paths(source):
         if split is not None:
             raise DataError(f"split='{split}' chooses among files, and a {type(source).__name__} is one data set.")
@@ -283,7 +314,7 @@ def _pairs(source: Any, stored: str, split: str | None, image_column: str | None
     if first.is_dir() and not isinstance(source, (list, tuple)) and next(first.rglob("*.parquet"), None) is None:
         if image_column or mask_column:
             raise DataError("image_column and mask_column are of Parquet files and rows; a folder has none.")
-        return FolderPairs(first, split, stored)
+        return FolderPairs(first, split, stored, lenient)
     found = locate(source, split)
     if found.kind != "parquet":
         absent = f"There is no file or folder '{source}' here (in {Path.cwd()}). " if found.sought else ""

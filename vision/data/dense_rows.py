@@ -43,10 +43,10 @@ class FolderPairs:
     """`images/` beside `masks/`, files of one name: in `folder`, in its subfolder of a split, or with a split below each.
 
     Raises:
-        DataError: no such folders, several splits, an image without a map, or two maps for one image.
+        DataError: no such folders, several splits, an image without a map (`lenient`: without any), or two maps for one image.
     """
 
-    def __init__(self, folder: Path, split: str | None, kind: str) -> None:
+    def __init__(self, folder: Path, split: str | None, kind: str, lenient: bool = False) -> None:
         place, below = _split_of(folder, split, kind)
         images, maps = _two_folders(place, kind)
         images, maps = images / below, maps / below
@@ -63,13 +63,15 @@ class FolderPairs:
                 raise DataError(f"{shown(maps)}: '{known[stem]}' and '{file}' are both maps of '{stem}'. Keep one.")
             known[stem] = file
         stems = [str(Path(f).with_suffix("")) for f in files]
-        if missing := [f for f, stem in zip(files, stems, strict=True) if stem not in known]:
+        missing = [f for f, stem in zip(files, stems, strict=True) if stem not in known]
+        if missing and not (lenient and len(missing) < len(files)):
             raise DataError(
                 f"{shown(images / missing[0])}: has no map of its name in {shown(maps)} ({len(missing)} such images). "
                 f"{nearest(str(Path(missing[0]).with_suffix('')), known)}"
             )
         self._images = [images / f for f in files]
-        self._maps = self.files = [maps / known[stem] for stem in stems]
+        self._maps = [maps / known[stem] if stem in known else None for stem in stems]
+        self.files, self._folder = [file for file in self._maps if file is not None], maps
 
     def __len__(self) -> int:
         return len(self._images)
@@ -80,7 +82,9 @@ class FolderPairs:
 
     def map(self, index: int) -> np.ndarray:
         """The map alone."""
-        return decode_map(read_file(self._maps[index]), shown(self._maps[index]))
+        if (file := self._maps[index]) is None:
+            raise DataError(f"{self.where(index)}: has no map of its name in {shown(self._folder)}.")
+        return decode_map(read_file(file), shown(file))
 
     def pair(self, index: int) -> tuple[Any, np.ndarray]:
         """(image, map)."""

@@ -26,7 +26,7 @@ def check_valued(dataset: DenseDataset, what: str = "data set") -> None:
     Maps are read up to the first that has one, which is mostly the first. A few without any are allowed.
 
     Raises:
-        DataError: no pixel to learn of or to measure; or a map that cannot be read before one was found, if such are not skipped.
+        DataError: no pixel to learn of or to measure; or a map that cannot be read, if such are not skipped.
     """
     rows = dataset.rows
     if not isinstance(rows, DenseRows):

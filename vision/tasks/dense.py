@@ -217,7 +217,12 @@ class Segment(Dense):
         rows: DenseRows = dataset.rows
         found = torch.zeros(count, dtype=torch.float64)
         for index in dataset.indices.tolist():
-            value = rows.map(index)
+            try:
+                value = rows.map(index)
+            except DataError:
+                if dataset.on_error == "skip":
+                    continue
+                raise
             found += torch.bincount(value[value != IGNORE], minlength=count)[:count]
         there = found > 0
         return torch.where(there, found.sum() / (there.sum() * found.clamp(min=1)), torch.ones_like(found)).tolist()  # type: ignore[no-any-return]

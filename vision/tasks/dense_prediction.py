@@ -18,6 +18,7 @@ from PIL import Image
 from vision.data.dense_transform import DenseTransform
 from vision.data.masks import KINDS
 from vision.tasks.dense import at_size
+from zoo import registry
 from zoo.data.folders import read_file
 from zoo.data.images import decode, size_of
 from zoo.errors import ConfigError, DataError, nearest
@@ -36,12 +37,13 @@ def predict_maps(model: Any, images: Iterable[Any], kind: str = "segment") -> li
             directions of length 1, (H, W, 3) float32.
 
     Raises:
-        ConfigError: no such kind, or a model without such a head. DataError: an image that cannot be read.
+        ConfigError: no such kind, a model without such a head, or one for another kind. DataError: an image that cannot be read.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}. {nearest(str(kind), KINDS)}")
     if not isinstance(model.head, Head) or "maps" not in model.head.needs:
         raise ConfigError("The model's head says nothing of single pixels; load one with head='dense', and train it.")
+    _check_kind(model, kind)
     if isinstance(images, (str, Path, Image.Image)):
         raise ConfigError(f"images is a {type(images).__name__}; expected a list of files or of PIL images.")
     transform, found, mode = DenseTransform(model.family.data_config(), kind, False), [], model.training
@@ -58,6 +60,18 @@ def predict_maps(model: Any, images: Iterable[Any], kind: str = "segment") -> li
     finally:
         model.train(mode)
     return found
+
+
+def _check_kind(model: Any, kind: str) -> None:
+    """Raise ConfigError if the outputs are those of another kind."""
+    task: Any = registry.task(kind)
+    wanted, trained, outputs = task.outputs, model.record.get("trained_for"), model.num_classes
+    if trained in KINDS and trained != kind:
+        raise ConfigError(f"The model was trained for '{trained}', and maps of the kind '{kind}' are asked for.")
+    if wanted is not None and outputs != wanted:
+        raise ConfigError(f"'{kind}' has {wanted} values for each pixel, the model's head {outputs} outputs.")
+    if wanted is None and outputs < 2:
+        raise ConfigError(f"'{kind}' is one of several classes for each pixel, and the model's head has one output.")
 
 
 def _answer(logits: torch.Tensor, kind: str) -> torch.Tensor:

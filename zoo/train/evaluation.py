@@ -155,7 +155,12 @@ def evaluate(
     further = named_metrics(metrics, model.num_classes)
     picture = Path(confusion) if not isinstance(confusion, bool) else None
     if confusion:
-        further["confusion"] = confusion_matrix(model.num_classes if isinstance(what, Classify) else 0)
+        if not isinstance(what, Classify):
+            raise ConfigError(
+                f"a confusion matrix is one of a classifier, and the model is measured at '{what.name}'. "
+                "Leave confusion out; per_class=True gives the numbers of each class, where a task has them."
+            )
+        further["confusion"] = confusion_matrix(model.num_classes)
         if picture is not None:
             draw([[0]], [""], picture.suffix[1:])  # what cannot be written is told now
     model.to(processes.device)

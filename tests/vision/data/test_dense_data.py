@@ -22,6 +22,7 @@ from vision.data.dense_transform import DenseTransform
 from vision.data.masks import boundary_distance, class_edges
 from vision.tasks.dense_prediction import predict_maps
 from zoo.cli import app
+from zoo.data import Skipped
 from zoo.errors import ConfigError, DataError
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -103,10 +104,48 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path: Path) -> None:
             open_dense(source)
     with pytest.raises(ConfigError, match="'segment'"):
         open_dense(pairs(2), "segmentation")
+    with pytest.raises(DataError, match="The data are an empty list"):
+        open_dense([])
+    for options in ({"classes": ["a"]}, {}):
+        with pytest.raises(DataError, match=r"there is one class, .* nothing to tell apart"):
+            open_dense([(image, np.zeros((24, 32), dtype=np.uint8)) for image, _ in pairs(2)], **options)
+    with pytest.raises(DataError, match="no class is left"):
+        open_dense([(image, np.full((24, 32), IGNORE, dtype=np.uint8)) for image, _ in pairs(2)])
     with pytest.raises(ConfigError, match="makes maps of the kind 'edges'"):
         open_dense(pairs(2), "depth", derive="edges")
     with pytest.raises(DataError, match="between others"):
         open_dense(pairs(2), classes=["a", "b", "c"], ignore=1)
+
+
+def test_maps_that_cannot_be_read_are_left_out_if_asked(tmp_path: Path) -> None:
+    there = folder(tmp_path / "street")
+    (there / "masks" / "00.png").unlink()
+    (there / "masks" / "01.png").write_bytes(b"nonsense")
+    (there / "images" / "02.jpg").write_bytes(b"nonsense")
+    named = open_dense(there, on_error="skip")
+    (there / "classes.json").unlink()
+    with pytest.raises(DataError, match=r"00\.jpg: has no map of its name"):
+        open_dense(there)
+    counted = open_dense(there, on_error="skip")
+    assert named.classes == ["dark", "bright"] and counted.classes == ["0", "1"] and len(counted) == 6
+    assert [isinstance(item, Skipped) for item in counted] == [True] * 3 + [False] * 3
+    assert "no map of its name" in counted[0].reason and "corrupt" in counted[1].reason
+    model = dense_model()
+    options: dict[str, Any] = {"task": "segment", "epochs": 1, "progress": False, "class_weights": "balanced"}
+    zoo.fit(model, counted, named, **options)
+    found = zoo.evaluate(model, counted, task="segment", progress=False)
+    assert found["skipped"] == 3 and found["images"] == 3 and 0 <= found["miou"] <= 1
+    with pytest.raises(ConfigError, match=r"confusion matrix is one of a classifier.*'segment'.*per_class"):
+        zoo.evaluate(model, counted, task="segment", confusion=True, progress=False)
+    rows = [{"image": encoded(i), "mask": encoded(m)} for i, m in pairs(3)]
+    rows[1]["mask"] = b""
+    assert open_dense(rows, on_error="skip").classes == ["0", "1"]
+    with pytest.raises(DataError, match="item 1: the map is empty"):
+        open_dense(rows)
+    for file in (there / "masks").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="has no map of its name"):
+        open_dense(there, on_error="skip")
 
 
 def test_the_last_class_may_be_none(tmp_path: Path) -> None:
@@ -179,7 +218,14 @@ def test_maps_at_the_size_of_images(tmp_path: Path) -> None:
     (found,) = predict_maps(model, [tmp_path / "new.png"])
     truth = np.asarray(mask)
     assert found.shape == (30, 50) and (found == truth)[truth != 255].mean() > 0.85
-    assert predict_maps(model, [image], "edges")[0].dtype == np.float32
+    for kind in ("edges", "depth", "normals"):
+        with pytest.raises(ConfigError, match=f"trained for 'segment', and maps of the kind '{kind}'"):
+            predict_maps(model, [image], kind)
+    with pytest.raises(ConfigError, match=r"'depth' has 1 values .* head 2 outputs"):
+        predict_maps(dense_model(), [image], "depth")
+    with pytest.raises(ConfigError, match="several classes"):
+        predict_maps(dense_model(outputs=1), [image])
+    assert predict_maps(dense_model(outputs=1), [image], "edges")[0].dtype == np.float32
     with pytest.raises(ConfigError, match="predict_maps"):
         zoo.predict(model, there / "images")
     with pytest.raises(ConfigError, match="head='dense'"):
