@@ -90,7 +90,7 @@ def test_in_an_evaluation() -> None:
             zoo.evaluate(model, data, metrics=wrong, progress=False, device="cpu")
     with pytest.raises(ConfigError, match="one of a classifier"):
         named_metrics(["miou"], 0)
-    assert named_metrics("map", 0) and len(METRICS) == 19
+    assert named_metrics("map", 0) and "nmi" in METRICS
 
 
 class Proxies(Task):
