@@ -54,7 +54,10 @@ MOMENTUM = 0.1
 
 
 class Moments(nn.Module):
-    """Batch normalisation of (B, c, N) over B and N; the running statistics move once for each forward pass in training mode."""
+    """Batch normalisation of (B, c, N) over B and N; the running statistics move once for each forward pass in training mode.
+
+    Held, as in an adapter that is not trained: by the running statistics, which stay as they are.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,14 +66,20 @@ class Moments(nn.Module):
         self.variance: Tensor
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
+        self.was_held = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, held: bool = False) -> Tensor:
         """(B, c, N) -> (B, c, N)."""
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        if not self.training:
+        # Run again in backward (memory="low", "min"), it is no further pass, and what is trained may have changed since.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if again:
+            held = self.was_held
+        elif not torch.compiler.is_compiling():
+            self.was_held = held
+        if held or not self.training:
             return F.batch_norm(wide, self.mean, self.variance, self.weight, self.bias).to(x.dtype)
-        # Run again in backward (memory="low", "min"), it is no further pass.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if not again:
             with torch.no_grad():
                 variance, mean = torch.var_mean(wide, dim=(0, 2))
                 self.mean.lerp_(mean.to(self.mean.dtype), MOMENTUM)
@@ -98,9 +107,13 @@ class Convolution(nn.Module):
         gated = F.glu(self.adapter_down(inner))  # (B, ..., c)
         mixed = self.adapter_conv(gated.flatten(1, -2).transpose(1, 2))  # (B, c, N)
         if self.moments is not None:
-            mixed = self.moments(mixed)
+            mixed = self.moments(mixed, held=not _trained(self))
         out = self.adapter_up(F.silu(mixed).transpose(1, 2)).view_as(x)
         return x + out if self.residual else out
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 @register_adapter("conformer")
@@ -200,7 +213,7 @@ class Conformer(Adapter):
             ConfigError: several processes, or a batch in parts.
         """
         self.check(
-            not self.batch_norm or optimizer.parts == 1,
+            not self.batch_norm or optimizer.parts == 1 or not _trained(self),
             f"it normalises over the batch, which here comes in {optimizer.parts} parts (accumulate, processes), each with "
             "statistics of its own. Train in one process without accumulate, or set batch_norm=False.",
         )

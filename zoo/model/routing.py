@@ -86,7 +86,10 @@ def _check_alone(model: Model, names: Sequence[str | None]) -> None:
     if not model.training:
         return
     for name in dict.fromkeys(names):
-        if name is not None and name in model.adapters and model.adapters[name].batch_wise:
+        if name is None or name not in model.adapters or not model.adapters[name].batch_wise:
+            continue
+        # what is in use and frozen runs as in evaluation; what is not in use is trained by this pass (`train_also`)
+        if name not in model.active or any(p.requires_grad for p in model.adapters[name].parameters()):
             raise ConfigError(
                 f"'{name}' normalises over the batch while training, so a batch of per-sample adapters, of which it serves some "
                 "rows, would train another function. Give it whole batches, switch its batch normalisation off, or call "

@@ -243,6 +243,37 @@ def test_rows_of_their_own_only_without_batch_norm() -> None:
             torch.testing.assert_close(model(x, adapters=["conformer", None, "conformer"]), routed)
 
 
+@pytest.mark.parametrize("memory", ["off", "low", "min"])
+def test_one_that_is_not_trained_runs_by_its_statistics(memory: str) -> None:
+    """And leaves them alone: beside a trained one, and for the rows of its own; rows and parts are not refused then."""
+    model, x = ast(zoo.adapter("conformer", rank=2, kernel=3)), spectrograms()
+    shake(model, model.add_adapter(zoo.adapter("lora", rank=2), "b").double())
+    model.memory = memory
+    model.set_active("conformer", "b", train="b")
+    before, expected = statistics(model), model(x)
+    model.train()
+    found = model(x)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(v, before[k]) for k, v in statistics(model).items())
+    alone = model(x, adapters=["conformer", None, "b"])
+    torch.testing.assert_close(alone, model.eval()(x, adapters=["conformer", None, "b"]))
+    assert all(torch.equal(v, before[k]) for k, v in statistics(model).items())
+    model.set_active("conformer", "b")
+    model.train()(x)
+    assert not any(torch.equal(v, before[k]) for k, v in statistics(model).items())
+
+
+def test_parts_are_fine_for_one_that_is_not_trained() -> None:
+    data = torch.utils.data.TensorDataset(spectrograms(12).float(), torch.arange(12) % 3)
+    model = ast(zoo.adapter("conformer", rank=2, kernel=3)).float()
+    model.add_adapter(zoo.adapter("lora", rank=2), "b")
+    model.set_active("conformer", "b", train="b")
+    before = statistics(model)
+    zoo.fit(model, data, epochs=1, batch_size=4, accumulate=2, progress=False, device="cpu")
+    assert all(torch.equal(v, before[k]) for k, v in statistics(model).items())
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------------
 
 
