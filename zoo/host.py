@@ -151,7 +151,7 @@ class Host(Protocol):
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away."""
 
-    def reattach(self, name: str) -> Any:
+    def reattach(self, name: str, check: Any = None) -> Any:
         """Attach an adapter anew after its plan was decided."""
 
     def set_active(self, *names: str, train: Any = None) -> None:

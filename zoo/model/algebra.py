@@ -6,24 +6,33 @@
     print((a - b).norm(), a.nbytes)
 
 A state holds every parameter and buffer of one adapter under its name there (`blocks.3.attn.q.lora_a`), detached copies on the
-device of the adapter. Two states go together if they have the same names with the same shapes; where they do not, the first
-name that differs is told and nothing happens. Arithmetic is on floating tensors; what else an adapter holds (masks, counters)
-must be equal in both, or is taken from the first of a sum.
+device of the adapter, and its `plan`: what the method chose from data (channels, columns, a threshold), without which the numbers
+mean nothing. Two states go together if they have the same names with the same shapes and the same plan; where they do not, the
+first difference is told and nothing happens. Arithmetic is on floating tensors; lists of places and masks must be equal in both,
+and single numbers (counters) are taken from the first of a sum.
+
+A state that is put into an adapter brings its plan: the adapter is attached anew by it, as one that is loaded from disk. Its
+parameters are new ones then, so an optimizer is made afterwards.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.structure import KEY
 from zoo.engine.sharded import spread, whole
-from zoo.errors import ConfigError, MismatchError
+from zoo.errors import ConfigError, MismatchError, ZooError
 
-__all__ = ["AdapterState", "average", "move_towards", "put", "state_of"]
+__all__ = ["AdapterState", "average", "hand_over", "move_towards", "put", "state_of"]
+
+Plan = dict[str, Any] | None | EllipsisType  # `...`: not known
 
 
 class AdapterState(Mapping[str, Tensor]):
@@ -32,10 +41,14 @@ class AdapterState(Mapping[str, Tensor]):
     Args:
         tensors: by name.
         origin: whose they are, for messages.
+        plan: of the adapter; None: it has none. `...`: not known, and taken to be that of its partner.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "a state") -> None:
+    plan: Plan = ...
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "a state", plan: Plan = ...) -> None:
         self._tensors, self.origin = dict(tensors), origin
+        self.plan = json.loads(json.dumps(plan)) if plan is not ... else ...  # a copy
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -67,10 +80,10 @@ class AdapterState(Mapping[str, Tensor]):
             new = t.to(*place, **options)
             return new if t.is_floating_point() else new.to(t.dtype)
 
-        return AdapterState({n: moved(t) for n, t in self._tensors.items()}, self.origin)
+        return AdapterState({n: moved(t) for n, t in self._tensors.items()}, self.origin, self.plan)
 
     def check(self, other: Mapping[str, Tensor], what: str = "a state") -> None:
-        """Raise MismatchError, naming the first key that differs, unless `other` has the same names and shapes."""
+        """Raise MismatchError, naming what differs first, unless `other` has these names and shapes, and plan, if known."""
         for name in dict.fromkeys([*self._tensors, *other]):
             mine = tuple(self._tensors[name].shape) if name in self._tensors else "none"
             theirs = tuple(other[name].shape) if name in other else "none"
@@ -79,6 +92,23 @@ class AdapterState(Mapping[str, Tensor]):
                     f"{self.origin} and {what} do not go together: '{name}' has shape {mine} in the first and {theirs} in the "
                     "second. States go together if their adapters have the same method and settings on the same backbone."
                 )
+        if isinstance(other, AdapterState):
+            self._check_choice(other, what)
+
+    def _check_choice(self, other: AdapterState, what: str) -> None:
+        """Raise MismatchError where what was chosen from data differs: plans, lists of places, masks."""
+        where = differs(self.plan, other.plan)
+        if where is None:
+            for name, mine in self._tensors.items():
+                if _chosen(mine) and not torch.equal(mine, other[name].to(mine.device)):
+                    where = name
+                    break
+        if where is not None:
+            raise MismatchError(
+                f"{self.origin} and {what} do not go together: their methods have chosen differently from data ('{where}'), so "
+                "that their numbers belong to different places. Let both have one choice: calibrate one adapter, copy it "
+                "(model.copy_adapter), and train the copies."
+            )
 
     def _with(self, other: Any, sign: float) -> AdapterState:
         if not isinstance(other, AdapterState):
@@ -88,7 +118,7 @@ class AdapterState(Mapping[str, Tensor]):
         for name, value in self._tensors.items():
             their = other[name].to(value.device)
             found[name] = value + sign * their.to(value.dtype) if value.is_floating_point() else value.clone()
-        return AdapterState(found, self.origin)
+        return AdapterState(found, self.origin, _known(self, other))
 
     def __add__(self, other: Any) -> AdapterState:
         return self._with(other, 1.0)
@@ -101,7 +131,9 @@ class AdapterState(Mapping[str, Tensor]):
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         return AdapterState(
-            {n: t * factor if t.is_floating_point() else t.clone() for n, t in self._tensors.items()}, self.origin
+            {n: t * factor if t.is_floating_point() else t.clone() for n, t in self._tensors.items()},
+            self.origin,
+            self.plan,
         )
 
     __rmul__ = __mul__
@@ -150,7 +182,36 @@ def average(states: Sequence[AdapterState], weights: Sequence[float] | None = No
         for state, weight in zip(states, weights, strict=True):
             mean.add_(state[name].to(value.device, wide), alpha=weight / total)
         found[name] = mean.to(value.dtype)
-    return AdapterState(found, "an average")
+    return AdapterState(found, "an average", _known(*states))
+
+
+def differs(mine: Plan, theirs: Plan) -> str | None:
+    """Where two plans say different things, apart from shapes (tensors have them); None: nowhere, or one is not known."""
+    if mine is ... or theirs is ... or mine == theirs:
+        return None
+    if mine is None or theirs is None:
+        return next((key for key in mine or theirs or {} if key != KEY), None)
+    mine, theirs = ({k: v for k, v in json.loads(json.dumps(p)).items() if k != KEY} for p in (mine, theirs))
+    return _path(mine, theirs)
+
+
+def _path(mine: Any, theirs: Any) -> str | None:
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return None if mine == theirs else ""
+    for key in dict.fromkeys([*mine, *theirs]):
+        inside = _path(mine[key], theirs[key]) if key in mine and key in theirs else ""
+        if inside is not None:
+            return f"{key}: {inside}" if inside else key
+    return None
+
+
+def _chosen(tensor: Tensor) -> bool:
+    """Whether it is a list of places or a mask, not a number."""
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dim() > 0 and not tensor.is_meta
+
+
+def _known(*states: AdapterState) -> Plan:
+    return next((s.plan for s in states if s.plan is not ...), ...)
 
 
 def _is_state(given: object) -> None:
@@ -166,8 +227,56 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def state_of(module: nn.Module, origin: str) -> AdapterState:
-    """Copies of an adapter's tensors."""
-    return AdapterState({n: whole(t.detach()).clone() for n, t in tensors_of(module).items()}, origin)
+    """Copies of an adapter's tensors and plan."""
+    tensors = {n: whole(t.detach()).clone() for n, t in tensors_of(module).items()}
+    return AdapterState(tensors, origin, getattr(module, "plan", None))
+
+
+def hand_over(model: Any, name: str, state: AdapterState) -> None:
+    """Put a state into an adapter of a model, which is attached anew where the state brings another plan; all or nothing.
+
+    Raises:
+        MismatchError: other tensors than such an adapter has, a plan that cannot be taken here, or a fit that is under way.
+    """
+    _is_state(state)
+    adapter, what = model.adapters[name], f"'{name}'"
+    plan = state.plan
+    # What an adapter with a head of its own kind says in its plan is its head's, which stays.
+    if plan is ... or plan == adapter.plan or adapter.head_kind or _fits(adapter, state):
+        return put(adapter, state, what)
+    if adapter.training_service is not None:
+        state.check(AdapterState(tensors_of(adapter), what, adapter.plan), what)
+        return put(adapter, state, what)
+
+    before = adapter.feature_dim(model.family.feature_dim)
+
+    def check(twin: Any) -> None:
+        state.check(tensors_of(twin), what)
+        head = dict(model.heads.items()).get(name, model.head if name in model.active else None)
+        after = twin.feature_dim(model.family.feature_dim)
+        if before != after and getattr(head, "in_features", None) is not None:
+            raise MismatchError(
+                f"with the plan of {state.origin}, {what} would give its head {after} features, and the head reads {before}. "
+                "Give both adapters the same choice, or save the first with its head: model.save_adapter(folder)."
+            )
+
+    former, adapter.plan = adapter.plan, plan
+    try:
+        model.reattach(name, check)
+    except BaseException as error:
+        adapter.plan = former
+        if isinstance(error, ZooError) and not isinstance(error, MismatchError):
+            raise MismatchError(f"{what} cannot take what {state.origin} has chosen (its plan): {error}") from error
+        raise
+    put(adapter, state, what)
+
+
+def _fits(adapter: Any, state: AdapterState) -> bool:
+    """Whether plans differ in shapes alone, and these are there already."""
+    own = tensors_of(adapter)
+    return differs(adapter.plan, state.plan) is None and {n: t.shape for n, t in own.items()} == {
+        n: t.shape for n, t in state.items()
+    }
 
 
 @torch.no_grad()
@@ -175,7 +284,9 @@ def put(module: nn.Module, state: AdapterState, what: str) -> None:
     """Copy a state into an adapter, all of it or (MismatchError) nothing."""
     _is_state(state)
     own = tensors_of(module)
-    state.check(own, what)
+    # Where a state does not say its plan, its lists of places must be those that the adapter's plan means.
+    silent = state.plan is ... and getattr(module, "plan", None) is not None
+    state.check(AdapterState(own, what) if silent else own, what)
     given = spread(state, own)
     for name, tensor in own.items():
         tensor.copy_(given[name])
@@ -186,9 +297,12 @@ def move_towards(slow: nn.Module, fast: nn.Module, decay: float, what: str) -> N
     """slow <- decay * slow + (1 - decay) * fast, for every parameter and floating buffer; other buffers are copied.
 
     Raises:
-        MismatchError: they have not the same tensors, naming the first that differs; nothing is changed.
+        MismatchError: they have not the same tensors or plan, naming the first that differs; nothing is changed.
     """
     ours, theirs = tensors_of(slow), tensors_of(fast)
+    plans: list[Any] = [getattr(m, "plan", None) for m in (slow, fast)]
+    if differs(*plans) is not None:
+        AdapterState(ours, what, plans[0]).check(AdapterState(theirs, "", plans[1]), "what it averages")
     if [(n, t.shape) for n, t in ours.items()] != [(n, t.shape) for n, t in theirs.items()]:
         AdapterState(ours, what).check(theirs, "what it averages")
     averaged = [n for n, t in ours.items() if t.is_floating_point()]

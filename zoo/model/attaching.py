@@ -142,15 +142,26 @@ class AdapterHost(Sited):
             self.set_record(name, {**known_of, "notes": [*known_of.get("notes", []), initial.told()]})
         return fresh
 
-    def reattach(self, name: str) -> Adapter:
-        """Attach an adapter anew after its `plan` was decided (by a calibration); its old parameters are dropped."""
+    def reattach(self, name: str, check: Callable[[Adapter], None] | None = None) -> Adapter:
+        """Attach an adapter anew after its `plan` was decided (by a calibration); its old parameters are dropped.
+
+        `check` sees what would take their place, and may raise: the model is as it was, then.
+        """
         self._known(name)
         adapter: Adapter = self.adapters[name]  # type: ignore[assignment]
-        twin, active = adapter.fresh(), self._state.active
+        twin, active, trained = adapter.fresh(), self._state.active, self._in_training()
+        resting = self._resting.get(name, set())
+        frozen = {n for n, p in adapter.named_parameters() if not p.requires_grad and n not in resting}
         twin.name = name
         self.points.num_classes = self.num_classes
         head, known = dict(self.heads.items()).get(name), (dict(self._classes), dict(self._records))
         session = self._attach(name, twin, activate=name in active)
+        if check is not None:
+            try:
+                check(twin)
+            except BaseException:
+                self._watch_memory()  # clears the sites that were made
+                raise
         self.remove_adapter(name)
         self._classes, self._records = known
         # The instance stays the same, since the caller is usually one of its own methods.
@@ -160,7 +171,9 @@ class AdapterHost(Sited):
         if head is not None:
             self.heads[name] = head
         self._install(name, session)
-        self.set_active(*active)
+        for key, parameter in adapter.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and key not in frozen)
+        self.set_active(*active, train=trained)
         return adapter
 
     def _install(self, name: str, session: Session) -> None:
@@ -325,12 +338,12 @@ class AdapterHost(Sited):
     @contextmanager
     def disable(self) -> Iterator[None]:
         """A context without any adapter: the bare backbone and the default head."""
-        active = self._state.active
+        active, trained = self._state.active, self._in_training()
         self.set_active()
         try:
             yield
         finally:
-            self.set_active(*active)
+            self.set_active(*active, train=trained)
 
     def _known(self, name: str) -> None:
         if not isinstance(name, str) or name not in self.adapters:

@@ -58,6 +58,10 @@ class Sited(Headed):
         if not resting:
             frozen.clear()
 
+    def _in_training(self) -> list[str]:
+        """Which of the adapters in use are trained (`set_active(..., train=...)`)."""
+        return [name for name in self._state.active if not self._resting.get(name)]
+
     def _switch(self, place: Place) -> None:
         """For recomputation in backward: the adapters of another time run, and nothing else about the model changes."""
         self._put(place)

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo.adapters.base import Adapter
 from zoo.engine.sharded import reshard, spread, whole
 from zoo.errors import MismatchError, ZooError
-from zoo.model.algebra import AdapterState, put, state_of
+from zoo.model.algebra import AdapterState, hand_over, state_of
 from zoo.model.combining import combine
 from zoo.model.stamped import Stamped
 
@@ -69,10 +69,13 @@ class Stated(Stamped):
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `adapter_state_dict` gave, into a model with the same adapters and heads; the backbone stays as it is.
 
+        An adapter that chose differently from its data takes over what the state says (`plans.<name>`), as one loaded from disk.
+
         Raises:
             MismatchError: keys that are missing or unknown, or shapes that differ; nothing is changed.
         """
         before = {k: v.detach().clone() for k, v in self.adapter_state_dict().items()}
+        unplanned = [name for name, adapter in self.adapters.items() if adapter.plan is None]
         trouble = ""
         try:
             found = self.load_state_dict(spread(state, self.state_dict()), strict=False)
@@ -84,6 +87,10 @@ class Stated(Stamped):
         except RuntimeError as error:
             trouble = " ".join(str(error).split())
         if trouble:
+            for name in unplanned:
+                if self.adapters[name].plan is not None:  # what it took from this state
+                    self.adapters[name].plan = None  # type: ignore[assignment]
+                    self.reattach(name)
             self.load_state_dict(spread(before, self.state_dict()), strict=False)
             raise MismatchError(
                 f"the state does not fit the adapters and heads of this model: {trouble}. Attach the same adapters with the same "
@@ -99,17 +106,23 @@ class Stated(Stamped):
         return state_of(self.adapters[name], f"'{name}'")
 
     def set_adapter_state(self, name: str, state: AdapterState) -> None:
-        """Put a state into an adapter. Raises MismatchError, naming the first key that differs, and changes nothing then."""
+        """Put a state into an adapter, with what its method chose from data (its plan).
+
+        Where the adapter has chosen differently, it is attached anew by the state's plan; an optimizer is made afterwards.
+
+        Raises:
+            MismatchError: naming the first key that differs, or why the plan cannot be taken over; nothing is changed.
+        """
         self._known(name)
         reshard(self)
-        put(self.adapters[name], state, f"'{name}'")
+        hand_over(self, name, state)
 
     def copy_adapter(self, name: str, to: str, *, activate: bool = False) -> Adapter:
         """A second adapter of the same settings, plan and numbers, under another name; by default not in use."""
         self._known(name)
         state = self.adapter_state(name)
         twin = self.add_adapter(self.adapters[name], to, activate=activate)  # type: ignore[arg-type]
-        put(twin, state, f"'{to}'")
+        hand_over(self, to, state)
         return twin
 
     def combine(

@@ -10,11 +10,12 @@ The copy is in the checkpoints of the fit, and in its choice of the best epoch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError, UnknownNameError, nearest
-from zoo.model.algebra import AdapterState, move_towards, put, state_of
+from zoo.model.algebra import AdapterState, hand_over, move_towards, state_of
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -53,9 +54,11 @@ class MovingAverage:
                 f"'{self.offline}' is in use, so it would be trained. model.set_active('{self.online}') first."
             )
         self._model = model
-        state_of(model.adapters[self.offline], f"'{self.offline}'").check(
-            state_of(model.adapters[self.online], ""), f"'{self.online}'"
-        )
+        online: Any = model.adapters[self.online]
+        if online.needs_calibration and online.plan is not None and model.adapters[self.offline].plan is None:
+            # a copy that was made before the calibration of this fit: what was chosen is the copy's too
+            hand_over(model, self.offline, state_of(online, f"'{self.online}'"))
+        state_of(model.adapters[self.offline], f"'{self.offline}'").check(state_of(online, ""), f"'{self.online}'")
 
     def after_step(self, model: Model, step: int) -> None:
         """Follow."""
@@ -64,8 +67,10 @@ class MovingAverage:
     def extra_state(self) -> dict[str, Any]:
         """The offline copy, for the checkpoint."""
         assert self._model is not None
-        return {"offline": dict(state_of(self._model.adapters[self.offline], self.offline))}
+        state = state_of(self._model.adapters[self.offline], self.offline)
+        return {"offline": dict(state), "plan": json.dumps(state.plan)}
 
     def load_extra_state(self, model: Model, state: Mapping[str, Any]) -> None:
         """Put the offline copy back."""
-        put(model.adapters[self.offline], AdapterState(state["offline"], "the checkpoint"), f"'{self.offline}'")
+        plan = json.loads(state["plan"]) if "plan" in state else ...  # earlier checkpoints do not say it
+        hand_over(model, self.offline, AdapterState(state["offline"], "the checkpoint", plan))
