@@ -127,7 +127,8 @@ class DenseDataset(ImageDataset):
                 image, value = self.transform(image, value)  # type: ignore[call-arg]
         except DataError as error:
             reason = str(error) if self.rows.where(row) in str(error) else f"{self.rows.where(row)}: {error}"
-            if self.on_error == "skip":
+            skips = getattr(self.rows, "skips", None)  # of several data sets each its own
+            if self.on_error == "skip" or (skips is not None and skips(row)):
                 return Skipped(self.rows.where(row), reason)
             raise DataError(reason) from error
         return image, value

@@ -37,6 +37,7 @@ class JoinedDense:
 
     def __init__(self, datasets: Mapping[str, DenseDataset]) -> None:
         self.parts, self.datasets = list(datasets), [d._like(on_error="raise") for d in datasets.values()]
+        self.on_error = [d.on_error for d in datasets.values()]
         sizes = [len(d) for d in self.datasets]
         self.part = np.repeat(np.arange(len(sizes)), sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -50,6 +51,10 @@ class JoinedDense:
         number = int(self.part[index])
         image, value = self.datasets[number][index - int(self._starts[number])]
         return image, {"task": number, "map": value}
+
+    def skips(self, index: int) -> bool:
+        """Whether a pair that cannot be read is left out."""
+        return self.on_error[int(self.part[index])] == "skip"
 
     def where(self, index: int) -> str:
         """The place of a pair in words."""
@@ -129,8 +134,9 @@ class ManyDense(Task):
         model.family.check_wanted(("maps",), "this task")
         if model.num_classes != sum(self.sizes):
             raise ConfigError(f"The head has {model.num_classes} outputs, and the tasks {sum(self.sizes)} together.")
-        for name, part in zip(self.names, dataset.rows.datasets, strict=True):
-            check_valued(part, f"{what} of '{name}',")
+        joined = dataset.rows
+        for name, part, on_error in zip(self.names, joined.datasets, joined.on_error, strict=True):
+            check_valued(part._like(on_error=on_error), f"{what} of '{name}',")
 
     def check_batch(self, model: Host, dataset: Any, targets: Any) -> None:
         """Raise DataError for classes that a task does not have."""

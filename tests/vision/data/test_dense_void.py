@@ -110,6 +110,23 @@ def test_several_tasks_with_one_that_says_nothing() -> None:
         zoo.run(dense_model(outputs=0), "multitask", data, fit={"progress": False, "batch_size": 4}, epochs=1)
 
 
+def test_several_tasks_leave_out_what_cannot_be_read() -> None:
+    rows: list[Any] = [{"image": image, "mask": np.asarray(mask)} for image, mask in pairs(4)]
+    rows[0]["mask"] = b"nonsense"
+
+    def go(on_error: Any) -> Any:
+        data = {
+            "parts": open_dense(rows, classes=["dark", "bright"], on_error=on_error),
+            "far": open_dense(pairs(4), "depth", derive="distance"),
+        }
+        fit = {"progress": False, "batch_size": 4}
+        return zoo.run(dense_model(outputs=0), "multitask", data, data, fit=fit, epochs=2, tau=0.0)
+
+    assert 0 <= go("skip").summary["values"]["parts"] <= 1
+    with pytest.raises(DataError, match="item 0: the map is corrupt"):
+        go("raise")
+
+
 @pytest.mark.parametrize("task", ["classify", "multilabel", "regress"])
 def test_a_head_of_maps_does_not_classify(task: str) -> None:
     labels: list[Any] = {"classify": [0, 1], "multilabel": [[1, 0], [0, 1]], "regress": [[0.5, 1.0], [0.25, 2.0]]}[task]
