@@ -49,7 +49,7 @@ def install_mmcv(
 ) -> None:
     """Build mmcv and install it here, for mmsegmentation (pip install 'adapter-zoo[seg]' comes first).
 
-    It compiles some 80 files for this torch: about six minutes on two idle cores. Operations are built for the CPU; the decode
+    It compiles some 80 files for this torch, each about half a minute of one core. Operations are built for the CPU; the decode
     heads FCN, SegFormer and UPerNet need none of them, and run on a GPU as well.
 
     \b
