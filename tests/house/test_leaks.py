@@ -17,7 +17,6 @@ from zoo import registry
 from zoo.errors import ZooError
 from zoo.table import tiny_model
 
-
 # A known fault: where blocks behind the first that gives back run again in backward, a forward pass whose backward never
 # comes is kept (docstring of dtl; `rerun=0` keeps none)
 KEPT = ("dtl", "dtl+")
