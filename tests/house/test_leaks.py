@@ -17,10 +17,6 @@ from zoo import registry
 from zoo.errors import ZooError
 from zoo.table import tiny_model
 
-# A known fault: where blocks behind the first that gives back run again in backward, a forward pass whose backward never
-# comes is kept (docstring of dtl; `rerun=0` keeps none)
-KEPT = ("dtl", "dtl+")
-
 
 def live() -> int:
     """How many tensors there are, after a collection."""
@@ -66,7 +62,7 @@ def grows(run: Callable[[], Any], times: int = 3) -> int:
 def test_a_forward_without_a_backward_is_freed(family: str, request: pytest.FixtureRequest) -> None:
     whole = request.config.getoption("--whole")
     for method in registry.list_adapters():
-        if not (whole or drawn(family, method)) or method in KEPT:
+        if not (whole or drawn(family, method)):
             continue
         try:
             model, batch = made(family, method)
@@ -104,6 +100,16 @@ def test_whatever_a_model_is_used_for(method: str, memory: str) -> None:
             model.merge()
 
     assert grows(use) == 0
+
+
+@pytest.mark.parametrize("memory", ["default", "min"])
+@pytest.mark.parametrize("method", ["dtl", "dtl+", "ladder", "unipelt"])
+def test_what_is_carried_along_many_blocks(method: str, memory: str) -> None:
+    """Blocks behind the first of DTL's that give back run again in backward, and what they kept led to their own outputs."""
+    model = zoo.load("vit-micro", method, num_classes=2, pretrained=False, embed_dim=48, depth=6, num_heads=3)
+    model.memory = memory
+    images = torch.randn(2, 3, 32, 32)
+    assert grows(lambda: model.train()(images), 2) == 0
 
 
 def test_a_fit_is_freed(image_folder: Any) -> None:

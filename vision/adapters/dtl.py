@@ -16,8 +16,6 @@ pretrained function, to the bit, also with G, which starts as torch's convolutio
 Counts: 2 d r for each block, G d k^2; ViT-B/16 36,864, with G of 3 x 3 43,776; Swin-B, r = 4: 90,112.
 Source: Fu, Zhu, Wu, "DTL: Disentangled Transfer Learning for Visual Recognition", AAAI 2024 (heekhero/DTL,
 `models/vision_transformer.py`, `swin_transformer.py`).
-Known fault: with `rerun`, a forward pass with gradients whose backward never comes stays in memory; measure under
-`torch.no_grad()`, as `zoo.evaluate` does, or set rerun=0.
 Deviations: none in the side path. Theirs averages the patches in front of the last norm; here the family pools as it does without
 it (a ViT of timm with global_pool="avg" as theirs). Their grid is 14 x 14, and a second token in front loses its place in it.
 Their Swin has an idle G for the stages that give nothing back; there is none here.

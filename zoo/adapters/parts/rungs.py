@@ -8,7 +8,7 @@ but made again there, from what entered the first of these blocks (`BlockPoint.r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,10 +74,7 @@ class Step(nn.Module):
 
     def enter(self, x: Tensor, again: Any) -> None:
         """The block begins with x (B, N, d)."""
-        walk: Any = self.walk.get()  # type: ignore[assignment]
-        if walk is None:
-            walk = Walk()
-            self.walk.put(walk)  # type: ignore[arg-type]
+        walk = self._further()
         if not self.rerun:
             again = None
         if again is None or x is not walk.last or len(walk.steps) >= self.rerun:
@@ -88,12 +85,23 @@ class Step(nn.Module):
 
     def leave(self, y: Tensor) -> Tensor:
         """The block is done with y (B, N, d)."""
-        walk: Any = self.walk.get()
+        walk = self._further()
         walk.outputs.append(y)
         walk.last = y
         if walk.steps[-1][1] is None:
             walk.climb()
         return y
+
+    def _further(self) -> Walk:
+        """The way so far, as one to be changed.
+
+        A block that runs again in backward holds the way as it was in front of it: what is further along leads to the block's
+        own output, and a graph that holds itself is never freed.
+        """
+        before: Any = self.walk.get()
+        walk = Walk() if before is None else replace(before, steps=[*before.steps], outputs=[*before.outputs])
+        self.walk.put(walk)  # type: ignore[arg-type]
+        return walk
 
     def step(self, h: Tensor | None, x: Tensor, y: Tensor) -> Tensor | None:
         """State h in front of the block, its input x and output y -> the state behind it."""
