@@ -26,7 +26,7 @@ from torch import Tensor
 
 from multimodal.data.questions import Question, matrix, open_questions
 from multimodal.data.visual_features import GridFeatures, opened
-from multimodal.families.seq2seq.family import PREFIXES, Seq2Seq
+from multimodal.families.seq2seq.family import PREFIXES, Seq2Seq, visual_inputs
 from multimodal.metrics.answers import exact_match, normalized, vqa_accuracy
 from multimodal.metrics.cider import cider
 from zoo.data.dataset import ImageDataset
@@ -121,11 +121,12 @@ class Generate(Task):
 
     @torch.no_grad()
     def write(self, model: Host, inputs: Sequence[Any], length: int) -> list[str]:
-        """Texts of at most `length` tokens for inputs (question, mask, _, features, boxes), with the active adapters."""
+        """Texts of at most `length` tokens for inputs as the family takes them, the third unread, with the active adapters."""
         family: Any = model.family
         ids, mask, _, *visual = inputs
-        family.check_visual(visual[0] if visual else None)
-        given = dict(zip(("visual_features", "boxes"), visual, strict=False))
+        named = visual_inputs(visual)
+        family.check_visual(named["visual_features"])
+        given = {name: value for name, value in named.items() if value is not None}
         options = {"num_beams": self.beams, "do_sample": False, "max_new_tokens": length}
 
         def run() -> Tensor:

@@ -15,6 +15,7 @@ neither projections nor norms, so only `full` trains them; the visual embedding 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from multimodal.families.seq2seq.attention import EncoderSite, LibraryAttention, SplitKeys
     from zoo.points.recorder import Recorder
 
+VISUAL = ("visual_features", "boxes", "image_ids", "object_ids", "visual_mask")  # inputs behind the texts, in order
 PREFIXES = {  # what a question is preceded by in fine-tuning
     "vqa": "vqa: ",
     "gqa": "gqa: ",
@@ -70,6 +72,17 @@ OPTIONS: dict[str, Any] = {
     "activation_function": ("gelu", "gelu_new", "relu", "silu"),
     "words": str,
 }
+
+
+def visual_inputs(given: Sequence[Any]) -> dict[str, Any]:
+    """The inputs behind the texts by name, in the order of `features`; those that are not given are None.
+
+    Raises:
+        ConfigError: there are more.
+    """
+    if len(given) > len(VISUAL):
+        raise ConfigError(f"{len(given)} inputs behind the texts; expected at most {len(VISUAL)}: {', '.join(VISUAL)}.")
+    return dict.fromkeys(VISUAL) | dict(zip(VISUAL, given, strict=False))
 
 
 class Seq2Seq(Backbone):
@@ -263,10 +276,8 @@ class Seq2Seq(Backbone):
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """As `features`, of a plain module."""
-        names = ("visual_features", "boxes", "image_ids", "object_ids", "visual_mask")
-        given = dict(zip(("ids", "mask", "answer", *names), inputs, strict=False))
-        text = (given.get("ids"), given.get("mask"), given.get("answer"))
-        return self._run(module, *text, {name: given.get(name) for name in names})
+        ids, mask, answer, *visual = (*inputs, *[None] * (3 - len(inputs)))
+        return self._run(module, ids, mask, answer, visual_inputs(visual))
 
     def _run(self, module: Any, ids: Any, mask: Tensor | None, answer: Tensor | None, visual: dict[str, Any]) -> Tensor:
         if answer is None:

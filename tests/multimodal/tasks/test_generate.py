@@ -243,6 +243,22 @@ def test_features_in_the_data(tmp_path: Path) -> None:
     assert answer[:2].tolist() == [0, target[0, 0]] and target[0, :3].tolist() == [words("red").input_ids[0], 1, -100]
 
 
+def test_what_is_written_sees_all_visual_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of objects and the numbers of images were trained with, and left out while answers were written."""
+    network, task, seen = model().eval(), _task(None), []
+    encode = type(network.backbone).encode
+    monkeypatch.setattr(
+        type(network.backbone), "encode", lambda self, *a, **visual: seen.append(visual) or encode(self, *a, **visual)
+    )
+    ids, features, boxes = torch.randint(3, 50, (2, 5)), torch.randn(2, 3, 24), torch.rand(2, 3, 4)
+    images, objects, mask = torch.zeros(2, 3).long(), torch.arange(3).expand(2, 3), torch.tensor([[1, 0, 0], [1, 1, 1]])
+    visual = (features, boxes, images, objects, mask)
+    assert len(task.write(network, (ids, torch.ones_like(ids), None, *visual), 4)) == 2
+    assert all(a is b for a, b in zip(seen[0].values(), visual, strict=True))
+    with pytest.raises(zoo.ZooError, match="expected at most 5"):
+        task.write(network, (ids, torch.ones_like(ids), None, *visual, mask), 4)
+
+
 # -- the task ------------------------------------------------------------------------------------------------------------
 
 
