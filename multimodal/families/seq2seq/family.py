@@ -265,19 +265,13 @@ class Seq2Seq(Backbone):
             if decoder_input_ids is not None:
                 raise ConfigError("Give either decoder_input_ids or labels=..., which are shifted here.")
             decoder_input_ids = self.shift(labels)
-        visual = {
-            "visual_features": visual_features,
-            "boxes": boxes,
-            "image_ids": image_ids,
-            "object_ids": object_ids,
-            "visual_mask": visual_mask,
-        }
+        visual = visual_inputs((visual_features, boxes, image_ids, object_ids, visual_mask))
         return self._run(self.module, input_ids, attention_mask, decoder_input_ids, visual)
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """As `features`, of a plain module."""
-        ids, mask, answer, *visual = (*inputs, *[None] * (3 - len(inputs)))
-        return self._run(module, ids, mask, answer, visual_inputs(visual))
+        ids, mask, answer = [*inputs[:3], None, None, None][:3]
+        return self._run(module, ids, mask, answer, visual_inputs(inputs[3:]))
 
     def _run(self, module: Any, ids: Any, mask: Tensor | None, answer: Tensor | None, visual: dict[str, Any]) -> Tensor:
         if answer is None:
