@@ -7,25 +7,19 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from waves import wave
 
 import zoo
 from zoo.adapters.loreft import FORMS, Intervention, orthonormal
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "loreft.json").read_text())
 DIM, RANK = 12, 3
-
-
-def wave(shape: tuple[int, ...], phase: int, scale: float) -> Tensor:
-    n = math.prod(shape)
-    angle = torch.arange(n, dtype=torch.float64) * 0.7 * (1 + phase % 7) + phase
-    return (scale * angle.sin()).view(shape)
 
 
 def close(found: Tensor, recorded: list[float]) -> None:

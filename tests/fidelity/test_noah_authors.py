@@ -7,14 +7,13 @@ set by `wave` and `fill` below (float64, width 48, two blocks, supernet of width
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from waves import fill, wave
 
 import zoo
 
@@ -34,24 +33,6 @@ FOUND = {
     "lora": (10, 1, 5, 5, 1, 10, 1, 1, 1, 10, 1, 1),
     "adapter": (5, 10, 10, 10, 5, 1, 1, 1, 10, 10, 10, 1),
 }
-
-
-def wave(shape: tuple[int, ...], phase: int, scale: float) -> Tensor:
-    n = math.prod(shape)
-    angle = torch.arange(n, dtype=torch.float64) * 0.7 * (1 + phase % 7) + phase
-    return (scale * angle.sin()).view(shape)
-
-
-@torch.no_grad()
-def fill(named: dict[str, Tensor]) -> None:
-    for i, (key, parameter) in enumerate(sorted(named.items())):
-        if "norm" in key and key.endswith("weight"):
-            parameter.copy_(1 + wave(parameter.shape, i, 0.2))
-        elif key.endswith("bias"):
-            parameter.copy_(wave(parameter.shape, i, 0.1))
-        else:
-            tokens = "token" in key or "pos" in key
-            parameter.copy_(wave(parameter.shape, i, 1.0 if tokens else 2 / math.sqrt(parameter[0].numel())))
 
 
 def build() -> Any:

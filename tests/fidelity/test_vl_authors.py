@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from waves import wave
 
 import zoo
 
@@ -29,12 +30,6 @@ BART = {
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24),
     "feat_dim": 6,
 }
-
-
-def wave(shape: tuple[int, ...], phase: int, scale: float) -> Tensor:
-    count = math.prod(shape)
-    angle = torch.arange(count, dtype=torch.float64) * 0.7 * (1 + phase % 7) + phase
-    return (scale * angle.sin()).view(shape)
 
 
 @torch.no_grad()
