@@ -2,101 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from hf_vision import KINDS, SMALL, answer, batch, library, make, rows, settle
 from torch import Tensor, nn
 
 import zoo
-from zoo.errors import ConfigError, DataError, MergeError, WeightsError
+from zoo.errors import MergeError
 from zoo.registry import family
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-}
-DINO = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("hf-vit-b16", SMALL),
-    "vit_mae": ("hf-mae-b16", SMALL),
-    "beit": ("hf-beit-b16", SMALL),
-    "dinov2": ("hf-dinov2-b14", {**DINO, "use_swiglu_ffn": True}),
-    "dinov2_with_registers": ("hf-dinov2-b14-reg", DINO),
-    "dinov3_vit": ("hf-dinov3-b16", SMALL),
-    "dinov3_vit, gated": ("hf-dinov3-b16", {**SMALL, "use_gated_mlp": True}),
-    "clip": ("hf-clip-b32", {**SMALL, "projection_dim": 20}),
-    "siglip": ("hf-siglip-b16", SMALL),
-    "siglip2": ("hf-siglip2-b16-naflex", {**{k: v for k, v in SMALL.items() if k != "image_size"}, "num_patches": 16}),
-    "videomae": ("videomae-b16", {**SMALL, "image_size": 16, "num_frames": 4}),
-}
 each = pytest.mark.parametrize("kind", KINDS)
 METHODS = ("bitfit", "norm", "ssf", "ia3", "prefix", "vpt", "full")
-
-
-def make(kind: str, adapter: Any = None, **options: Any) -> zoo.Model:
-    name, small = KINDS[kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = zoo.load(name, pretrained=False, **{"num_classes": 0, **small, **options})
-        for parameter in model.backbone.parameters():  # nothing that starts as zero hides a mistake
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.1)
-        if adapter is not None:
-            model.add_adapter(adapter)
-    return model.double().eval()
-
-
-def batch(model: zoo.Model) -> Tensor:
-    return torch.randn(2, *model.example_batch(1)[0].shape[1:], generator=torch.Generator().manual_seed(1)).double()
-
-
-def library(model: zoo.Model) -> Any:
-    """transformers' own module with the same weights, and nothing of ours in it."""
-    module = type(model.backbone)(copy.deepcopy(model.backbone.config)).double()
-    state = dict(model.backbone.state_dict())
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not unexpected and all(k.startswith("classifier") for k in missing)
-    if "classifier" in module._modules:
-        module.classifier = nn.Identity()
-    return module.requires_grad_(False).eval()  # with gradients torch takes another kernel
-
-
-def rows(images: Tensor, patch: int = 8) -> Tensor:
-    """Patches as the image processor of NaFlex makes them, in numpy's words: (B, N, patch patch C)."""
-    found = images.permute(0, 2, 3, 1)
-    high, wide = (n // patch for n in found.shape[1:3])
-    found = found.reshape(len(images), high, patch, wide, patch, -1).permute(0, 1, 3, 2, 4, 5)
-    return found.reshape(len(images), high * wide, -1)
-
-
-def answer(module: Any, images: Tensor) -> Tensor:
-    if "Siglip2" in type(module).__name__:
-        grid = torch.tensor([[n // 8 for n in images.shape[-2:]]]).repeat(len(images), 1)
-        output = module(rows(images), None, grid)
-    else:
-        output = module(images)
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if getattr(output, name, None) is not None:
-            return getattr(output, name)
-    raise AssertionError(output)
-
-
-def settle(model: zoo.Model) -> None:
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(3)
-        for parameter in model.parameters_to_train().values():
-            parameter += 0.05 * torch.randn_like(parameter)
 
 
 @each
@@ -248,117 +170,6 @@ def test_counts() -> None:
     assert lora.num_parameters(trainable=True) == 294_912
 
 
-PRETRAINED = {
-    "vit": "ViTModel",
-    "vit_mae": "ViTMAEForPreTraining",
-    "beit": "BeitForMaskedImageModeling",
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-    "dinov3_vit": "DINOv3ViTModel",
-    "clip": "CLIPModel",
-    "siglip": "SiglipModel",
-    "siglip2": "Siglip2Model",
-    "videomae": "VideoMAEForPreTraining",
-}
-
-
-def saved(kind: str, folder: Path) -> Any:
-    """A folder as the library saves the network of pretraining."""
-    cls = getattr(transformers, PRETRAINED[kind])
-    small = dict(KINDS[kind][1])
-    if kind in ("clip", "siglip", "siglip2"):
-        text = {k: small[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-        width = small.get("projection_dim")
-        small = {"vision_config": small, "text_config": {**text, "vocab_size": 50}}
-        small |= {} if width is None else {"projection_dim": width}
-    if kind in ("vit_mae", "videomae"):
-        small |= {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    small |= {"use_mean_pooling": False} if kind == "videomae" else {}
-    module = cls(cls.config_class(**small)).eval()
-    module.save_pretrained(folder)
-    return module
-
-
-@pytest.mark.parametrize("kind", PRETRAINED)
-def test_checkpoints_of_pretraining(kind: str, tmp_path: Path) -> None:
-    """Decoders, poolers and text towers are left out; every other tensor is that of the file."""
-    module = saved(kind, tmp_path)
-    model = zoo.load(f"transformers:{tmp_path}", num_classes=3).eval()
-    assert model.num_classes == 3 and model.fingerprint is not None
-    x = torch.randn(2, *model.example_batch(1)[0].shape[1:])
-    if kind in ("clip", "siglip"):
-        expected = module.get_image_features(x)
-        expected = expected if isinstance(expected, Tensor) else expected.pooler_output
-        torch.testing.assert_close(model.features(x), expected, rtol=1e-5, atol=1e-5)
-    own = {v.double().sum().item() for v in module.state_dict().values()}
-    mine = [k for k, v in model.backbone.state_dict().items() if v.double().sum().item() not in own]
-    assert [k for k in mine if "fc_norm" not in k] == []
-
-
-@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
-def test_missing_and_strange_tensors_are_named(kind: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    saved(kind, tmp_path)
-    file = tmp_path / "model.safetensors"
-    state = load_file(file)
-    norm = next(k for k in state if k.endswith("norm.weight") and "text" not in k)
-    save_file({k: v for k, v in state.items() if k != norm}, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"no weights for .*norm.weight"):
-        zoo.load(f"transformers:{tmp_path}", num_classes=0)
-    save_file({**state, "further.weight": torch.ones(3)}, file, metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=r"has over 1: further.weight"):
-        zoo.load(f"transformers:{tmp_path}", num_classes=0)
-
-
-@pytest.mark.parametrize(
-    "kind", ["vit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "siglip2"]
-)
-def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
-    """Weights stay those of the checkpoint: an adapter of one size is loaded at another one."""
-    saved(kind, tmp_path)
-    name = f"transformers:{tmp_path}"
-    model = zoo.load(name, "lora", num_classes=3, image_size=48).eval()
-    assert model.image_size == (48, 48) and model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
-    model.save_adapter(tmp_path / "adapter")
-    again = zoo.load(name, adapter=tmp_path / "adapter", image_size=32).eval()
-    assert again.image_size == (32, 32) and again(torch.randn(1, 3, 32, 32)).shape == (1, 3)
-    with pytest.raises(ConfigError, match="multiple of the patches' size"):
-        zoo.load(name, num_classes=0, image_size=50)
-    with pytest.raises(DataError, match="height and width multiples of 8"):
-        model(torch.randn(1, 3, 50, 50))
-
-
-def test_a_merged_model_is_saved_as_the_librarys(tmp_path: Path) -> None:
-    """Names of classes stand in the configuration, where `LABEL_0` stood."""
-    model = make("vit", "lora", num_classes=2)
-    model.classes = ["cat", "dog"]
-    settle(model)
-    x = batch(model)
-    model.merge().save_pretrained(tmp_path)
-    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float64)
-    assert plain.config.id2label == {0: "cat", 1: "dog"} and plain.config.label2id == {"cat": 0, "dog": 1}
-    torch.testing.assert_close(plain(x).logits, model(x), rtol=1e-9, atol=1e-9)
-    with pytest.raises(MergeError, match="no place for a classifier"):
-        make("dinov3_vit", num_classes=2).merge()
-
-
-def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
-    saved("dinov2", tmp_path)
-    config = {
-        "do_center_crop": True,
-        "crop_size": {"height": 32, "width": 32},
-        "size": {"shortest_edge": 40},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-        "resample": 2,
-    }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    data = zoo.load(f"transformers:{tmp_path}", num_classes=0).family.data_config()
-    assert data["input_size"] == (3, 32, 32) and data["mean"] == (0.1, 0.2, 0.3) and data["std"] == (0.4, 0.5, 0.6)
-    assert (data["crop_pct"], data["crop_mode"], data["interpolation"]) == (0.8, "center", "bilinear")
-
-
 def test_the_pooling_of_siglip_has_no_dead_projections() -> None:
     """`head.attention` is a nn.MultiheadAttention: its `out_proj` is never called, so nothing may stand there."""
     model = make("siglip", zoo.adapter("lora", targets="pool.*", rank=2))
@@ -425,19 +236,6 @@ def test_image_classifiers_of_both(kind: str, method: str, tmp_path: Path) -> No
         plain.save_pretrained(tmp_path / "merged")
         again = zoo.load(f"transformers:{tmp_path / 'merged'}").eval()
         torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
-def test_lora_is_that_of_peft(kind: str, tmp_path: Path) -> None:
-    """Written for peft and read by it onto the library's network: the same outputs."""
-    peft = pytest.importorskip("peft")
-    model = make(kind, zoo.adapter("lora", rank=2))
-    settle(model)
-    zoo.to_peft(model.float(), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(library(make(kind)).float(), tmp_path).eval()
-    x = batch(model).float()
-    with torch.no_grad():
-        torch.testing.assert_close(answer(theirs.base_model.model, x), model.features(x), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "videomae"])
