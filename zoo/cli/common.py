@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ def table(
     for row in rows:
         built.add_row(*(Text(str(cell)) for cell in row))
     return built
+
+
+def numbers(result: Mapping[str, Any]) -> Table:
+    """What was measured: a name and a number in each row."""
+    rows = [(k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items()]
+    return table(["", ""], rows)
 
 
 def settings(values: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoo.cli.common import console, print_json, table
+from zoo.cli.common import console, numbers, print_json, table
 from zoo.cli.options import (
-    MODEL,
     OUTPUT,
+    BatchSize,
     Device,
     Json,
     LabelColumn,
     LabelKind,
     Precision,
+    Pretrained,
     Quiet,
+    SeedOfWeights,
     SkipBroken,
     Truncate,
     TrustBackbone,
     WhatFor,
     Workers,
     data_option,
-    model_option,
 )
 from zoo.errors import ConfigError
 
@@ -39,12 +40,10 @@ def evaluate(
     ],
     data: Annotated[str, data_option("Test data: a folder of class folders, Parquet files, or hf:owner/name.")],
     split: Annotated[str | None, data_option("Split of --data, where it has several.")] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Samples in a batch.", rich_help_panel=MODEL)
-    ] = 64,
+    batch_size: BatchSize = 64,
     task: WhatFor = None,
-    pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
-    seed: Annotated[int, model_option("Of random weights (--no-pretrained): that of zoo fit.")] = 0,
+    pretrained: Pretrained = True,
+    seed: SeedOfWeights = 0,
     trust_backbone: TrustBackbone = False,
     precision: Precision = "fp32",
     device: Device = None,
@@ -123,17 +122,15 @@ def evaluate(
     if as_json:
         print_json({"target": target, "data": data, **result})
         return
-    rows = [
-        (k.replace("_", " ").replace("images", what.items(model)), f"{v:.4f}" if isinstance(v, float) else v)
-        for k, v in result.items()
-        if k not in ("per_class", "confusion")
-    ]
-    console().print(table(["", ""], rows))
+    shown = {
+        k.replace("images", what.items(model)): v for k, v in result.items() if k not in ("per_class", "confusion")
+    }
+    console().print(numbers(shown))
     if per_class and "per_class" not in result:
         raise ConfigError(f"--per-class: the task '{what.name}' measures nothing of single classes.")
     if per_class:
-        shown = [(k, "-" if v is None else f"{v:.4f}") for k, v in result["per_class"].items()]
-        console().print(table(["class", "accuracy"], shown, right=["accuracy"]))
+        classes = [(k, "-" if v is None else f"{v:.4f}") for k, v in result["per_class"].items()]
+        console().print(table(["class", "accuracy"], classes, right=["accuracy"]))
 
 
 def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backbone: bool = False) -> Model:

@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.cli.common import console, print_json, table
+from zoo.cli.common import console, numbers, print_json
 from zoo.cli.evaluate import load_target
 from zoo.cli.options import (
-    MODEL,
+    BatchSize,
     Device,
     Json,
     Precision,
+    Pretrained,
     Quiet,
+    SeedOfWeights,
     SkipBroken,
     TrustBackbone,
     Workers,
     data_option,
-    model_option,
 )
 
 
@@ -34,11 +35,9 @@ def identify(
     singles: Annotated[
         str, data_option("Identities without a probe: refuse them, leave them out, or keep them in the gallery.")
     ] = "refuse",
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Samples in a batch.", rich_help_panel=MODEL)
-    ] = 64,
-    pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
-    seed: Annotated[int, model_option("Of random weights (--no-pretrained).")] = 0,
+    batch_size: BatchSize = 64,
+    pretrained: Pretrained = True,
+    seed: SeedOfWeights = 0,
     trust_backbone: TrustBackbone = False,
     precision: Precision = "fp32",
     device: Device = None,
@@ -83,5 +82,4 @@ def identify(
     if as_json:
         print_json({"target": target, "data": data, "gallery": gallery or enrol, **result})
         return
-    rows = [(k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items()]
-    console().print(table(["", ""], rows))
+    console().print(numbers(result))

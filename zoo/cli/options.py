@@ -17,6 +17,13 @@ Device = Annotated[
 ]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=MODEL)]
 Workers = Annotated[int | None, typer.Option(help="Processes that load the data.", rich_help_panel=DATA)]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Samples in a batch.", rich_help_panel=MODEL)]
+Pretrained = Annotated[
+    bool, typer.Option(help="With the backbone's pretrained weights, or with random ones.", rich_help_panel=MODEL)
+]
+SeedOfWeights = Annotated[
+    int, typer.Option("--seed", help="Of random weights (--no-pretrained): that of zoo fit.", rich_help_panel=MODEL)
+]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without items that cannot be read.", rich_help_panel=DATA)
 ]

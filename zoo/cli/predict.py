@@ -9,12 +9,14 @@ import typer
 
 from zoo.cli.common import console, print_json, table
 from zoo.cli.options import (
-    MODEL,
     OUTPUT,
+    BatchSize,
     Device,
     Json,
     Precision,
+    Pretrained,
     Quiet,
+    SeedOfWeights,
     SkipBroken,
     TrustBackbone,
     Workers,
@@ -43,11 +45,9 @@ def predict(
     task: Annotated[
         str | None, model_option("classify, multilabel or regress; default: as the model was trained.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Files in a batch.", rich_help_panel=MODEL)
-    ] = 64,
-    pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
-    seed: Annotated[int, model_option("Of random weights (--no-pretrained): that of zoo fit.")] = 0,
+    batch_size: BatchSize = 64,
+    pretrained: Pretrained = True,
+    seed: SeedOfWeights = 0,
     trust_backbone: TrustBackbone = False,
     precision: Precision = "fp32",
     device: Device = None,

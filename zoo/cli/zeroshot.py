@@ -7,19 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.cli.common import console, print_json, table
+from zoo.cli.common import console, numbers, print_json, table
 from zoo.cli.options import (
     MODEL,
     OUTPUT,
+    BatchSize,
     Device,
     Json,
     Precision,
+    Pretrained,
     Quiet,
+    SeedOfWeights,
     SkipBroken,
     TrustBackbone,
     Workers,
     data_option,
-    model_option,
 )
 from zoo.errors import ConfigError, MismatchError
 
@@ -40,11 +42,9 @@ def zeroshot(
         Path | None,
         typer.Option("--out", "-o", help="With --classes: the table of the files.", rich_help_panel=OUTPUT),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Samples in a batch.", rich_help_panel=MODEL)
-    ] = 64,
-    pretrained: Annotated[bool, model_option("With the backbone's pretrained weights, or with random ones.")] = True,
-    seed: Annotated[int, model_option("Of random weights (--no-pretrained).")] = 0,
+    batch_size: BatchSize = 64,
+    pretrained: Pretrained = True,
+    seed: SeedOfWeights = 0,
     trust_backbone: TrustBackbone = False,
     precision: Precision = "fp32",
     device: Device = None,
@@ -93,8 +93,7 @@ def zeroshot(
         if as_json:
             print_json({**told, "classes": names, **result})
             return
-        rows = [(k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items()]
-        console().print(table(["", ""], rows))
+        console().print(numbers(result))
         return
     from zoo.train.prediction import check_table
 
