@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo.bench.sets import named_sets
 from zoo.bench.sizes import parse_methods
 from zoo.bench.study import Protocol, Study, compare
 from zoo.cli import app
+from zoo.disk.store import alone
 from zoo.errors import DataError, SaveError
 
 QUICK: dict[str, Any] = {
@@ -208,6 +210,38 @@ def test_two_processes_share_a_journal(tmp_path: Path) -> None:
     one.add({"config": {"seed": 0}, "result": {"accuracy": 0.5}})
     assert other.find({"seed": 0}) == {"config": {"seed": 0}, "result": {"accuracy": 0.5}}
     assert other.find({"seed": 1}) is None
+
+
+def test_a_row_of_another_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written while this one reads, behind a line of one that was killed, and while this one waits for its turn."""
+    path, read_bytes = tmp_path / "rows.jsonl", Path.read_bytes
+    first, second, third = ({"config": {"seed": n}, "result": {}} for n in range(3))
+    one = Journal(path)
+    one.add(first)
+
+    def read_late(file: Path) -> bytes:
+        data = read_bytes(file)
+        with file.open("a") as other:
+            other.write(json.dumps(second) + "\n")
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_late)
+        assert Journal(path).find({"seed": 0}) == first
+    assert rows(tmp_path) == [first, second]
+    with path.open("a") as killed:
+        killed.write('{"config": {"se')
+    one.add(third)
+    assert rows(tmp_path) == [first, second, third]
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    with ThreadPoolExecutor() as pool:
+        with alone(tmp_path):  # the other process is writing
+            waiting = pool.submit(Journal, path)
+            wait([waiting], timeout=0.2)
+            path.write_text(whole)
+        assert waiting.result().find({"seed": 2}) == third
+    assert path.read_text() == whole
 
 
 def test_damaged_journal(tmp_path: Path) -> None:

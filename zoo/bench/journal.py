@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.disk.store import alone
 from zoo.errors import SaveError
 
 __all__ = ["Journal"]
@@ -29,10 +30,15 @@ class Journal:
         self._rows: dict[str, dict[str, Any]] = {}
         self._size = 0
         if path.exists():
-            whole = self._read()
-            if whole < path.stat().st_size:  # killed while it was written
-                with path.open("r+b") as file:
-                    file.truncate(whole)
+            with alone(path.parent):
+                self._mend()
+
+    def _mend(self) -> None:
+        """Take in the whole lines, and cut off one whose writer was killed. Only while nobody else writes."""
+        whole = self._read()
+        if whole < self._size:
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
 
     def _read(self) -> int:
         """Take in the whole lines; returns where they end."""
@@ -64,19 +70,14 @@ class Journal:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            with alone(self.path.parent), self.path.open("ab") as file:
+                self._mend()
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise SaveError(f"{self.path} cannot be written: {error.strerror or error}.") from error
         self._rows[_key(row["config"])] = row
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._rows.values())
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 def _key(config: Mapping[str, Any]) -> str:
