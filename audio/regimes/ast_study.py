@@ -156,6 +156,7 @@ class AstStudy(Regime):
         self.check(self.epochs >= 1, f"epochs is {self.epochs}; expected 1 or more.")
         self.check(self.batch_size >= 2, f"batch_size is {self.batch_size}; expected 2 or more.")
         self.check(self.head in ("mean", "linear"), f"head is '{self.head}'; expected 'mean' or 'linear'.")
+        self._trained: dict[str, int] = {}  # by phase, without the head; also of those that a run that goes on skips
 
     # -- what is given ----------------------------------------------------------------------------------------------
 
@@ -190,6 +191,7 @@ class AstStudy(Regime):
                     for (method, budget), size in sizes.items():
                         name = f"{data}-{method}-shots{shots}-budget{budget}-seed{seed}"
                         self._put(run, method, size, chosen.classes or [], seed)
+                        self._trained[name] = int(run.model.num_parameters(trainable=True, head=False))
                         yield Phase(name, chosen, fit=self._fit(method, seed))
                         run.evaluate(test[data], name)
 
@@ -254,8 +256,7 @@ class AstStudy(Regime):
     def summary(self, run: Run) -> dict[str, Any]:
         """One entry for each method, budget, data set and number of shots; and the order of the methods."""
         rows = []
-        done = {phase["name"]: phase["parameters"] for phase in run.done}
-        for data, test in _named(run.test).items():
+        for data in _named(run.test):
             for shots in self.shots:
                 for method in self.methods:
                     for budget in self.budgets if METHODS[method].size else (0,):
@@ -263,9 +264,8 @@ class AstStudy(Regime):
                         values = [run.values[name]["accuracy"] for name in names if name in run.values]
                         if not values:
                             continue
-                        head = (run.model.family.feature_dim + 1) * len(test.classes or ())
                         row = {"data": data, "shots": shots, "method": method, "budget": budget, "accuracies": values}
-                        row |= {"trained": done[names[0]] - head, "accuracy": statistics.mean(values)}
+                        row |= {"trained": self._trained[names[0]], "accuracy": statistics.mean(values)}
                         row["deviation"] = statistics.stdev(values) if len(values) > 1 else None
                         rows.append(row)
         backbone = sum(p.numel() for p in run.model.backbone.parameters())

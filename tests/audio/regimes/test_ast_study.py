@@ -68,6 +68,13 @@ def test_every_row_trains_what_the_paper_trains() -> None:
     assert set(net.adapters) == {"method", "norms"} and net.num_classes == 3
 
 
+def test_what_is_trained_is_counted_without_the_head_whatever_its_kind() -> None:
+    for kind in ("mean", "linear"):  # the family's own has a norm of its own
+        report = go(methods=["linear", "bitfit"], seeds=[0], shots=[2], head=kind)
+        assert {r["trained"] for r in report.summary["rows"] if r["method"] == "linear"} == {2 * 48}
+        assert {r["trained"] for r in report.summary["rows"] if r["method"] == "bitfit"} == {48 + 2 * 432 + 48}
+
+
 def test_budgets_choose_the_largest_size() -> None:
     report = go(methods=["linear", "lora", "pfeiffer", "prefix"], seeds=[0], budgets=[0, 1000], norms=False)
     rows = {(r["method"], r["budget"]): r["trained"] for r in report.summary["rows"] if r["data"] == "loud"}
