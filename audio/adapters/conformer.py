@@ -18,8 +18,9 @@ sublayer, not beside it, which the paper found best in both cases. BN is a batch
 while training, with running statistics (momentum 0.1) in evaluation. b_k only moves its mean, so in training its gradient is
 rounding alone.
 
-Defaults: c = d / 96, K = 31, parallel, MLPs. AdamW, 5e-3, betas (.9, .98), weight decay 0.1, cosine. The study also trains the
-norm in front of each adapted sublayer and the last one, `zoo.adapter("norm", targets=("blocks.*.norm2", "norm*"))` beside it.
+Defaults: c = d / 96, K = 31, parallel, MLPs. AdamW, 5e-3, weight decay 0.1, cosine (the study's betas are (.9, .98): `zoo run
+ast-study` has them, `zoo.fit` by optimizer_options). The study also trains the norm in front of each adapted sublayer and the
+last one, `zoo.adapter("norm", targets=("blocks.*.norm2", "norm*"))` beside it.
 Count: 2d + 2c(d + 1) + c(K + 1) + 2c + d(c + 1) for each point. AST: c = 8 252,288 (0.29 %), c = 12 364,608; norms 19,968 more.
 Source: Cappellazzo, Falavigna, Brutti, Ravanelli, "Parameter-Efficient Transfer Learning of Audio Spectrogram Transformers",
 MLSP 2024 (umbertocappellazzo/PETL_AST, `src/AST_adapters.py`); Gulati et al., "Conformer", Interspeech 2020.

@@ -10,7 +10,7 @@ Points: `sublayer`, by default the attentions ("Pfeiffer" at MHSA); `targets=("a
             S = softmax_tokens(x Phi)^T x
 
 Defaults: soft, n = 7, p = 1, r = d / 128, attentions. D_i Kaiming-uniform(a = sqrt 5), Phi Xavier-normal, the router as
-`nn.Linear`'s weights, all else zero: the pretrained function, to the bit. AdamW, 5e-3, betas (.9, .98), weight decay 0.1, cosine;
+`nn.Linear`, all else zero: the pretrained function, to the bit. AdamW, 5e-3, weight decay 0.1, cosine (betas as for `conformer`);
 the study trains the norm in front and the last one besides, `zoo.adapter("norm", targets=("blocks.*.norm1", "norm*"))`.
 Count: n (2dr + r + d) + d n p (soft), + n (d + 1) (dense) for each point. AST: soft 903,672, dense 903,756; norms 19,968 more.
 Source: Cappellazzo, Falavigna, Brutti, "Efficient Fine-tuning of Audio Spectrogram Transformers via Soft Mixture of Adapters",

@@ -20,12 +20,12 @@ Counts: 2 r (d + sum of o) for each input, r (d' + o') for the projection; on th
 r = 4 720,896. The 0.48 % of the abstract are not those of the released configuration (0.67 %).
 Source: Narayan et al., "PETALface: Parameter Efficient Transfer Learning for Low-resolution Face Recognition", WACV 2025
 (Kartik-3004/PETALface, `backbones/lora_layers.py`, `swin_models_iqa.py`, `train_iqa.py`).
-Deviations: (1) There, the network initialises all its linear layers anew after the layers have done so themselves: A and B
-both start as N(0, 0.02^2), truncated, and the pretrained function is lost; here B stays 0. (2) They take scores as they
-come: BRISQUE is better when it is lower and goes to 100 and more, so a could be -50 or 50, with the branches exchanged; here
-all have one sign and scale. (3) Scores are measured on images from 0 to 1; theirs are normalised to -1..1. (4) Their batch
-norms stay in training mode, and the statistics drift; here the backbone is in evaluation. (5) An image that cannot be scored
-is an error, or gets a = 1/2 (`unknown="middle"`).
+Deviations: (1) There, the network initialises all its linear layers anew after the layers have done so themselves: A and B both
+start as N(0, 0.02^2), truncated, and the pretrained function is lost; here B stays 0. (2) They take scores as they come:
+BRISQUE is better when it is lower and goes to 100 and more, so a could be -50 or 50, with the branches exchanged; here all have
+one sign and scale. (3) Scores are measured on images from 0 to 1; theirs are normalised to -1..1. (4) Their batch norms stay in
+training mode, and the statistics drift; here the backbone is in evaluation. (5) An image that cannot be scored is an error, or
+gets a = 1/2 (`unknown="middle"`). (6) Their shifted windows go without a mask: so does `swin-face`, no other Swin.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ paper's table says 6.41 M and not at which sizes; its plain adapter (behind the 
 ViT-B/16, one task: 17,997,632, and per stage (which is one for all blocks) 1,571,952.
 Source: Liu, Ma, Tian, He and Kira, "Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks", NeurIPS 2022;
 their training code, as it circulates in public.
-Deviations: the LayerNorm of e is off; their class has it on, their counts agree with both, and only without it is the start what
-it is meant to be. b is d / reduction rounded, theirs rounded down (16 divides the widths of Swin). The LayerNorm in front of the
-bottleneck that their code has as a further switch is left out, and so are norms of each task behind the stages: a head's affair.
+Deviations: the LayerNorm of e is off; their class has it on, their counts agree with both, and only without it is the start
+what it is meant to be. b is d / reduction rounded, theirs rounded down (16 divides the widths of Swin). The LayerNorm in front
+of the bottleneck that their code has as a further switch is left out, so is their scale of the branch (1), and so are norms of
+each task behind the stages: a head's affair.
 """
 
 from __future__ import annotations

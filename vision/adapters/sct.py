@@ -15,8 +15,8 @@ Points: `sublayer` mlp (verb `enter`), or `linear` (verb `after`), by `at`:
 Calibration: one pass over the training data without adapters; of a class, channel by channel, the L2 norm over all of its images
 and patches (tokens in front of them are left out), averaged over the classes that occur. The K largest are taken.
 Defaults: "attn", K = d / 8 (theirs 96 of 768); W ~ N(0, 0.02^2), cut at two units as torch's `trunc_normal_`, b = 0: near the
-pretrained function, not equal to it (`std=0` starts there). AdamW, lr and weight decay for each task (CIFAR-100: .013 and 1),
-label smoothing 0.1.
+pretrained function, not equal to it (`std=0` starts there). AdamW; theirs has lr and weight decay for each task (CIFAR-100:
+.013 and 1), label smoothing 0.1.
 Counts: K^2 + K for each place; ViT-B/16 12 (96^2 + 96) = 111,744.
 Merged: "mlp" and "qkv" into the rows C of the projection; "attn" changes the residual stream, which no weight holds.
 Source: Zhao, Wang, Zhao, Luo, Wang, Shou, "SCT: A Simple Baseline for Parameter-Efficient Fine-Tuning via Salient Channels", 2023

@@ -14,11 +14,13 @@ Points: all `linear` points inside of blocks (q, k, v, o, up, down; q, k and v e
     form="adapter":  h = W x + b,  y = h + W_up GELU(W_down drop(h) + b_down) + b_up          W_down (r, o), W_up (o, r)
     unstructured:    y = (W + scatter(delta)) x + b + scatter(delta_b)   delta = 0 at the start
 
-A ~ Kaiming-uniform(a = sqrt 5), W_up, b_up, B = 0: the start is the pretrained function, to the bit. While training, 0.1 of the
-structured module's input is dropped, and its whole output for 0.1 of the images (windows, on Swin).
-Defaults: budget 0.4 M, r = 8, alpha = 10, beta = 5, 16 batches (of 32 in the authors' scripts), lr 1e-3. ViT-B/16 on the authors'
-CIFAR-100 masks: 380,909 at 0.4 M (23,789 single entries, 14 matrices), 999,941 at 1.0 M (13,829 entries, 42 matrices).
-The masks depend on the head's initial values: pass `seed` to zoo.load to get the same ones again.
+A, W_down ~ Kaiming-uniform(a = sqrt 5), b_down as of `nn.Linear`, W_up, b_up, B = 0: the start is the pretrained function, to
+the bit. While training, 0.1 of the structured module's input is dropped, and its whole output for 0.1 of the images (windows,
+on Swin).
+Defaults: budget 0.4 M, r = 8, alpha = 10, beta = 5, 16 batches (of 32 in the authors' scripts), lr 1e-3 (theirs with weight
+decay 1e-4). ViT-B/16 on the authors' CIFAR-100 masks: 380,909 at 0.4 M (23,789 single entries, 14 matrices), 999,941 at 1.0 M
+(13,829 entries, 42 matrices). The masks depend on the head's initial values: pass `seed` to zoo.load to get the same ones
+again.
 Source: He et al. 2023, "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning" (ziplab/SPT). Their code, which we follow,
 divides the cost C by alpha, which the paper does not.
 Any task gives sensitivities: classification, or without a head contrast of images and texts, generation, denoising; the paper has

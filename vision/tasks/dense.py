@@ -12,9 +12,10 @@
 
 The model's head is one of maps ("dense"). Its logits are brought to the targets' size (bilinear). A loss is the mean over the
 pixels of an item that have a value, then over the items, so that neither parts nor processes change it; items without any such
-pixel count 0, and data without any such item are refused. `balanced-bce` weighs edges by the share of the other pixels and these
-by the share of edges (Xie & Tu 2015). `dice` is 1 - 2 sum p t / (sum p + sum t), the mean over the classes of an item. Data are
-opened by `vision.data.dense.open_dense`; several tasks at once are trained by `zoo.run(model, "multitask", data={...})`.
+pixel count 0, and data without any such item are refused. `balanced-bce` weighs edges by the share of the other pixels and
+these by the share of edges (Xie & Tu 2015). `dice` is 1 - 2 sum p t / (sum p + sum t), the mean over the classes that occur in
+an item. Data are opened by `vision.data.dense.open_dense`; several tasks at once are trained by `zoo.run(model, "multitask",
+data={...})`.
 
 Images are resized to the backbone's size, whatever their shape, and maps with them; measured is at that size.
 """

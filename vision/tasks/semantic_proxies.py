@@ -15,8 +15,8 @@ After a step C holds numbers, no graph; it is part of the checkpoint. In evaluat
 asked, so classes may be others. Images of a class are taken in the order of the batch, wherever they stand in it.
 
 Initial values: Q_j (K, tokens, d) Xavier-normal for a tensor of three dimensions, h' and GRU Xavier-uniform with zero biases, P
-and C Xavier-uniform / 8, C then of unit rows. Defaults: tokens = 5, depth = 4, step = 0, b = 0.4, no dropout behind the GRU
-(CUB). For Stanford Online Products depth = 8, b = 0.2, dropout = 0.5.
+and C Xavier-uniform / 8, C then of unit rows. Defaults: tokens = 5, depth = 4, step = 0, b = 0.4, no dropout behind the GRU. CUB
+as the authors ran it is step = 5: class prompts in block 0 alone. For Stanford Online Products depth = 8, b = 0.2, dropout = 0.5.
 Counts, K = 100, ViT-B/16, e = 512: head 395,264, GRU 1,574,400, Q 1,536,000, P 51,200; with adapter and head 4,239,360 are
 trained, and 682,496 of them are published. The authors' code counts 4,239,872: their GRU has a vector W_ia (e, 1) of 512 that
 nothing reads.

@@ -7,11 +7,11 @@ Points: `sublayer` points. Four published forms; `A(x) = s (W_up f(W_down x + b_
 | ------------- | ------------------ | ----------------- | ------ | ---- | --- | ----------------------------------------- |
 | `houlsby`     | after attn and mlp | `u + h + A(h)`    | 64     | GELU | 1   | Houlsby et al. 2019 (adapter-bert)        |
 | `pfeiffer`    | after mlp          | `u + h + A(h)`    | d / 16 | ReLU | 1   | Pfeiffer et al. 2020 (adapter-hub)        |
-| `parallel`    | beside mlp         | `u + h + A(LN u)` | 16     | ReLU | 2   | He et al. 2021, "scaled parallel adapter" |
+| `parallel`    | beside mlp         | `u + h + A(LN u)` | 16     | ReLU | 2   | He et al. 2022, "scaled parallel adapter" |
 | `adaptformer` | beside mlp         | `u + h + A(u)`    | 64     | ReLU | 0.1 | Chen et al. 2022 (ShoufaChen/AdaptFormer) |
 
-`adaptformer` drops 0.1 of f(.) while training. Every entry can be set by itself. Two more settings are those of a study of forms
-and places (Cappellazzo et al. 2024, umbertocappellazzo/PETL_AST):
+The default is `pfeiffer`. `adaptformer` drops 0.1 of f(.) while training. Every entry can be set by itself. Two more settings
+are those of a study of forms and places (Cappellazzo et al. 2024, umbertocappellazzo/PETL_AST):
 
 | setting          | sequential        | parallel, x = LN u       |
 | ---------------- | ----------------- | ------------------------ |

@@ -22,7 +22,8 @@ that is one small triangular system (the compact WY form):
 start, W and b as of `nn.Linear`, which changes the features at once. R starts as a random orthonormal matrix (P as of
 `nn.Linear`).
 Defaults: r = 8, all tokens, no dropout, no weight decay (the authors choose r, positions and layers for each task).
-Counts: 2 r d + r for each block. ViT-B/16: r = 1 18,444, r = 8 147,552.
+Counts: 2 r d + r for each block, of which r (r + 1) / 2 (the triangle of R that orthonormality fixes) never move. ViT-B/16: r = 1
+18,444, r = 8 147,552.
 Source: Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024; stanfordnlp/pyreft, whose equations and
 names these are.
 Deviations: the start, see above. The authors' R is torch's orthogonal parametrisation, whose coordinates hang on a random (d, d)

@@ -11,7 +11,9 @@ several items of each of several classes: `zoo.fit(..., sampler=zoo.train.PerCla
 `present=False` divides the first sum by C, too, as the authors of VPT-SP do; absent classes, whose term is 0, then make it
 smaller.
 
-Source: Kim, Kim, Cho, Kwak, "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020.
+Source: Kim, Kim, Cho, Kwak, "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020 (tjddus9597/Proxy-Anchor-CVPR2020).
+Deviations: their proxies start at N(0, 2 / C) and learn at 100 times the rate of the rest, in the first epoch together with the
+embedding alone; here N(0, 1) at the rate of the run.
 """
 
 from __future__ import annotations
