@@ -34,8 +34,8 @@ Mixed are the tokens that run through the block: the prompts of one block alone 
 only query (`vqt`) are mixed among themselves.
 
 What one sample gives depends on the others of its batch while training. So a batch of per-sample adapters is refused then, and so
-are several processes and accumulated parts, whose statistics would be others; `batch_norm=False` allows all three. A block that
-is run again for backward does not move the running statistics a second time.
+are several processes (zoo.fit's, and any process group) and accumulated parts, whose statistics would be others;
+`batch_norm=False` allows all three. A block that is run again for backward does not move the running statistics a second time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import Adapter, Merger, Points, SublayerPoint, register_adapter
 from zoo.engine.memory import recomputable
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError, ConfigError, MergeError
 
 MOMENTUM = 0.1
 
@@ -70,7 +71,11 @@ class Moments(nn.Module):
         self.was_held = False
 
     def forward(self, x: Tensor, held: bool = False) -> Tensor:
-        """(B, c, N) -> (B, c, N)."""
+        """(B, c, N) -> (B, c, N).
+
+        Raises:
+            ConfigError: training in one of several processes.
+        """
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         # Run again in backward (memory="low", "min"), it is no further pass, and what is trained may have changed since.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -81,6 +86,11 @@ class Moments(nn.Module):
         if held or not self.training:
             return F.batch_norm(wide, self.mean, self.variance, self.weight, self.bias).to(x.dtype)
         if not again:
+            if (count := _processes()) > 1:
+                raise ConfigError(
+                    f"'conformer' normalises over the batch, of which each of these {count} processes sees its part alone, and "
+                    "would keep statistics of its own. Train in one process, or set batch_norm=False."
+                )
             with torch.no_grad():
                 variance, mean = torch.var_mean(wide, dim=(0, 2))
                 self.mean.lerp_(mean.to(self.mean.dtype), MOMENTUM)
@@ -111,6 +121,13 @@ class Convolution(nn.Module):
             mixed = self.moments(mixed, held=not _trained(self))
         out = self.adapter_up(F.silu(mixed).transpose(1, 2)).view_as(x)
         return x + out if self.residual else out
+
+
+def _processes() -> int:
+    """That train together, each on rows of its own; 1 while a graph is compiled, which cannot ask."""
+    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def _trained(module: nn.Module) -> bool:

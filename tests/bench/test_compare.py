@@ -264,8 +264,9 @@ def test_what_is_not_finished_is_named_and_no_table_lost(root: Path, tmp_path: P
     go("-m", "linear", "--seeds", "0,1")
     said = go("-m", "lora,linear,bitfit", "--seeds", "0,1", "--finished")
     assert "not finished: lora on colours at 400: seed 1 not finished: bitfit on colours at 400: the search" in said
-    assert "(1 of 2 seeds)" in said and "seed 0" not in said
+    assert "seed 0" not in said
     text = (out / "comparison.md").read_text()
+    assert "(1 of 2 seeds)" in text  # a narrow terminal folds the column
     assert "| linear |" in text and "## Not finished" in text and "- lora on colours at 400: seed 1" in text
     kept = read(out / "comparison.json")
     assert [line.get("missing_seeds") for line in kept.lines] == [[1], None]

@@ -19,6 +19,7 @@ from two_processes import joined, pair
 import zoo
 
 REFUSED = {"meft", "vqt"}  # they compute with weights of a block while it does not run
+BATCH_WISE = {"conformer": {"batch_norm": False}}  # with its statistics of the batch it is refused
 MEMORIES = {"vit": ("default", "min"), "swin": ("default",)}
 RECOMPUTED = ("lora", "bitfit", "full", "prefix", "vpt", "meft")  # with memory="min"; of each way to reach a block one
 
@@ -68,7 +69,7 @@ def one_method(family: str, method: str, memory: str, rows: slice, folder: Path)
     """How far a sharded model is from one that one process trained."""
     one = bare(family)
     try:
-        attach(one, method)
+        attach(one, method, **BATCH_WISE.get(method, {}))
     except pytest.skip.Exception:
         return None
     shake(steady(one), method)
@@ -127,7 +128,10 @@ def switching(rows: slice, folder: Path) -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     two = shard(bare("vit"))
+    batch_wise = bare("vit")
+    attach(batch_wise, "conformer")
     return {
+        "batch": refusal(lambda: train(shard(batch_wise), slice(None))),
         "attach": refusal(lambda: two.add_adapter("lora")),
         "head": refusal(lambda: two.reset_head(3)),
         "merge": refusal(two.merge),
@@ -176,6 +180,7 @@ def test_what_cannot_be_done_to_a_sharded_model(found: dict[str, Any]) -> None:
     told = found["refusals"]
     assert "fully_shard" in told["attach"] and "fully_shard" in told["head"] and told["left"] == "[]"
     assert "one process" in told["merge"] and "one process" in told["peft"] and "DDP" in told["fit"]
+    assert "2 processes" in told["batch"] and "batch_norm=False" in told["batch"]
 
 
 def main(folder: Path) -> None:

@@ -58,13 +58,13 @@ def bare(family: str, **options: Any) -> zoo.Model:
     return zoo.load(name, pretrained=False, num_classes=CLASSES, **{**sizes, **options})
 
 
-def attach(model: zoo.Model, method: str, name: str | None = None, activate: bool = True) -> str:
-    """Attach a method, calibrated if it needs that; returns its name.
+def attach(model: zoo.Model, method: str, name: str | None = None, activate: bool = True, **options: Any) -> str:
+    """Attach a method with its small settings and `options`, calibrated if it needs that; returns its name.
 
     A family that is not among the method's own (`trial_families`) must refuse it, and the test is skipped with that reason.
     """
     torch.manual_seed(2)
-    config = zoo.adapter(method, **METHODS[method].trial)
+    config = zoo.adapter(method, **{**METHODS[method].trial, **options})
     if model.family.family not in METHODS[method].trial_families:
         with pytest.raises(AttachError) as refused:
             model.add_adapter(config, name, activate=activate)
