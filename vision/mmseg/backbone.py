@@ -23,20 +23,9 @@ import zoo
 from vision.mmseg.library import mmseg_models
 from zoo import Adapter
 from zoo.errors import ConfigError
+from zoo.train.hooks import HOOKS
 
 __all__ = ["ZooBackbone", "zoo_adapters"]
-
-# hooks that only a loop which knows adapters calls; mmengine's runner has no place for them between backward and step
-HOOKS = (
-    "extra_loss",
-    "after_backward",
-    "step_start",
-    "after_step",
-    "step_end",
-    "fit_start",
-    "epoch_start",
-    "epoch_end",
-)
 
 
 class ZooBackbone(BaseModule):
@@ -65,6 +54,7 @@ class ZooBackbone(BaseModule):
         **options: Any,
     ) -> None:
         super().__init__(init_cfg)
+        _readable_checkpoints()
         given = adapter if isinstance(adapter, (list, tuple)) else [] if adapter is None else [adapter]
         methods = [_method(one) for one in given]
         self.model = zoo.load(name, methods, num_classes=0, pretrained=pretrained, **options)
@@ -108,13 +98,14 @@ def _check(adapter: Any) -> None:
             f"'{adapter.method}' looks at data before it is trained, which mmengine's runner does not show it. Train it once by "
             "zoo.fit, and give the saved folder as adapter=."
         )
+    # only a loop which knows adapters calls these; mmengine's runner has no place for most of them
     needed = [hook for hook in HOOKS if getattr(type(adapter), hook, None) is not getattr(Adapter, hook, None)]
     if needed:
         raise ConfigError(
             f"'{adapter.method}' takes part in training ({', '.join(needed)}), which mmengine's runner does not call: it "
             "would be another method. Train it by zoo.fit(task='segment')."
         )
-    if type(adapter).features is not Adapter.features:
+    if adapter.own_features:
         raise ConfigError(f"'{adapter.method}' changes pooled features, which no decode head of mmseg reads.")
 
 
@@ -131,7 +122,7 @@ def zoo_adapters(model: Any, folder: str | Path) -> Path:
 
 
 def _readable_checkpoints() -> None:
-    """Let torch read mmengine's checkpoints as it does by default, as tensors and numbers.
+    """Let torch read mmengine's checkpoints as it does by default, as tensors and numbers, from now on in this process.
 
     Their histories of numbers hold functions besides, which each process has anyway; without these nothing has to be trusted.
     """
@@ -143,7 +134,6 @@ def _readable_checkpoints() -> None:
     )
 
 
-_readable_checkpoints()
 for _registry in (mmseg_models(), ALL):
     if "ZooBackbone" not in _registry.module_dict:
         _registry.register_module(module=ZooBackbone)

@@ -34,7 +34,7 @@ from vision.data.dense_transform import DenseTransform
 from vision.data.dense_valued import check_valued
 from vision.metrics.dense import Angles, Contours, Distances, Overlap
 from vision.tasks.dense_tasks import ManyDense
-from zoo import Adapter, register_task
+from zoo import register_task
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.host import Host
@@ -90,7 +90,7 @@ class Dense(Weighted):
         model.family.check_wanted(("maps",), f"the task '{self.name}'")
         for name in model.active:
             adapter: Any = model.adapters[name]
-            if type(adapter).features is not Adapter.features:
+            if adapter.own_features:
                 raise ConfigError(
                     f"'{adapter.method}' changes pooled features, which the task '{self.name}' does not read: it would learn "
                     "nothing. Take another method."

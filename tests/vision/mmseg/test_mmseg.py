@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,29 @@ def test_maps_are_those_of_the_model_and_only_adapters_train() -> None:
     assert [m.shape[1] for m in built(out_indices=(1,))(batch)] == [16]
 
 
+BEFORE_AND_AFTER = """
+import torch
+from mmengine.logging import HistoryBuffer
+from mmseg.registry import MODELS
+
+own = HistoryBuffer.__getstate__
+
+def ours():
+    return HistoryBuffer.__getstate__ is not own, HistoryBuffer in torch.serialization.get_safe_globals()
+
+import vision.mmseg
+print("ZooBackbone" in MODELS.module_dict, ours())
+vision.mmseg.ZooBackbone("swin-t", pretrained=False, img_size=(32, 32), embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+print(ours())
+"""
+
+
+@pytest.mark.slow
+def test_reading_checkpoints_changes_when_a_backbone_is_made() -> None:
+    done = subprocess.run([sys.executable, "-c", BEFORE_AND_AFTER], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["True (False, False)", "(True, True)"]
+
+
 @pytest.mark.slow
 def test_the_runner_trains_tests_and_goes_on(tmp_path: Path) -> None:
     data = folder(tmp_path / "data")
@@ -78,7 +103,7 @@ def test_the_runner_trains_tests_and_goes_on(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match="swin-xx"):
         MODELS.build({"type": "ZooBackbone", "name": "swin-xx"})
     with pytest.raises(UnknownNameError, match="lorra"):
@@ -94,6 +119,9 @@ def test_what_is_refused() -> None:
         built(adapter="adalora")
     with pytest.raises(ConfigError, match="looks at data"):
         built(adapter="spt")
+    with monkeypatch.context() as changed, pytest.raises(ConfigError, match=r"takes part in training \(fit_end\)"):
+        changed.setattr(type(zoo.adapter("lora")), "fit_end", lambda self, model: None, raising=False)
+        built(adapter="lora")
 
 
 @pytest.mark.parametrize("kind", ["mmseg-fcn", "mmseg-segformer", "mmseg-upernet"])
