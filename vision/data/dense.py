@@ -10,7 +10,6 @@ set, data set of the library `datasets`, or list of pairs (image, map) or of row
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from vision.data.masks import DERIVED, KINDS, read_map
 from zoo.data.dataset import ImageDataset, OnError, Skipped
 from zoo.data.images import size_of
 from zoo.data.locate import is_paths, locate
+from zoo.data.names import listed_names
 from zoo.errors import ConfigError, DataError, nearest
 
 __all__ = ["IGNORE", "DenseDataset", "DenseRows", "open_dense"]
@@ -229,7 +229,7 @@ def _class_names(
     """(names of the classes that are learnt, stored values that are none)."""
     if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Sequence)):
         raise ConfigError(f"classes is {given!r:.60}; expected a list of names.")
-    names = [str(n) for n in given] if given is not None else _classes_json(pairs)
+    names = [str(n) for n in given] if given is not None else listed_names(pairs.folders)
     if names is None:
         names = [str(i) for i in range(_largest(pairs, (IGNORE,) if ignore is None else ignore, lenient) + 1)]
     if double := [n for i, n in enumerate(names) if n in names[:i]]:
@@ -237,7 +237,7 @@ def _class_names(
     if ignore is None:
         last = len(names) - 1
         ignore = (IGNORE, last) if len(names) > 1 and names[last].lower() in VOID else (IGNORE,)
-        own = _classes_json(pairs) if given is not None else None
+        own = listed_names(pairs.folders) if given is not None else None
         if (
             own is not None and own[-1].lower() in VOID and names == own[:-1]
         ):  # the data's own classes, without that one
@@ -268,19 +268,6 @@ def _too_few_or_many(names: list[str], given: bool) -> str:
         f"{found}, and of one there is nothing to tell apart. Expected 2 to {IGNORE}; if these maps merely lack the others, name "
         "all: classes=[...]."
     )
-
-
-def _classes_json(pairs: Any) -> list[str] | None:
-    for folder in pairs.folders:
-        if (file := Path(folder) / "classes.json").is_file():
-            try:
-                names = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file}: not readable as JSON ({error}).") from error
-            if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-                raise DataError(f"{file}: expected a JSON list of class names, index = value in the maps.")
-            return names
-    return None
 
 
 def _largest(pairs: Any, ignore: tuple[float, ...], lenient: bool) -> int:

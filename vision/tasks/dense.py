@@ -39,6 +39,7 @@ from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.host import Host
 from zoo.tasks import Weighted, call
+from zoo.tasks.base import check_names
 
 __all__ = ["Dense", "Depth", "Edges", "Normals", "Segment", "at_size"]
 
@@ -95,8 +96,7 @@ class Dense(Weighted):
                     f"'{adapter.method}' changes pooled features, which the task '{self.name}' does not read: it would learn "
                     "nothing. Take another method."
                 )
-        names = list(dataset.classes or ())
-        wanted = len(names)
+        wanted = len(dataset.classes or ())
         head = model.head
         if not isinstance(head, Head) or "maps" not in head.needs:
             have = f"a head of {model.num_classes} classes for each image" if model.num_classes else "no head"
@@ -109,14 +109,8 @@ class Dense(Weighted):
                 f"The {what} '{dataset.name}' has {wanted} {'classes' if self.outputs is None else 'values for each pixel'}, the "
                 f"model's head {model.num_classes}. Load the model with num_classes={wanted}, head='{self.head}'."
             )
-        known = model.classes
-        if known is not None and self.outputs is None and list(known) != names:
-            first = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
-            if not (known[first].isdecimal() or names[first].isdecimal()):
-                raise MismatchError(
-                    f"Class {first} is '{known[first]}' for the model, '{names[first]}' in the {what} '{dataset.name}'. Equal "
-                    "values have to mean equal classes."
-                )
+        if self.outputs is None:  # opened with other names, maps would be called otherwise and hold the same values
+            check_names(model, dataset, what, "Equal values have to mean equal classes.")
         if self.class_weights is not None and self.outputs is not None:
             raise ConfigError(f"class_weights are of classes; '{self.name}' has none.")
         check_valued(dataset, what)

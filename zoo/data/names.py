@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from zoo.errors import DataError, nearest
 
-__all__ = ["check_cells", "names_of", "not_among", "own_classes", "placed", "places", "warn_of_gaps"]
+__all__ = ["check_cells", "listed_names", "names_of", "not_among", "own_classes", "placed", "places", "warn_of_gaps"]
 
 # What pandas and its like write, and read, where nothing is known
 MISSING = ("nan", "NaN", "NAN", "-nan", "NA", "N/A", "n/a", "#N/A", "<NA>", "None", "NULL", "null", "NaT")
@@ -98,6 +100,30 @@ def names_of(feature: Any) -> list[str] | None:
     """The class names of a column of the library `datasets`, or of the items of its lists."""
     found = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
     return [str(name) for name in found] if found else None
+
+
+def listed_names(folders: Iterable[Path], column: str | None = None) -> list[str] | None:
+    """The class names in `classes.json` of the first of these folders that has one; index = label.
+
+    A list, or, unless `column` is None, an object of lists for several labellings: that whose key is in the name of the label
+    column (`coarse` for `coarse_label`), else the first.
+
+    Raises:
+        DataError: the file is not readable, or holds something else.
+    """
+    file = next((file for folder in folders if (file := folder / "classes.json").is_file()), None)
+    if file is None:
+        return None
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable as JSON ({error}).") from error
+    if column is not None and isinstance(names, dict) and names:
+        names = next((v for k, v in names.items() if k in column), next(iter(names.values())))
+    if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        several = "" if column is None else " (or an object of such lists)"
+        raise DataError(f"{file}: expected a JSON list of class names, index = label{several}.")
+    return names
 
 
 def own_classes(dataset: Any, label_column: str | Sequence[str] | None, columns: Sequence[str]) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from zoo.data.joined import with_classes
 from zoo.data.labels import bare, check_kind
 from zoo.data.locate import SHARD, is_paths, locate
 from zoo.data.medium import IMAGES, Medium
+from zoo.data.names import listed_names
 from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import check_range, few_shot, known_labels, warn_of_lost
 from zoo.data.shards import ShardRows
@@ -204,22 +204,6 @@ def _class_names(classes: Any) -> list[str] | None:
 
 
 def _classes_json(folder: Path, column: str = "") -> list[str] | None:
-    """`classes.json` in the folder, or above it if the folder is that of a split.
-
-    A list of names, or an object of lists for several labellings: that whose key is in the label column's name (`coarse` for
-    `coarse_label`), else the first.
-    """
-    for place in (folder, folder.parent) if split_word(folder.name) or folder.name.lower() == "data" else (folder,):
-        if (file := place / "classes.json").is_file():
-            try:
-                names = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file}: not readable as JSON ({error}).") from error
-            if isinstance(names, dict) and names:
-                names = next((v for k, v in names.items() if k in column), next(iter(names.values())))
-            if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-                raise DataError(
-                    f"{file}: expected a JSON list of class names, index = label (or an object of such lists)."
-                )
-            return _class_names(names)
-    return None
+    """The names in `classes.json` in the folder, or above it if the folder is that of a split."""
+    within = split_word(folder.name) or folder.name.lower() == "data"
+    return _class_names(listed_names((folder, folder.parent) if within else (folder,), column))

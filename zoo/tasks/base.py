@@ -196,8 +196,16 @@ def check_whole(model: Host, task: str, outputs: int | None) -> None:
         )
 
 
-def check_names(model: Host, dataset: ImageDataset, what: str) -> None:
-    """Raise MismatchError if equal labels mean other classes for the model than in the data; bare numbers mean nothing."""
+def check_names(
+    model: Host,
+    dataset: ImageDataset,
+    what: str,
+    mend: str = "Open the data with classes=model.classes, so that equal labels mean equal classes.",
+) -> None:
+    """Raise MismatchError if equal labels mean other classes for the model than in the data; bare numbers mean nothing.
+
+    `mend` says what to do if they are in another order.
+    """
     known, own = model.classes, dataset.classes
     if not known or not own or bare(known) or bare(own) or list(known) == list(own):
         return
@@ -208,6 +216,5 @@ def check_names(model: Host, dataset: ImageDataset, what: str) -> None:
         )
     first = next(i for i, (a, b) in enumerate(zip(known, own, strict=True)) if a != b)
     raise MismatchError(
-        f"Class {first} is '{known[first]}' for the model, '{own[first]}' in the {what} '{dataset.name}'. Open "
-        "the data with classes=model.classes, so that equal labels mean equal classes."
+        f"Class {first} is '{known[first]}' for the model, '{own[first]}' in the {what} '{dataset.name}'. {mend}"
     )

@@ -249,6 +249,8 @@ def test_refusals() -> None:
     named = dense_model(outputs=2, classes=["bright", "dark"])
     with pytest.raises(MismatchError, match="Class 0 is 'bright'"):
         zoo.fit(named, open_dense(data, classes=["dark", "bright"]), task="segment", **FIT)
+    with pytest.raises(MismatchError, match=r"Class 0 is 'bright' for the model, '7'.*Equal values have to mean"):
+        zoo.fit(named, open_dense(data, classes=["7", "8"]), task="segment", **FIT)  # names, though of digits
     with pytest.raises(DataError, match="opened for 'edges'"):
         zoo.fit(dense_model(), open_dense(data, "edges", derive="edges"), task="segment", **FIT)
     with pytest.raises(ConfigError, match="pooled features"):
