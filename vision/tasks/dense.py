@@ -66,9 +66,9 @@ class Dense(Weighted):
     width: int | None = None  # of several tasks on one head: how many outputs are this one's
 
     @classmethod
-    def source(cls, data: Any, **options: Any) -> DenseDataset:
-        """As `open_dense` opens it."""
-        return open_dense(data, cls.name, **options)
+    def source(cls, data: Any, *, classes: list[str] | None = None, **options: Any) -> DenseDataset:
+        """As `open_dense` opens it; classes are of maps of these alone."""
+        return open_dense(data, cls.name, classes=classes if cls.outputs is None else None, **options)
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None

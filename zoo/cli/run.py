@@ -178,9 +178,8 @@ def fit(
         check_maps(what.name, shots, labels, label_column)
         train_set = what.source(data, split=split, on_error=on_error)
         classes = list(train_set.classes or ())
-        named = {"classes": classes} if what.monitor == "miou" else {}
         val_set, test_set = (
-            what.source(source or data, split=part, on_error=on_error, **named) if source or part else None
+            what.source(source or data, split=part, on_error=on_error, classes=classes) if source or part else None
             for source, part in others
         )
         outputs = len(classes)
@@ -199,7 +198,7 @@ def fit(
             raise ConfigError(f"--folds and --seeds are of tasks with a head, and '{what.name}' has none.")
         if shots is not None:
             raise ConfigError(f"--shots chooses items of every class, and '{what.name}' knows no classes.")
-        model = load(getattr(what, "head_width", None))
+        model = load(what.head_width)
         train_set = opened(what, model, data, split, on_error, train=True, augment=augment)
         val_set, test_set = (
             opened(what, model, source or data, part, on_error) if source or part else None for source, part in others

@@ -64,6 +64,8 @@ class Task:
     labels: ClassVar[str] = "auto"  # what labels it is trained on (`zoo.data.labels`)
     measures: ClassVar[bool] = False  # it measures only: there is no loss to report
     head: ClassVar[str | None] = None  # the kind of head that the command line gives a model for it; None: a linear one
+    # Of a task that trains no head: how many outputs the command line gives a model for it; None: as many as it has
+    head_width: ClassVar[int | None] = None
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
@@ -83,8 +85,10 @@ class Task:
         return dataset
 
     @classmethod
-    def source(cls, data: Any, **options: Any) -> ImageDataset:
+    def source(cls, data: Any, *, classes: list[str] | None = None, **options: Any) -> ImageDataset:
         """Data for a task whose `head` is not a linear one, before there is a model: with its classes.
+
+        `classes` are those of the data that it is trained on, where these are others.
 
         Raises:
             TypeError: a task without.

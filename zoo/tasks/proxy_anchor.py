@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class MetricLearning(Task):
 
     monitor, labels = "recall@1", "classes"
     hub = "feature-extraction"
-    head_width: ClassVar[int] = 0  # a model without a head: pooled features are the embedding
+    head_width = 0  # a model without a head: pooled features are the embedding
     classes: int = 0  # of the training data
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
