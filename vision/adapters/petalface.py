@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from vision.adapters.parts.graded import Mixing
 from vision.adapters.parts.quality import SCORES
 from zoo import Adapter, LinearPoint, Merger, Points, register_adapter
+from zoo.adapters.parts.spread import spread
 from zoo.errors import AttachError, ContextError, MergeError
 
 TARGETS = ("q", "k", "v")
@@ -88,14 +89,9 @@ class Branches(nn.Module):
         """`y[..., start:stop] + change(x)` for all parts of one projection, whose A is the same."""
         first = parts[0][0]
         low_b, high_b = torch.cat([m.low_b for m, _, _ in parts]), torch.cat([m.high_b for m, _, _ in parts])
-        change = first.up(first.shared[0](x), low_b, high_b).to(y.dtype)
-        if change.shape[-1] == y.shape[-1]:
-            return y + change
-        pieces, at = [], 0
-        for piece, (_, start, stop) in zip(change.split([stop - start for _, start, stop in parts], dim=-1), parts):
-            pieces += [y.new_zeros(*y.shape[:-1], start - at), piece]
-            at = stop
-        return y + torch.cat([*pieces, y.new_zeros(*y.shape[:-1], y.shape[-1] - at)], dim=-1)
+        change = first.up(first.shared[0](x), low_b, high_b)
+        pieces = change.split([stop - start for _, start, stop in parts], dim=-1)
+        return spread(y, ((start, stop, piece) for piece, (_, start, stop) in zip(pieces, parts)))
 
 
 class Single(nn.Module):

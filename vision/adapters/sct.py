@@ -41,6 +41,7 @@ import zoo
 from zoo import Adapter, Merger, Points, Task, register_adapter
 from zoo.errors import AttachError, ConfigError, DataError, MergeError
 from zoo.host import Host
+from zoo.tasks import call
 
 PLACES = ("attn", "mlp", "qkv")
 
@@ -81,12 +82,6 @@ class Channels(nn.Module):
         matrix[index[:, None], index[None]] = self.weight.detach()
         vector[index] = self.bias.detach()
         return matrix, vector
-
-
-def _moved(x: Any, host: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(device=host.device, dtype=host.dtype if x.is_floating_point() else None)
 
 
 @register_adapter("sct")
@@ -185,7 +180,7 @@ class SCT(Adapter):
             return seen
 
         host: Any = model
-        with zoo.probing(host, task), host.disable(), torch.no_grad(), ExitStack() as stack:
+        with zoo.probing(host, task) as probe, host.disable(), torch.no_grad(), ExitStack() as stack:
             for name, (_, scored, what) in places.items():
                 prefix = 0 if scored.layout is None else scored.layout.prefix
                 stack.enter_context(zoo.capture(host, [scored], what, add(name, prefix)))
@@ -196,8 +191,7 @@ class SCT(Adapter):
                         "another method, such as lora or spt."
                     )
                 labels[:] = targets.tolist()
-                given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-                host.eval().features(*(_moved(x, host) for x in given))
+                call(host.features, probe.moved(inputs, cast=True))
         if not labels:
             raise DataError("'sct' got no batch to choose its channels by; give it training data.")
         plan: dict[str, list[int]] = {}

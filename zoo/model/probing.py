@@ -54,7 +54,7 @@ class Probe:
 
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """The task's mean loss on a batch, a scalar with a graph; tensors are moved to the model's device and precision."""
-        inputs, targets = self._moved(inputs, cast=True), self._moved(targets)
+        inputs, targets = self.moved(inputs, cast=True), self.moved(targets)
         wanted = getattr(self.model, "wanted", {})
         values = self.task.context(self.model, inputs, targets, training=self.train) if wanted else {}
         with self.model.context(**{k: v for k, v in values.items() if k in wanted}), torch.enable_grad():
@@ -81,13 +81,14 @@ class Probe:
         found = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
         return {name: g for name, g in zip(live, found) if g is not None}
 
-    def _moved(self, value: Any, cast: bool = False) -> Any:
+    def moved(self, value: Any, cast: bool = False) -> Any:
+        """A batch's inputs or targets on the model's device; `cast`: floating-point numbers in its precision, too."""
         if isinstance(value, Tensor):
             return value.to(self.model.device, self.model.dtype if cast and value.is_floating_point() else None)
         if isinstance(value, Mapping):
-            return {k: self._moved(v, cast) for k, v in value.items()}
+            return {k: self.moved(v, cast) for k, v in value.items()}
         if isinstance(value, (tuple, list)):
-            return type(value)(self._moved(v, cast) for v in value)
+            return type(value)(self.moved(v, cast) for v in value)
         return value
 
 

@@ -69,6 +69,15 @@ def test_channels_are_those_of_the_largest_norms() -> None:
     assert model.active == ("sct",)
 
 
+def test_batches_of_several_inputs_and_by_name() -> None:
+    model = load()
+    sct: Any = model.adapters["sct"]
+    expected = sct.plan
+    for given in (lambda x: (x,), lambda x: [x.double()], lambda x: {"x": x.double()}):
+        sct.calibrate(model, [(given(x), labels) for x, labels in BATCHES])
+        assert sct.plan == expected
+
+
 def test_a_start_at_the_pretrained_function() -> None:
     model, x = load(shaken=False, std=0.0), images()
     adapted = model(x)
