@@ -228,10 +228,18 @@ class Session:
         mix(self, self.others, self.points, names, make)
 
     def train_everything(self, within: Sequence[str] | None = None) -> None:
-        """Trainable copies of all parameters of the backbone, or of these modules, under `backbone.` and the library's names."""
+        """Trainable copies of all parameters of the backbone, or of these modules, under `backbone.` and the library's names.
+
+        A parameter of these modules that also stands outside of them (words, in a table that is tied to them) is not among them.
+        """
         copies: dict[int, tuple[nn.Module, str]] = {}  # of tied parameters one
-        for path, module in self.family.modules_to_train():
-            if within is not None and not any(f"{path}.".startswith(f"{inside}.") for inside in within):
+        found = [
+            (path, module, within is None or any(f"{path}.".startswith(f"{inside}.") for inside in within))
+            for path, module in self.family.modules_to_train()
+        ]
+        outside = {id(p) for _, module, inside in found if not inside for p in module._parameters.values()}
+        for path, module, inside in found:
+            if not inside:
                 continue
             if "int8" in module._buffers:
                 raise AttachError(
@@ -239,7 +247,7 @@ class Session:
                     "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
                 )
             for name, frozen in module._parameters.items():
-                if frozen is None or not self.family.reads(path, name):
+                if frozen is None or id(frozen) in outside or not self.family.reads(path, name):
                     continue
                 if id(frozen) not in copies:
                     place = ["backbone", *filter(None, path.split(".")), name]
