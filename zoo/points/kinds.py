@@ -183,7 +183,8 @@ class AttentionPoint(Point):
     kind: ClassVar[str] = "attention"
     verbs: ClassVar[tuple[str, ...]] = ("extend", "gate", "query")
 
-    num_heads: int = 0
+    num_heads: int = 0  # of keys and values
+    query_heads: int = 0  # of queries, where several of them read one head of keys; 0: as many as there are of keys
     head_dim: int = 0
     window: int | None = None  # tokens in a window; None: attention over the whole sequence
     causal: bool = False
@@ -204,7 +205,7 @@ class AttentionPoint(Point):
         """`y <- y + g softmax(q K^T) V` with a softmax of their own: `module(B) -> (K, V, g)` (LLaMA-Adapter).
 
         y is the product in front of the output projection, K and V (1 or B, num_heads, T, head_dim) as in `extend`, g
-        broadcastable to (B, num_heads, M, head_dim). With g = 0 the function is unchanged, to the bit.
+        broadcastable to (B, h, M, head_dim), h heads of queries. With g = 0 the function is unchanged, to the bit.
         """
         self._record("gate", module)
 
