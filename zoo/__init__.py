@@ -38,6 +38,7 @@ _LAZY = {
     "adapter": "zoo.starting",
     "blocks": "zoo.engine.blocks",
     "average": "zoo.model.algebra",
+    "calibrate": "zoo.train",
     "capture": "zoo.model.probing",
     "compatibility": "zoo.table",
     "damped": "zoo.model.damping",
@@ -118,7 +119,7 @@ if TYPE_CHECKING:
     from zoo.starting import adapter
     from zoo.table import compatibility
     from zoo.tasks import Task
-    from zoo.train import evaluate, fit, training_hooks
+    from zoo.train import calibrate, evaluate, fit, training_hooks
     from zoo.train.prediction import predict
     from zoo.train.repeats import repeat
     from zoo.wrapping import wrap

@@ -109,7 +109,7 @@ def _named(model: Any, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], T
 
 def _train(model: Any, batch: tuple[Tensor, ...], targets: Tensor) -> str:
     if not model.parameters_to_train():
-        return "nothing to train: this method trains the head alone, and the model has none"
+        return "nothing to train: neither has this method parameters, nor the model a head that has some"
     dead = model.probe(*batch)
     if dead:
         return f"defect: without a gradient: {', '.join(dead)}"

@@ -138,7 +138,11 @@ class Adapter(Structured):
         return dim
 
     def logits(self, logits: Tensor, outputs: Mapping[str, Any]) -> Tensor:
-        """What becomes of the head's logits (B, K); `outputs` holds "pooled" (B, d), and what the head needed besides."""
+        """What becomes of the head's logits (B, K).
+
+        `outputs` holds "pooled" (B, d), what the head needed besides, and "classes": the names of the classes, None if they have
+        none.
+        """
         return logits
 
     @property

@@ -55,6 +55,16 @@ class Session:
         """Called by `points.normalised`: of images, not of clips."""
         return {} if "video" in self.family.modality else self.family.data_config()
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Called by `points.gives`: an output that this network has."""
+        return tuple(name for name in self.family.gives if name != "pooled" or self.family.pools)
+
+    @property
+    def feature_dim(self) -> int:
+        """Called by `points.feature_dim`."""
+        return self.family.feature_dim
+
     # -- recording --------------------------------------------------------------------------------------------------
 
     def keep(self, point: Point | None, name: str, value: nn.Parameter | nn.Module) -> None:
@@ -280,7 +290,8 @@ class Session:
                     f"'{self.owner}' shares '{name}', and no module at a point uses it: it would never be trained. "
                     "Name it in the `shared` (a tuple) of the modules that use it."
                 )
-        if not self.ops and not self.swaps and not self.adapter.stateless:
+        elsewhere = self.adapter.stateless or self.adapter.own_features or self.adapter.behind_head
+        if not self.ops and not self.swaps and not elsewhere:
             raise AttachError(
                 f"'{self.owner}' attached to no point of {self.points.backbone}: nothing would be trained."
             )

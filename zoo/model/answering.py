@@ -69,8 +69,9 @@ def answer(model: Model, head: nn.Module, inputs: tuple[Any, ...], targets: Any,
         logits: Tensor = state.run(head, outputs["pooled"])
     else:
         logits = state.run(rich, outputs, targets) if rich.sees_targets else state.run(rich, outputs)
+    names = getattr(head, "classes", None) or model.classes
     for adapter in behind:
-        logits = state.run(adapter.logits, logits, outputs)
+        logits = state.run(adapter.logits, logits, {**outputs, "classes": names})
     return logits
 
 

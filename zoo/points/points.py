@@ -284,6 +284,28 @@ class Points(Sequence[Point]):
         session.share(name, module)
         return module
 
+    def beside(self, name: str, module: M) -> M:
+        """Register a module that stands at no point, but in front of the head (`Adapter.features`) or behind it
+        (`Adapter.logits`), under this name (inside `Adapter.attach`); returns it. It is saved under `<name>.`.
+
+        Raises:
+            AttachError: the name is one of the points' own.
+        """
+        session = self._session("beside")
+        self._free(name)
+        session.keep(None, name, module)
+        return module
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Names of the outputs that the backbone gives (`Backbone.outputs`). Inside of `Adapter.attach` alone."""
+        return self._session("gives").gives
+
+    @property
+    def feature_dim(self) -> int:
+        """Width d of the backbone's pooled features. Inside of `Adapter.attach` alone."""
+        return self._session("feature_dim").feature_dim
+
     def _free(self, name: str) -> None:
         taken = {p.name.split(".")[0] for p in self._points} | {"backbone"}
         if not name.isidentifier() or name in taken:

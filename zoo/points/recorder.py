@@ -57,6 +57,14 @@ class Recorder(Protocol):
     def site(self) -> Callable[[nn.Module, type[Any]], Any]:
         """`site(module, kind)`: the model's site at a module of the backbone, made if need be."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Names of the outputs that the backbone gives."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the backbone's pooled features."""
+
     def data_config(self) -> Mapping[str, Any]:
         """What the backbone's inputs are like (`Backbone.data_config`)."""
 

@@ -1,6 +1,7 @@
 """Training and evaluation: `fit`, `evaluate`, the hooks of adapters, and the optimizer service."""
 
 from zoo.train.averages import MovingAverage
+from zoo.train.calibration import calibrate
 from zoo.train.evaluation import evaluate
 from zoo.train.fitting import fit
 from zoo.train.hooks import Hooks, training_hooks
@@ -22,6 +23,7 @@ __all__ = [
     "Sampler",
     "Stream",
     "TrainingError",
+    "calibrate",
     "evaluate",
     "fit",
     "training_hooks",

@@ -91,8 +91,12 @@ class Hooks:
         """
         for receiver in self.receivers:
             if _uncalibrated(receiver):
-                told = task is not None and "task" in inspect.signature(receiver.calibrate).parameters
-                receiver.calibrate(self.model, batches, **({"task": task} if told else {}))
+                self.calibrate_one(receiver, batches, task)
+
+    def calibrate_one(self, receiver: Any, batches: Iterable[tuple[Any, Tensor]], task: Task | None = None) -> None:
+        """As `calibrate`, for one adapter or callback, whatever it knows already."""
+        told = task is not None and "task" in inspect.signature(receiver.calibrate).parameters
+        receiver.calibrate(self.model, batches, **({"task": task} if told else {}))
 
     def fit_start(self, optimizer: OptimizerService | Optimizer, total_steps: int) -> None:
         """Training begins."""

@@ -124,15 +124,18 @@ class Trainer:
         model.train()
         if self.hooks.needs_calibration and saved is None:
             seed_everything(settings.seed, "calibrate")
-            self.hooks.calibrate(Calibration(self), self.task)
+            self.hooks.calibrate(Calibration.of(self), self.task)
             processes.share_module(model)
         parameters = model.parameters_to_train()
         if self.aids is not None:
             processes.share_module(self.aids.module)
             parameters = {**parameters, **self.aids.parameters()}
         if not parameters:
+            done = [a.method for a in self.hooks.adapters if a.needs_calibration]
             raise ConfigError(
-                "The model has nothing to train: no adapter with parameters, and no head. Load it with adapter=... and "
+                f"'{done[0]}' has nothing to train. It only needs to see the training data: zoo.calibrate(model, train)."
+                if done
+                else "The model has nothing to train: no adapter with parameters, and no head. Load it with adapter=... and "
                 "num_classes=..."
             )
         processes.same(repr([(n, tuple(p.shape)) for n, p in parameters.items()]), "trained parameters")
