@@ -127,6 +127,7 @@ REFUSED = {
     "convpass": "is not described",
     "meft": "not a plain sequence",
     "conformer": "mixes each token with those around it",
+    "meet": "tokens points",
     "moa": "matches no sublayer point",
     "noah": "tokens points",
     "unipelt": "attention points",
