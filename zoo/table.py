@@ -72,7 +72,7 @@ def _cell(family: str, method: str) -> Cell:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            if registry.adapter_class(method).head_kind == "text":  # compares inputs of one tower with names
+            if registry.adapter_class(method).head_kind in ("text", "image-text"):  # compares images with names
                 batch, targets = _named(model, batch)
             cls = registry.adapter_class(method)
             # what chooses within a budget has one for such a small network

@@ -46,6 +46,7 @@ class Head(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ("pooled",)  # names of outputs, see `Backbone.outputs`
     sees_targets: ClassVar[bool] = False  # the task hands the targets to `forward` while training (margins)
+    reads_names: ClassVar[bool] = False  # it makes its answers of the names of the classes
     of_maps: ClassVar[bool] = False  # it is made with `channels=`, those of each map (`Backbone.map_channels`)
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
@@ -59,6 +60,10 @@ class Head(nn.Module):
 
     def more(self, model: Host) -> dict[str, Any]:
         """Outputs that the head computes from inputs of its own (the texts of its classes) instead of those of the batch."""
+        return {}
+
+    def then(self, model: Host, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs that the head computes of those of the batch: texts that depend on each image."""
         return {}
 
     def name_classes(self, classes: Sequence[str]) -> None:

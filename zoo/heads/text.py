@@ -13,7 +13,7 @@ these places are negative: -1 - m is vector m, counted through in the order of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from zoo.heads.base import Head, register_head
 if TYPE_CHECKING:
     from zoo.host import Host
 
-__all__ = ["SLOT", "TextHead", "class_ids"]
+__all__ = ["SLOT", "TextHead", "check_seen", "class_ids"]
 
 SLOT = "<*>"
 _FILLERS = ("x", "z", "q", "j", "*", "~", "@", "%")  # one token each, to be replaced by vectors
@@ -35,7 +35,8 @@ _FILLERS = ("x", "z", "q", "j", "*", "~", "@", "%")  # one token each, to be rep
 class TextHead(Head):
     """Logits by similarity with the class texts. `template` and `specific` are set by the adapter that stands in the words."""
 
-    needs = ("pooled", "text", "scale")
+    needs: ClassVar[tuple[str, ...]] = ("pooled", "text", "scale")
+    reads_names = True
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
@@ -107,19 +108,23 @@ def class_ids(family: Any, names: Sequence[str], template: str, specific: bool =
     """Token ids (K, L) of the template with each name; slots are negative. Underscores in names are spaces.
 
     Raises:
-        ConfigError: a text that does not fit the context, or slots that cannot be told from words.
+        ConfigError: a text that does not fit the context, a name of which no token is left, or slots that cannot be told from
+        words.
     """
     clean = [" ".join(str(name).replace("_", " ").split()) for name in names]
     slots = template.count(SLOT)
     try:
         if not slots:
-            return family.tokenize([template.replace("{}", name) for name in clean])  # type: ignore[no-any-return]
+            ids = family.tokenize([template.replace("{}", name) for name in clean])
+            check_seen(family, names, ids, template)
+            return ids  # type: ignore[no-any-return]
         for filler in _FILLERS:
             token = _token(family, filler)
             ids = family.tokenize([template.replace(SLOT, filler).replace("{}", name) for name in clean])
             here = ids == token
             if token is None or not bool((here.sum(1) == slots).all()):
                 continue  # a name holds it too, or it grows together with what is beside it
+            check_seen(family, names, ids, template.replace(SLOT, filler))
             number = here.long().cumsum(1) - 1
             if specific:
                 number = number + torch.arange(len(ids)).unsqueeze(1) * slots
@@ -129,6 +134,20 @@ def class_ids(family: Any, names: Sequence[str], template: str, specific: bool =
     raise ConfigError(
         f"The vectors of '{template}' cannot be told from words by this tokenizer; choose another class position."
     )
+
+
+def check_seen(family: Any, names: Sequence[str], ids: Tensor, template: str) -> None:
+    """Raise ConfigError for a name that adds no token to its text `ids` (K, L): a blank, a character that is cleaned away."""
+    bare = template.replace("{}", " ")
+    if "{}" in template and not bare.strip(" "):
+        bare = " ".join(_FILLERS[:1])  # nothing but the name: a text without tokens is refused by itself
+    without = family.tokenize([bare])[0].to(ids.device)
+    for name, row in zip(names, ids, strict=True):
+        if torch.equal(row, without):
+            raise ConfigError(
+                f"of the class name '{name}' no token is left, so its text says nothing of the class. Give it a name of letters "
+                "or digits."
+            )
 
 
 _untraced = class_ids  # the same, left alone by a compiler, once there is a head of texts

@@ -64,6 +64,8 @@ def answer(model: Model, head: nn.Module, inputs: tuple[Any, ...], targets: Any,
     outputs = {**named_outputs(model, inputs, [n for n in needs if n not in more], kwargs), **more}
     if "pooled" in outputs:
         model.check_width(outputs["pooled"], head)
+    if rich is not None:
+        outputs |= rich.then(model, outputs)
     state = model._state
     if rich is None:
         logits: Tensor = state.run(head, outputs["pooled"])

@@ -245,7 +245,9 @@ class TokensPoint(Point):
 
         Where `accumulates` is true, prompts that are kept can also come in at later blocks, beside those that are there
         already; with `replace` they take the place of what has become of the adapter's own of the first block (as many). Where
-        no mask tells places apart, it does not matter at which place prompts stand.
+        no mask tells places apart, it does not matter at which place prompts stand. In a text tower where the adapter's own are
+        vectors among the words (`words`), `replace` puts module(n) (1, T, d) in the place of what has become of those, each at
+        its place in the text.
         """
         if keep and not self.first and not self.accumulates:
             raise AttachError(f"prompts that are kept can only start at the first block, not at '{self.name}'.")

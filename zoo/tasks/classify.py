@@ -80,7 +80,7 @@ class Classify(Weighted):
                 "more."
             )
         check_names(model, dataset, what)
-        if isinstance(head := getattr(model, "head", None), Head) and "text" in head.needs and head.classes is None:
+        if isinstance(head := getattr(model, "head", None), Head) and head.reads_names and head.classes is None:
             numbers = all(str(name).isdigit() for name in dataset.classes or ())
             known = model.classes or (None if numbers else dataset.classes)
             if known is None:

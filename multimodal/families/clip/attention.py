@@ -39,7 +39,7 @@ from zoo.points import Point, TokensPoint
 
 if TYPE_CHECKING:
     from multimodal.families.clip.towers import Tower
-    from zoo.points.recorder import Recorder
+    from zoo.points.recorder import Carried, Recorder
 
 
 class InProjection(nn.Linear):
@@ -190,16 +190,43 @@ class Words:
 
     module: nn.Module
     held: Tensor | None = None
+    ids: Carried | None = None  # on their way to later blocks, if anything is replaced there
 
     def read(self, ids: Tensor) -> Tensor:
         """Ids (n, L), kept for `write`; negative ones are embedded as token 0."""
         self.held = ids
+        if self.ids is not None:
+            self.ids.put(ids)
         return ids.clamp(min=0)
 
     def write(self, ids: Tensor, words: Tensor) -> Tensor:
         """Embedded words (n, L, d) -> (n, L, d)."""
         given, self.held = self.held, None
         return self.module(words, given)  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class Rewrite:
+    """New vectors in place of what became of an adapter's words, in front of a later block."""
+
+    module: nn.Module  # module(n) -> (1, T, d)
+    ids: Carried
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, L, d) -> the same, with vector m where the id is -1 - m; texts without such ids pass unchanged."""
+        ids = self.ids.get()
+        assert ids is not None
+        if extra := x.shape[1] - ids.shape[1]:  # prompts of other adapters, behind the first token
+            ids = torch.cat([ids[:, :1], ids.new_zeros(len(ids), extra), ids[:, 1:]], dim=1)
+        vectors = F.embedding((-1 - ids).clamp(min=0), self.module(x.shape[0])[0])
+        return torch.where((ids < 0).unsqueeze(-1), vectors.to(x.dtype), x)
+
+
+def words_of(session: Recorder, tower: Tower) -> Words | None:
+    """The words that the adapter has put into the text tower before, if it has."""
+    ops: Any = getattr(session, "ops", ())
+    found = [getattr(op.fn, "__self__", None) for site, op in ops if op.verb == "words"]
+    return next((w for w in found if isinstance(w, Words)), None) if tower.embed else None
 
 
 def record(
@@ -234,6 +261,10 @@ def record(
         return
     if verb not in ("extend", "gate", "prompt"):
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family 'clip'.")
+    if replace and (mine := words_of(session, tower)) is not None:
+        mine.ids = session.want("text_ids", "forward")
+        op(block, BlockSite, "input", Rewrite(module, mine.ids), per_row=False)
+        return
     # Where one token alone is read, prompts that leave the last block are read by nobody.
     pooled = pooled and tower.averaged
     if verb in ("extend", "gate"):

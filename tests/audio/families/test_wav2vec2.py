@@ -69,7 +69,7 @@ def test_equals_the_library(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "wavlm"])
 def test_every_method_works_or_is_refused(kind: str) -> None:
-    refused = {"vqt", "coop", "convpass", "dtl+", "petalface", "sct", "unipelt"} | (
+    refused = {"vqt", "coop", "cocoop", "cpe-clip", "maple", "convpass", "dtl+", "petalface", "sct", "unipelt"} | (
         {"meft"} if kind == "wavlm" else set()
     )
     for cell in compatibility([kind]):
