@@ -51,6 +51,7 @@ def run(
       zoo run supervised vit-micro lora --data photos/train --test photos/test -o run/
       zoo run supervised vit-micro lora -s run.epochs=3 -s rank=4 --data photos -o run/
       zoo run lae vit-micro -s run.form=prefix --data photos/train --test photos/test --sessions 5 -o run/
+      zoo run curr-reft vlm-micro lora -s run.lr=1e-4 --data exercises/ --test exercises/ --test-split test -o run/
 
     The folder then holds the adapter (zoo eval, zoo.load), report.json, report.md and report.png.
     """
@@ -71,6 +72,9 @@ def run(
             key, source = (name, source) if equals else (f"data-{number}" if len(sources) > 1 else "", text)
             if key in found:
                 raise ConfigError(f"--data names '{key}' twice.")
+            if procedure.opens:
+                found[key] = procedure.read(source, part)
+                continue
             found[key] = cls.open_dataset(source, split=part, classes=classes)
             if not found[key].classes:
                 raise DataError(f"The classes of '{source}' are not known. Give it class folders or names of labels.")
@@ -88,7 +92,11 @@ def run(
             raise ConfigError("--sessions cuts one data set; give one --data without a name.")
         given = by_class(single, sessions)
         tested = None if tested is None else by_class(tested, sessions)
-    width = len(single.classes) if single is not None and procedure.needs_head and sessions is None else 0
+    width: int | None = len(single.classes) if single is not None and procedure.needs_head and sessions is None else 0
+    if procedure.opens:
+        if shots is not None or sessions is not None:
+            raise ConfigError(f"--shots and --sessions cut data by classes; those of '{regime}' have none.")
+        width = None
     model = zoo.load(
         backbone,
         adapter=_adapters(adapters or [], [t for t in texts if not t.startswith("run.")]),

@@ -6,6 +6,7 @@ spaced over the data set, before any transform. Reading draws no random numbers 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -105,6 +106,8 @@ def _take(digest: Any, value: Any) -> None:
         digest.update(f"[{len(value)}".encode())
         for part in value:
             _take(digest, part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _take(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif isinstance(value, (bytes, bytearray)):
         digest.update(bytes(value))
     else:

@@ -27,17 +27,33 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from zoo.adapters.base import fits
 from zoo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from zoo.model import Model
     from zoo.regimes.report import RunReport
     from zoo.regimes.work import Run
 
-__all__ = ["Phase", "Regime"]
+__all__ = ["Outside", "Phase", "Regime"]
+
+
+class Outside(Protocol):
+    """What trains in a phase instead of `zoo.fit`."""
+
+    def about(self) -> dict[str, Any]:
+        """What makes it this training and no other, as JSON; a run that goes on compares it."""
+
+    def train(self, model: Model, data: Any, place: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Train what the model has to train, and go on from `place`/last.safetensors, if it is there.
+
+        `options`: arguments of `zoo.fit` that the user gave for all phases. Returns the phase's entry: "epochs", "steps",
+        "seconds", "parameters", "metrics" and "history", as those of a fit.
+        """
 
 
 @dataclass(eq=False)
@@ -54,6 +70,7 @@ class Phase:
         sampler: which items make a batch; see `zoo.train.samplers`.
         fit: further arguments of `zoo.fit`.
         callbacks: objects with hooks, as for `zoo.fit`.
+        by: what trains instead of `zoo.fit`: the trainer of another library (`Outside`). It takes the data alone.
     """
 
     name: str
@@ -65,6 +82,7 @@ class Phase:
     sampler: Any = None
     fit: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
+    by: Outside | None = None
 
 
 @dataclass(eq=False)
@@ -80,6 +98,7 @@ class Regime:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs_head: ClassVar[bool] = True  # the command line gives the model a head for the classes of the data
+    opens: ClassVar[bool] = False  # the command line opens data by `read`, since they are of the regime's own kind
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass calls `super().__post_init__()` first."""
@@ -95,6 +114,10 @@ class Regime:
     def open(self, model: Model, source: Any) -> Any:
         """A data set of what was given to `zoo.run`; by default as the family opens its kind of data."""
         return model.family.open_dataset(source)
+
+    def read(self, source: str, split: str | None) -> Any:
+        """A data set of what was named on the command line, where `opens` is true."""
+        raise ConfigError(f"The regime '{self.name}' reads no data of its own kind.")
 
     def summary(self, run: Run) -> dict[str, Any]:
         """What the run found, as JSON; it becomes `RunReport.summary`."""

@@ -143,6 +143,8 @@ def _fit(this: Run, regime: Regime, phase: Phase, place: Path | None) -> dict[st
         )
     options = {"seed": regime.seed, **this.fit, **phase.fit}
     with trained_only(this.model, phase.trained, phase.name):
+        if phase.by is not None:
+            return phase.by.train(this.model, phase.data, place, options)
         report = fit_once(
             this.model,
             phase.data,
@@ -244,6 +246,7 @@ def _about(model: Model, regime: Regime, phase: Phase) -> dict[str, Any]:
         "task": task if task is None or isinstance(task, str) else type(task).__name__,
         "fit": _json(dict(phase.fit)),
         "sampler": None if phase.sampler is None else repr(phase.sampler),
+        **({} if phase.by is None else {"by": json.loads(json.dumps(phase.by.about()))}),
         "data": data_identity(_opened(model, regime, phase.data)),
         "model": json.loads(json.dumps(structure(model))),
     }
