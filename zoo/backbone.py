@@ -227,6 +227,13 @@ class Backbone:
     def check_routed(self, *inputs: Any) -> None:
         """Raise ConfigError if the rows of what comes out do not belong to one sample each (per-sample adapters)."""
 
+    def even(self, *inputs: Any, **kwargs: Any) -> bool:
+        """Whether rows inside of the network belong to the samples in equal parts (windows, patches of images of one size).
+
+        Where they do not, a batch of per-sample adapters goes through in one sub-batch for each adapter.
+        """
+        return True
+
     def check_pooled(self, method: str, *inputs: Any, **kwargs: Any) -> None:
         """Raise ConfigError if these inputs do not give the pooled features beside which a method puts its own."""
 

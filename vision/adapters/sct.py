@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import Adapter, Merger, Points, Task, register_adapter
-from zoo.errors import AttachError, ConfigError, DataError, MergeError
+from zoo.errors import AttachError, ConfigError, DataError, MergeError, MismatchError
 from zoo.host import Host
 from zoo.tasks import call
 
@@ -172,6 +172,11 @@ class SCT(Adapter):
 
         def add(name: str, prefix: int) -> Any:
             def seen(x: Tensor) -> Tensor:
+                if x.dim() < 3:
+                    raise MismatchError(
+                        f"'sct' measures the tokens of each sample, and at '{name}' those of all samples stand in one sequence. "
+                        "Name the blocks of another tower as targets, or use another method, such as lora."
+                    )
                 squares = x.flatten(1, -2)[:, prefix:].double().square().sum(dim=1).cpu()  # (B, d)
                 for label, row in zip(labels, squares.view(len(labels), -1, squares.shape[-1]).sum(dim=1)):
                     sums[name][label] = sums[name].get(label, 0) + row

@@ -29,7 +29,8 @@ names these are.
 Deviations: the start, see above. The authors' R is torch's orthogonal parametrisation, whose coordinates hang on a random (d, d)
 matrix; here they are the reflections themselves, for the same R, W, b, outputs and gradients with respect to R. (Theirs takes
 the signs of its rows from the whole part of trained numbers, which weight decay turns into zeros.) NoReFT has a second bias
-there, which only adds to b. Positions at the end of a prompt (their suffix) are left out: no backbone here generates from one.
+there, which only adds to b. Positions at the beginning and the end of a prompt that a decoder goes on from (their prefix and
+suffix) are left out: such a text has padding in front, and grows; all of its tokens can be changed.
 Dropout, as theirs, is on the whole of what leaves, h included.
 """
 
@@ -112,6 +113,11 @@ class Intervention(nn.Module):
         """y with its first `positions` tokens edited, or all."""
         if self.positions is None:
             return self.edit(y)
+        if y.dim() < 3:
+            raise ConfigError(
+                f"loreft: behind '{self.name}' the tokens of all samples are one sequence, so the first of each are not known. "
+                "Take positions=None, which changes all, or leave these blocks out of the targets."
+            )
         tokens = y.flatten(1, -2)
         if tokens.shape[1] < self.positions:
             raise ConfigError(
@@ -170,6 +176,11 @@ class LoReFT(Adapter):
             self.check(
                 self.rank <= point.dim_out,
                 f"rank is {self.rank}, and tokens at '{point.name}' have {point.dim_out} dimensions. Expected at most as many.",
+            )
+            self.check(
+                self.positions is None or point.layout is None or not point.layout.causal,
+                f"positions is {self.positions}, and at '{point.name}' a text is written word by word, with padding in front: "
+                "its first words are not always the first tokens. Expected None, for all tokens, or other targets.",
             )
             settings = self.form, self.positions, self.init == "identity", self.dropout, point.name
             point.after(Intervention(point.dim_out, self.rank, *settings))

@@ -37,8 +37,8 @@ def forward_routed(
     """Logits (B, num_classes); row i is what the model gives with only `names[i]` active (None: no adapter).
 
     Where every op of the named adapters works row by row, the batch goes through the backbone once. Methods that change the
-    sequence or the backbone's parameters, and heads that need named outputs, go through in one sub-batch for each adapter; the
-    result is the same.
+    sequence or the backbone's parameters, heads that need named outputs, and inputs of different sizes in one row (images of a
+    language model) go through in one sub-batch for each adapter; the result is the same.
 
     Raises:
         UnknownNameError: an adapter that is not attached.
@@ -60,9 +60,10 @@ def forward_routed(
     state.settle(model._enter())
     if torch.is_grad_enabled():
         train_also(model, route.named)
+    even = model.family.even(*inputs, **kwargs)
     here = state.here()
     try:
-        if targets is None and _row_by_row(model, list(rows)):
+        if targets is None and even and _row_by_row(model, list(rows)):
             served = route.served
             model._serve((route.named, served, batch, None, False, None))
             arguments = (model, inputs, kwargs, rows)

@@ -32,7 +32,7 @@ from zoo.points import Layout, Point
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
-__all__ = ["NONE", "TEXT_OPTIONS", "LanguageBackbone", "merged", "places"]
+__all__ = ["NONE", "TEXT_OPTIONS", "LanguageBackbone", "merged", "places", "untold"]
 
 NONE = -100  # where an answer has no word
 
@@ -69,6 +69,11 @@ def merged(fields: Fields, options: Fields) -> Fields:
         own = found.get(key)
         found[key] = merged(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
     return found
+
+
+def untold(x: Tensor) -> bool:
+    """Whether the numbers of a tensor cannot be looked at: it is traced, or has none."""
+    return torch.compiler.is_compiling() or x.device.type == "meta"
 
 
 def places(mask: Tensor | None) -> Tensor | None:
@@ -255,7 +260,7 @@ class LanguageBackbone(TransformersBackbone):
         """Text (B, L) with all but the last word of an answer (B, T) behind it, and its mask, both (B, L + T - 1)."""
         if mask is None:
             mask = torch.ones_like(ids)
-        if not torch.compiler.is_compiling() and mask.device.type != "meta" and not bool(mask[:, -1].all()):
+        if not untold(mask) and not bool(mask[:, -1].all()):
             raise ConfigError(
                 "A text with an answer has its padding in front (tokenizer.padding_side = 'left'): in some rows of this batch "
                 "the last place is padding, behind which no answer can be scored."
