@@ -354,6 +354,12 @@ class Backbone:
         """Translate a verb of an `attention` or `tokens` point into ops (`session.op`)."""
         raise AttachError(f"'{verb}' is not available at {point.kind} points of the family '{self.family}'.")
 
+    def first_blocks(self, blocks: int, **options: Any) -> Any:
+        """A copy of what stands in front of the blocks and of the first `blocks` of these, as a network of its own."""
+        raise AttachError(
+            f"'{self.name}' is no transformer of videos: an encoder of its first blocks is described for those alone."
+        )
+
     # -- the table --------------------------------------------------------------------------------------------------
 
     def points_of_block(

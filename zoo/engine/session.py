@@ -65,6 +65,10 @@ class Session:
         """Called by `points.feature_dim`."""
         return self.family.feature_dim
 
+    def first_blocks(self, blocks: int, **options: Any) -> nn.Module:
+        """Called by `points.first_blocks`."""
+        return self.family.first_blocks(blocks, **options)  # type: ignore[no-any-return]
+
     # -- recording --------------------------------------------------------------------------------------------------
 
     def keep(self, point: Point | None, name: str, value: nn.Parameter | nn.Module) -> None:

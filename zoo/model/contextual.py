@@ -47,12 +47,12 @@ class Contextual(AdapterHost):
     def example_context(self, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
         """Values that the active adapters name as examples, for inputs like these: what `probe` and tables call the model with.
 
-        An example may be a function of the number of samples.
+        An example may be a function of the number of samples, or, if it has the attribute `of_inputs`, of the first input.
         """
         first = batch_of(inputs, kwargs)
         count = 0 if first is None else first.shape[0]
         wants = [w for n in self._state.active for w in self._wants.get(n, ())]
-        examples = {w.name: w.example(count) if callable(w.example) else w.example for w in wants}
+        examples = {w.name: _example(w.example, first, count) for w in wants}
         return {name: value for name, value in examples.items() if value is not None}
 
     def train(self, mode: bool = True) -> Contextual:
@@ -114,3 +114,9 @@ class Contextual(AdapterHost):
             return run(*inputs, **kwargs)
         finally:
             state.frame = before
+
+
+def _example(example: Any, first: Tensor | None, count: int) -> Any:
+    if not callable(example):
+        return example
+    return example(first) if getattr(example, "of_inputs", False) else example(count)

@@ -271,6 +271,14 @@ class Points(Sequence[Point]):
             raise AttachError(f"'{verb}' was called outside of Adapter.attach.")
         return self.session
 
+    def first_blocks(self, blocks: int, **options: Any) -> Any:
+        """A copy of what stands in front of the backbone's blocks, and of the first `blocks` of these, as a network of its own.
+
+        Raises:
+            AttachError: the family has none (those of videos have: `multimodal.families.diffusion.front`).
+        """
+        return self._session("first_blocks").first_blocks(blocks, **options)
+
     def share(self, name: str, module: M) -> M:
         """Register a module that several points use, once, under this name (inside `Adapter.attach`); returns it.
 

@@ -91,5 +91,8 @@ class Recorder(Protocol):
     def mix(self, names: Sequence[str], make: Callable[[Any], nn.Module]) -> None:
         """Run other adapters and mix what they make, wherever all of them act."""
 
+    def first_blocks(self, blocks: int, **options: Any) -> nn.Module:
+        """A copy of what stands in front of the blocks and of the first ones, as a network of its own."""
+
     def train_everything(self, within: Sequence[str] | None = None) -> None:
         """Trainable copies of all parameters of the backbone, or of those in modules at these paths."""

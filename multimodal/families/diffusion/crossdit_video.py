@@ -10,7 +10,7 @@ from typing import Any
 
 from multimodal.families.diffusion import calls
 from multimodal.families.diffusion.crossdit import ADALN, CAPTION, CAPTIONS, MASK, PROJ_OUT, SANA, SANA_TINY
-from multimodal.families.diffusion.described import DescribedVideo
+from multimodal.families.diffusion.described_video import DescribedVideo
 from multimodal.families.diffusion.family import embedder
 from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of
 from multimodal.families.diffusion.tables import BLOCK, attention, branch, mlp, norms

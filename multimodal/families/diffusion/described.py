@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from multimodal.families.diffusion.family import DiffusersBackbone, pixel_config, timesteps
 from multimodal.families.diffusion.members import MORE_OPTIONS, Input, Member
 from multimodal.families.diffusion.names import class_of, source_class, source_config
-from multimodal.families.diffusion.video import VideoBackbone
 from zoo.errors import ConfigError, DataError
 from zoo.library import library
 from zoo.points import AttentionPoint, LinearPoint, Point
@@ -377,22 +376,3 @@ def of_heads(point: AttentionPoint) -> None:
     heads = int(attention.heads)
     inner = attention.to_q.out_features if hasattr(attention, "to_q") else int(attention.inner_dim)
     point.num_heads, point.head_dim = heads, inner // heads
-
-
-class DescribedVideo(DescribedBackbone, VideoBackbone):
-    """A family of several classes that make videos: latents (B, C, F, H, W), clips of data (B, F, 3, H, W)."""
-
-    @property
-    def frame_patch(self) -> int:
-        """Latent frames in one patch."""
-        return self.patches[0]
-
-    @property
-    def clip_frames(self) -> int:
-        """Frames of pixels, as the checkpoints were trained or `frames=` says."""
-        return self._frames
-
-    @property
-    def frame_ratio(self) -> int:
-        """Frames of pixels in a latent frame."""
-        return self.member.frame_ratio

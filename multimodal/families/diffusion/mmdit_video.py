@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from multimodal.families.diffusion import calls
-from multimodal.families.diffusion.described import DescribedVideo
+from multimodal.families.diffusion.described_video import DescribedVideo
 from multimodal.families.diffusion.family import embedder
 from multimodal.families.diffusion.flux import JOINT
 from multimodal.families.diffusion.members import Blocks, Input, Member, Released, aliases_of, tiny_of

@@ -11,6 +11,7 @@ from multimodal.families.diffusion.family import DiffusersBackbone
 from zoo.errors import DataError
 
 if TYPE_CHECKING:
+    from multimodal.families.diffusion.front import Front
     from zoo.data import ImageDataset
 
 
@@ -20,6 +21,29 @@ class VideoBackbone(DiffusersBackbone):
     modality, noun = "diffusion-video", "clips"
     sample, request = "frames", '("a cat crosses a lawn").frames[0]'
     takes_image = False  # whether it is an image-to-video model, which is given the first frame
+
+    stream: tuple[str, ...] = ("transformer_blocks",)  # module paths of the lists of blocks that the video passes
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Options of `configure` that say of what size its clips are."""
+        return {}
+
+    @property
+    def patch_sizes(self) -> tuple[int, int]:
+        """Latent frames, and latents along a side, in one patch."""
+        return self.frame_patch, int(self.config.patch_size)
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """The inputs behind the latents, in the order of `run`, but for the latents of an image."""
+        return "timestep", "encoder_hidden_states"
+
+    def first_blocks(self, blocks: int, **options: Any) -> Front:
+        """As `Backbone.first_blocks` (`multimodal.families.diffusion.front`)."""
+        from multimodal.families.diffusion.front import make_front
+
+        return make_front(self, blocks, **options)
 
     @property
     def frame_patch(self) -> int:
