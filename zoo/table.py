@@ -14,6 +14,8 @@ from zoo import registry
 from zoo.errors import MergeError, MissingPackageError, UnknownNameError, ZooError
 from zoo.tasks.resolve import resolve
 
+# Kinds of heads that compare inputs of one tower with names of classes
+NAMED = ("text", "image-text", "concepts")
 STEPS = ("attach", "train", "save", "merge")
 
 
@@ -72,7 +74,7 @@ def _cell(family: str, method: str) -> Cell:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            if registry.adapter_class(method).head_kind in ("text", "image-text"):  # compares images with names
+            if registry.adapter_class(method).head_kind in NAMED:
                 batch, targets = _named(model, batch)
             cls = registry.adapter_class(method)
             # what chooses within a budget has one for such a small network

@@ -156,6 +156,20 @@ class Merger:
         self._folded[point.name] = after
         return True
 
+    def add_rows(self, point: Point, rows: Tensor, delta: Tensor) -> None:
+        """Rows of a table of embeddings at a point: `row <- row + delta`; rows (n,), delta (n, d).
+
+        Raises:
+            MergeError: there is no such table.
+        """
+        if self._phase != "output":
+            return
+        table = next((m for m in self.module(point).modules() if isinstance(m, nn.Embedding)), None)
+        if table is None:
+            raise MergeError(f"point '{point.name}' has no table of embeddings to merge into. Keep the adapter live.")
+        with torch.no_grad():
+            table.weight[rows] = (table.weight[rows] + delta.detach().to(table.weight)).to(table.weight.dtype)
+
     def rescale(self, point: Point, scale: Tensor, shift: Tensor | None = None) -> None:
         """Output `y <- scale * y + shift` of a projection or norm; both (dim_out,)."""
         if self._phase != "output":

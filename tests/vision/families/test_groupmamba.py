@@ -124,6 +124,7 @@ REFUSED = {
     "cocoop": "tokens points",
     "cpe-clip": "tokens points",
     "maple": "tokens points",
+    "cones": "needs the output 'text'",
     "ladder": "attention points",
     "dtl": "attention points",
     "dtl+": "attention points",
