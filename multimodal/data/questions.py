@@ -46,7 +46,8 @@ class Question:
     """A question about an image.
 
     Args:
-        image: a PIL image or encoded bytes, or (features (N, feat_dim), boxes (N, 4) or None); None for a question about nothing.
+        image: a PIL image or encoded bytes, or (features (N, feat_dim), boxes (N, 4) or None), or a list of several images; None
+            for a question about nothing.
         text: the question; None asks for a description.
         answers: one, or those of several people.
         key: names the image: questions with equal keys share it. None: it is this question's alone.
@@ -82,6 +83,7 @@ def open_questions(source: Any, *, split: str | None = None, on_error: OnError =
 class _Rows:
     """What all sources of questions share."""
 
+    task = "generate"
     name: str
     labels: np.ndarray | None = None
     blocks: np.ndarray | None = None

@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.data.questions import Question, matrix, open_questions
-from multimodal.data.visual_features import GridFeatures, opened
+from multimodal.data.questions import Question, open_questions
+from multimodal.data.visual_features import GridFeatures
 from multimodal.families.seq2seq.family import PREFIXES, Seq2Seq, visual_inputs
 from multimodal.metrics.answers import exact_match, normalized, vqa_accuracy
 from multimodal.metrics.cider import cider
+from multimodal.tasks.generate_tasks import ManyTexts
+from multimodal.tasks.seen import Seen
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Generate", "Scores", "Written"]
 
 NONE = -100  # behind the end of an answer
-AT_A_TIME = 256  # pictures that features are made of together
 
 
 class Written(NamedTuple):
@@ -83,7 +84,8 @@ class Generate(Task):
     ) -> ImageDataset:
         """What `open_questions` takes; items are (inputs of the family, target (2, W)).
 
-        Inputs: question (L,), its mask, the answer shifted to the right (T,), and, for a network that sees, features and boxes.
+        Inputs: question (L,), its mask, the answer shifted to the right (T,), and, for a network that sees, features and boxes;
+        of several images together, each token with the number of its image and its object, which count anew in every image.
         Target: the answer's tokens, and the code points of all references, each with -100 behind.
         """
         _check_family(model)
@@ -158,6 +160,11 @@ class Generate(Task):
         """Exact match, VQA accuracy, CIDEr."""
         return {"text": Scores()}
 
+    @classmethod
+    def together(cls, data: Mapping[str, ImageDataset]) -> ManyTexts:
+        """Several data sets as tasks of one network, each with a prefix of its own."""
+        return ManyTexts(data, lambda prefix: cls(prefix=prefix), lambda model: _front(cls(), model))
+
 
 CAPTION, QUESTION = "caption", "question"
 
@@ -189,7 +196,7 @@ class Prepared:
         self.tokenizer, self.shift = family.tokenizer, _Shift(family)
         self.questions: dict[int, Question] = {}  # without their images
         self.broken: dict[int, str] = {}
-        features = _Features(family, _front(task, model)) if family.feat_dim is not None else None
+        features = Seen(family, lambda: _front(task, model)) if family.feat_dim is not None else None
         for index in map(int, dataset.indices):
             try:
                 question, _ = self.rows.read(index)
@@ -263,67 +270,9 @@ class _Shift:
         return moved.masked_fill(moved == NONE, self.pad)
 
 
-class _Features:
-    """Visual input by image: from the data, or made of pictures, some at a time."""
-
-    def __init__(self, family: Any, front: GridFeatures | None) -> None:
-        self.family, self.front = family, front
-        self.found: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.pending: dict[Any, Any] = {}
-
-    def take(self, question: Question, where: str) -> None:
-        """See to it that there are features of the question's image.
-
-        Raises:
-            DataError: there is neither image nor features, or they are damaged.
-        """
-        key, image = question.key, question.image
-        if key in self.found or key in self.pending:
-            return
-        if image is None:
-            raise DataError(f"{where}: a question without image or features, which '{self.family.name}' needs.")
-        if isinstance(image, tuple):
-            features = matrix(image[0], f"{where}: features")
-            boxes = torch.zeros(len(features), 4) if image[1] is None else matrix(image[1], f"{where}: boxes", 4)
-            if len(boxes) != len(features):
-                raise DataError(f"{where}: {len(features)} features and {len(boxes)} boxes.")
-            self._keep(key, features, boxes, where)
-            return
-        if self.front is None:
-            raise DataError(
-                f"{where}: a question without features, which '{self.family.name}' reads. Give the data features and boxes, or "
-                "say what makes them of images: task=Generate(vision='clip-vit-b16')."
-            )
-        self.pending[key] = opened(image, where)
-        if len(self.pending) >= AT_A_TIME:
-            self.make()
-
-    def make(self) -> None:
-        """Make the features of all pictures that wait."""
-        if self.pending:
-            assert self.front is not None
-            features, boxes = self.front(list(self.pending.values()))
-            for key, f, b in zip(self.pending, features, boxes, strict=True):
-                self._keep(key, f, b, "the images")
-            self.pending.clear()
-
-    def _keep(self, key: Any, features: Tensor, boxes: Tensor, where: str) -> None:
-        wanted = self.family.feat_dim
-        if features.shape[1] != wanted:
-            raise MismatchError(
-                f"{where}: features of width {features.shape[1]}, and '{self.family.name}' reads {wanted}. Load it with "
-                f"feat_dim={features.shape[1]}, or take the features of another network."
-            )
-        count = len(next(iter(self.found.values()))[0]) if self.found else len(features)
-        if len(features) != count:
-            raise DataError(
-                f"{where}: {len(features)} visual tokens, and {count} of the images before; give all as many."
-            )
-        self.found[key] = (features, boxes)
-
-
 def _front(task: Generate, model: Host) -> GridFeatures | None:
     """What makes features of images."""
+    _check_family(model)
     family: Any = model.family
     vision = task.vision if task.vision is not None else family.front_end
     if vision is None or family.feat_dim is None or isinstance(vision, GridFeatures):

@@ -12,8 +12,8 @@ entropy over the logits of the item's own task, and so is every accuracy: the ta
 
     loss = mean_b -log softmax(z_b restricted to the classes of task(b))[y_b]
 
-Data sets that name a task of their own (maps: `vision.data.dense.open_dense`) are learnt as that task says, with a decoder for
-each instead of rows, and measured by what each task is chosen by.
+Data sets that name a task of their own are learnt as that task says, and measured by what each task is chosen by: maps
+(`vision.data.dense.open_dense`) with a decoder for each instead of rows; questions and captions (VL-T5, VL-BART) with a prefix.
 
 What one task has become is taken out by `single_task(model, "birds")`: its rows of the head, and plain adapters in the place of
 what was generated for it.
@@ -118,7 +118,7 @@ class MultiTask(Regime):
             if what == "test" and given is None:
                 continue
             if not isinstance(given, dict) or not all(
-                isinstance(d, ImageDataset) and d.classes for d in given.values()
+                isinstance(d, ImageDataset) and (d.classes or hasattr(d.rows, "task")) for d in given.values()
             ):
                 raise DataError(
                     f"multitask: {what}= is a dict of data sets with known classes, by the names of their tasks: "
@@ -128,7 +128,11 @@ class MultiTask(Regime):
             raise DataError("multitask: data= holds no task.")
         if empty := [name for name, data in run.data.items() if not len(data)]:
             raise DataError(f"multitask: the task '{empty[0]}' has no items to learn from.")
-        self._together(run)
+        together = self._together(run)
+        if getattr(together, "one_task_a_batch", False) and self.batches != "one":
+            raise ConfigError(
+                "multitask: these tasks have answers of different lengths, so a batch is of one of them; leave batches='one'."
+            )
         for name, test in (run.test or {}).items():
             if name not in run.data:
                 raise DataError(f"multitask: test data for '{name}', which is no task. {nearest(name, run.data)}")
@@ -137,7 +141,7 @@ class MultiTask(Regime):
         if run.model.num_classes:
             raise ConfigError("multitask makes the heads of the tasks: load the model with num_classes=0.")
         for adapter in (run.model.adapters[n] for n in run.model.active):
-            known = getattr(adapter, "tasks", None)
+            known = getattr(adapter, "tasks", None) or None  # none at all: it has one of everything for all tasks
             if known is not None and (unknown := [n for n in run.data if n not in known]):
                 raise UnknownNameError(
                     f"multitask: '{adapter.method}' is made for the tasks {', '.join(known)} and does not know '{unknown[0]}'. "
@@ -153,7 +157,8 @@ class MultiTask(Regime):
         """One phase on all data; each task is measured at the end."""
         sampler = OnePart(tau=self.tau) if self.batches == "one" else Mixed(tau=self.tau)
         if (many := self._together(run)) is not None:
-            run.model.reset_head(len(many.classes), many.classes, kind=many.head)
+            if many.head is not None:
+                run.model.reset_head(len(many.classes), many.classes, kind=many.head)
             yield Phase("tasks", many.data, task=many, sampler=sampler, fit={"epochs": self.epochs})
             for name, test in (run.test or {}).items():
                 run.evaluate(test, name, task=many.single(name))
@@ -198,7 +203,7 @@ class MultiTask(Regime):
             return {
                 "measures": measures,
                 "values": values,
-                "sizes": {n: [len(d), len(d.classes)] for n, d in run.data.items()},
+                "sizes": {n: [len(d), len(d.classes or ())] for n, d in run.data.items()},
             }
         accuracies = {name: run.values[name]["accuracy"] for name in run.test}
         sizes = {name: [len(d), len(d.classes)] for name, d in run.data.items()}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from multimodal.families.seq2seq import build as seq2seq_build
 from multimodal.families.seq2seq import words
+from multimodal.families.seq2seq.options import OPTIONS
 from multimodal.families.seq2seq.visual_embedding import visual_points
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from multimodal.families.seq2seq.attention import EncoderSite, LibraryAttention, SplitKeys
+    from zoo.data.dataset import ImageDataset
     from zoo.points.recorder import Recorder
 
 VISUAL = ("visual_features", "boxes", "image_ids", "object_ids", "visual_mask")  # inputs behind the texts, in order
@@ -45,32 +47,6 @@ PREFIXES = {  # what a question is preceded by in fine-tuning
     "caption": "caption:",
     "refer": "visual grounding: ",
     "translate": "translate English to German: ",
-}
-
-_SIZES = (
-    *("d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance"),
-    *("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"),
-    *("max_position_embeddings", "feat_dim", "n_images"),
-)
-_NUMBERS = (
-    *("dropout_rate", "layer_norm_epsilon", "initializer_factor", "dropout", "attention_dropout", "activation_dropout"),
-    *("classifier_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std"),
-)
-_YES_NO = (
-    *("use_vis_order_embedding", "use_vis_layer_norm", "individual_vis_layer_norm", "tie_word_embeddings"),
-    *("scale_embedding", "use_cache"),
-)
-# What a saved adapter may say of its backbone: fields of the configuration; never a `checkpoint`
-OPTIONS: dict[str, Any] = {
-    **dict.fromkeys(_SIZES, range(1, 65537)),
-    **dict.fromkeys(("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"), range(1, 257)),
-    "vocab_size": range(1, 1_000_001),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), range(1_000_001)),
-    **dict.fromkeys(_NUMBERS, float),
-    **dict.fromkeys(_YES_NO, bool),
-    "feed_forward_proj": ("relu", "gelu", "gated-gelu", "gated-silu"),
-    "activation_function": ("gelu", "gelu_new", "relu", "silu"),
-    "words": str,
 }
 
 
@@ -336,6 +312,13 @@ class Seq2Seq(Backbone):
     def visual_words(self) -> list[str]:
         """The words that the released vocabulary has behind the library's, in the order of their ids."""
         return [f"<vis_extra_id_{i}>" for i in reversed(range(words.VISUAL))]
+
+    @classmethod
+    def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
+        """Questions, or images with captions (`multimodal.data.questions.open_questions`)."""
+        from multimodal.data.questions import open_questions
+
+        return open_questions(data, split=split, **options)
 
     def preprocess(self, train: bool, **options: Any) -> Callable[[Any], Any]:
         """Never: this family reads features.
