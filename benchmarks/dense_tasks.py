@@ -24,6 +24,7 @@ from PIL import Image
 
 import zoo
 from vision.data.dense import open_dense
+from zoo.disk import write_file
 
 BATCH = 16
 DECODER_LR = 4e-3
@@ -151,8 +152,10 @@ def main() -> None:
     path = args.out / "dense_tasks.json"
     state: dict[str, Any] = {"settings": settings, "torch": torch.__version__, "machine": platform.machine()}
     state |= {"search": [], "rows": []}
-    if path.exists() and json.loads(path.read_text())["settings"] == settings:
+    if path.exists():
         state = json.loads(path.read_text())
+        if state["settings"] != settings:
+            raise SystemExit(f"{path} is of other settings, {state['settings']}; name another folder by --out")
     train, val, test = (opened(args.camvid, split, args.size) for split in ("train", "val", "test"))
     one = {"epochs": args.epochs, "size": args.size, "data": train}
 
@@ -162,9 +165,7 @@ def main() -> None:
     def run(part: str, way: str, seed: int, lr: float, measured: Any) -> None:
         if done(part, way=way, seed=seed, lr=lr) is None:
             state[part].append(attempt(way, seed, lr, test=measured, **one))
-            part_path = path.with_suffix(".part")
-            part_path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-            part_path.replace(path)  # a run that is killed here leaves the old file whole
+            write_file(path, (json.dumps(state, indent=1) + "\n").encode())
             print(part, state[part][-1], flush=True)
 
     for way, chosen in WAYS.items():

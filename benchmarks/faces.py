@@ -24,8 +24,10 @@ import torch
 
 import zoo
 from vision.tasks.identify import Coarse, Identification
+from zoo.bench.report import mean_and_deviation
 from zoo.data import ImageDataset
 from zoo.data.joined import ConcatRows
+from zoo.disk import write_file
 
 RESULTS = Path(__file__).parent / "results"
 SCALE, EPOCHS, BATCH, SEEDS = 4, 4, 16, 3
@@ -117,8 +119,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = faces(args.data)
-    kept: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
-    rows: list[dict[str, Any]] = kept["rows"]
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    if others := sorted({r["epochs"] for r in rows if r["lr"]} - {args.epochs}):
+        raise SystemExit(f"{args.out} holds rows of {others} epochs, not of {args.epochs}; name another file by --out")
     about = {"torch": torch.__version__, "zoo": zoo.__version__, "machine": platform.processor() or platform.machine()}
 
     def done(title: str, lr: float, seed: int) -> dict[str, Any] | None:
@@ -126,7 +129,7 @@ def main() -> None:
 
     def add(title: str, lr: float, seed: int, found: dict[str, Any]) -> None:
         rows.append({"method": title, "lr": lr, "seed": seed, "epochs": args.epochs if lr else 0, **found})
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        write_file(args.out, json.dumps({"about": about, "rows": rows}, indent=1).encode())
         print(
             title, lr, seed, {k: round(v, 3) for k, v in found.items() if "rank@1" in k or k == "seconds"}, flush=True
         )
@@ -171,11 +174,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     lines += [f"| method | parameters | lr | {' | '.join(COLUMNS.values())} |"]
     lines += ["| --- | ---: | ---: |" + " ---: |" * len(COLUMNS)]
     for title, found in final.items():
-        numbers = []
-        for key in COLUMNS:
-            values = 100 * np.array([r[key] for r in found])
-            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-            numbers.append(f"{values.mean():.1f}{spread}")
+        numbers = [mean_and_deviation([100 * r[key] for r in found]) for key in COLUMNS]
         lines.append(f"| {title} | {found[0]['parameters']:,} | {found[0]['lr']:g} | {' | '.join(numbers)} |")
     lines += ["", "Means and standard deviations over seeds, in percent; the head's parameters are not counted.", ""]
     out.with_suffix(".md").write_text("\n".join(lines))

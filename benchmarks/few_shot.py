@@ -31,6 +31,7 @@ import numpy as np
 
 import zoo
 from zoo.data import ImageDataset, few_shot, open_dataset, shuffled_labels
+from zoo.disk import write_file
 
 METHODS: dict[str, dict[str, Any]] = {
     "vpt": {"num_tokens": 10},
@@ -110,9 +111,9 @@ def main() -> None:
             accuracy = second_stage(method, start, few_shot(pool, k, seed=seed), test, seed, args.steps, folders)
             record["rows"].append({"method": method, "start": start, "shots": k, "seed": seed, "accuracy": accuracy})
             print(json.dumps(record["rows"][-1]), flush=True)
-            args.rows.write_text(json.dumps(record, indent=1) + "\n")
+            write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
     record["rows"].sort(key=lambda r: (r["method"] != "vpt", r["shots"], STARTS.index(r["start"]), r["seed"]))
-    args.rows.write_text(json.dumps(record, indent=1) + "\n")
+    write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
     args.rows.with_suffix(".md").write_text(markdown(record["rows"]))
     draw(record["rows"], args.rows.with_suffix(".png"))
     print(markdown(record["rows"]))
@@ -141,16 +142,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against the number of images, one panel for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     methods, shots = list(dict.fromkeys(r["method"] for r in rows)), sorted({r["shots"] for r in rows})
     colours = dict(zip(STARTS, ("#6e7781", "#1a7f37", "#bf8700", "#d1242f")))
-    figure, axes = plt.subplots(
-        1, len(methods), figsize=(5 * len(methods), 4), sharey=True, layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(methods), 4), layout="constrained")
+    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)
     for axis, method in zip(axes[0], methods):
         for start in STARTS:
             found = [summary(rows, method, start, k) for k in shots]
@@ -172,7 +169,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("CIFAR-10 test accuracy, %")
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

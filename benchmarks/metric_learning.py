@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import zoo
+from zoo.bench.report import mean_and_deviation
 from zoo.data import open_dataset
+from zoo.disk import write_file
 
 SEEN = 9
 METHODS: dict[str, tuple[str | None, dict[str, Any], str]] = {  # adapter, settings, task
@@ -79,24 +81,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines.append("| --- | --- |" + " --- |" * len(MEASURED))
     for label in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == label]
-        cells = []
-        for name in MEASURED:
-            values = [100 * r[name] for r in mine]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        cells = [mean_and_deviation([100 * r[name] for r in mine]) for name in MEASURED]
         lines.append(f"| {label} | {mine[0]['trained']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Recall@1 of each method, with every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(r["method"] for r in rows))
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axis = figure.subplots()
     for place, label in enumerate(labels):
         values = [100 * r["recall@1"] for r in rows if r["method"] == label]
         axis.plot(values, [place] * len(values), "o", color="#1f6feb", alpha=0.5)
@@ -107,7 +103,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -131,9 +126,9 @@ def main() -> None:
                 continue
             record["rows"].append(train_one(label, train, test, seed, args.epochs))
             print(json.dumps(record["rows"][-1]), flush=True)
-            args.rows.write_text(json.dumps(record, indent=1) + "\n")
+            write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
     record["rows"].sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
-    args.rows.write_text(json.dumps(record, indent=1) + "\n")
+    write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
     args.rows.with_suffix(".md").write_text(markdown(record["rows"]))
     draw(record["rows"], args.rows.with_suffix(".png"))
     print(markdown(record["rows"]))

@@ -16,8 +16,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.report import draw, means, read, tables
+from zoo.bench.report import means, picture, read, tables
 from zoo.bench.study import Study
+from zoo.disk import write_file
 from zoo.loading import embedded_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def main() -> None:
         shutil.copy(Path(out) / "comparison.json", RESULTS / f"{name}.json")
         shutil.copy(Path(out) / "rows.jsonl", RESULTS / f"{name}.rows.jsonl")
     for name, study in studies().items():
-        draw(study, PICTURES / f"comparison-{name}.png")
+        write_file(PICTURES / f"comparison-{name}.png", picture(study))
     PAGE.write_text(page())
 
 

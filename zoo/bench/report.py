@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -11,9 +12,28 @@ from typing import Any
 from zoo.bench.study import Protocol, Study
 from zoo.disk import write_file
 from zoo.errors import SaveError
+from zoo.regimes.report import style
 
-__all__ = ["COLUMNS", "cells", "draw", "groups", "lacking", "lost", "markdown", "means", "read", "tables", "write"]
+__all__ = [
+    "COLUMNS",
+    "cells",
+    "groups",
+    "lacking",
+    "lost",
+    "markdown",
+    "mean_and_deviation",
+    "means",
+    "picture",
+    "read",
+    "tables",
+    "write",
+]
 
+PICTURED = {
+    "trained": "trained parameters, without the head",
+    "saved_ratio": "kept for backward / full fine-tuning",
+    "step_ratio": "step time / full fine-tuning",
+}
 COLUMNS = ("method", "setting", "trained", "lr", "test accuracy, %", "kept / full", "step / full")
 COLOURS = {
     "additive": "#1f6feb",
@@ -24,17 +44,21 @@ COLOURS = {
 }
 
 
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """ "12.3 ± 0.4"; the deviation is that of a sample, and of one value there is none."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def cells(line: dict[str, Any]) -> tuple[str, ...]:
     """A line as texts, in the order of `COLUMNS`."""
-    accuracy = [100 * a for a in line["accuracy"]]
-    spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
     setting = ", ".join(f"{k}={v}" for k, v in line["settings"].items())
     return (
         line["label"],
         setting or line["note"],
         f"{line['trained']:,}",
         f"{line['lr']:.2g}",
-        f"{statistics.mean(accuracy):.1f}{spread}{_partly(line)}",
+        f"{mean_and_deviation([100 * a for a in line['accuracy']])}{_partly(line)}",
         *("-" if line[key] is None else f"{line[key]:.2f}" for key in ("saved_ratio", "step_ratio")),
     )
 
@@ -145,26 +169,19 @@ def _row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def draw(study: Study, path: Path) -> None:
-    """A row of pictures for each data set: accuracy against parameters, kept bytes and step time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def picture(study: Study) -> bytes:
+    """A row of pictures for each data set, as PNG: accuracy against parameters, kept bytes and step time."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.lines import Line2D
 
     from zoo import registry
 
     names = list(dict.fromkeys(line["data"] for line in study.lines))
-    figure, axes = pyplot.subplots(
-        len(names), 3, figsize=(16, 5.6 * len(names)), sharey="row", squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(16, 5.6 * len(names)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(names), 3, sharey="row", squeeze=False)
     for row, name in zip(axes, names):
         lines = [line for line in study.lines if line["data"] == name and line["step_ratio"] is not None]
-        for axis, key, label in (
-            (row[0], "trained", "trained parameters, without the head"),
-            (row[1], "saved_ratio", "kept for backward / full fine-tuning"),
-            (row[2], "step_ratio", "step time / full fine-tuning"),
-        ):
+        for axis, (key, label) in zip(row, PICTURED.items()):
             places = []
             for line in lines:
                 values = [100 * a for a in line["accuracy"]]
@@ -173,21 +190,21 @@ def draw(study: Study, path: Path) -> None:
                 bar = statistics.stdev(values) if len(values) > 1 else 0.0
                 axis.errorbar(x, y, yerr=bar, fmt="o", markersize=5, color=colour, elinewidth=0.7, alpha=0.9)
                 places.append((x, y, line["label"], colour))
-            if key == "trained":
-                axis.set_xscale("symlog", linthresh=1000)
-                axis.set_xlim(left=-100)
-            axis.set_xlabel(label)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            style(axis, label)
             axis.margins(0.1, 0.06)
+            if key == "trained" and max((x for x, *_ in places), default=0) > 4 * min(
+                (x for x, *_ in places), default=1
+            ):
+                axis.set_xscale("symlog", linthresh=1000)
+                axis.set_xlim(-100, 2 * max(x for x, *_ in places))
             _annotate(axis, places)
         row[0].set_ylabel(f"{name}: test accuracy, %")
     used = sorted({registry.adapter_class(line["name"]).taxonomy for line in study.lines})
-    marks = [pyplot.Line2D([], [], marker="o", ls="", color=COLOURS.get(t, "#6e7781"), label=t) for t in used]
-    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    marks = [Line2D([], [], marker="o", ls="", color=COLOURS.get(t, "#6e7781"), label=t) for t in used]
+    figure.legend(handles=marks, loc="outside upper center", ncols=max(1, len(marks)), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _annotate(axis: Any, places: list[tuple[float, float, str, str]]) -> None:
@@ -233,7 +250,7 @@ def write(study: Study, out: Path) -> None:
     write_file(out / "comparison.md", markdown(study).encode())
     write_file(out / "comparison.json", (json.dumps(document, indent=1) + "\n").encode())
     if study.lines:
-        draw(study, out / "comparison.png")
+        write_file(out / "comparison.png", picture(study))
 
 
 def read(file: Path) -> Study:
