@@ -35,11 +35,13 @@ each row names its settings, seed, commit and versions. The numbers tell how met
 over few steps, not how they rank at full size.
 
 What is equal for all: training items, steps, batch, head and its learning rate, schedule, and a search over equally
-many learning rates on items set aside from the training data. Each method is made as large as the budget allows; what
-cannot meet it is named with the reason. Test items are read once for each seed, after the last step. *kept* is the
-number of bytes kept for the backward pass and *step* the time of a training step, both by full fine-tuning's of the
-same backbone; time was measured in turns with full fine-tuning on a machine that did other work beside, so it is good
-to about a tenth. A table holds the methods whose runs were finished when it was made; the command above it with `--methods all`
+many learning rates on items set aside from the training data. Each method is made as large as the budget allows; `spt`
+decides on the data, and of its choices the one closest to the budget is taken, which with a single seed may be up to a
+fifth above (*trained* is the mean over seeds). What cannot meet the budget is named with the reason. Test items are
+read once for each seed, after the last step. *kept* is the number of bytes kept for the backward pass and *step* the
+time of a training step, both by full fine-tuning's of the same backbone; time was measured in turns with full
+fine-tuning on a machine that did other work beside, so it is good to about a tenth. A table holds the methods whose
+runs were finished when it was made; the command above it with `--methods all`
 adds the others, each with its own trainings only.
 """
 

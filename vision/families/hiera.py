@@ -110,6 +110,7 @@ class HieraFamily(TimmBackbone):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """A map of every stage."""
         self.check_wanted(want)
+        self.check_size(*inputs)
         module: Any = self.module
         tokens, maps = module.forward_features(*inputs, return_intermediates=True, **kwargs)
         found: dict[str, Any] = {"maps": [m.permute(0, 3, 1, 2) for m in maps]}

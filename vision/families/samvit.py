@@ -182,6 +182,7 @@ class SamViT(TimmBackbone):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """The map behind the neck."""
         self.check_wanted(want)
+        self.check_size(*inputs)
         module: Any = self.module
         map_ = module.forward_features(*inputs, **kwargs)
         found: dict[str, Any] = {"maps": [map_]}

@@ -74,6 +74,7 @@ class Swin(TimmBackbone):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """A map of every stage, the last one behind the final norm; tokens are its places, row by row."""
         self.check_wanted(want)
+        self.check_size(*inputs)
         module: Any = self.module
         x = module.patch_embed(*inputs, **kwargs)
         maps = []

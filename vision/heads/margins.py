@@ -9,8 +9,9 @@
                 g = clip(h (|z| - mean) / std, -1, 1), no gradient through |z|
 
 Images of which little can be seen have short features: adaface lets them off the angular margin and asks an additive one of the
-others. mean and std of |z| move by `momentum` with each batch (of two images or more); they start at 20 and 100. s = 64, h = 1/3,
-momentum 0.01. `model.reset_head(30, kind="cosface", scale=32, margin=0.3)`; settings are saved with the head.
+others. mean and std of |z| move by `momentum` with each batch (of two images or more); they start at 20 and 100. w starts as
+N(0, 0.01^2), s = 64, h = 1/3, momentum 0.01. `model.reset_head(30, kind="cosface", scale=32, margin=0.3)`; settings are saved
+with the head. The training accuracy that zoo.fit shows is of these logits, so it is below that of the cosines.
 
 What is known of a face is in z: after training the head is left, and faces are compared by the cosines of their z
 (`zoo.evaluate(model, faces, task="identify")`).

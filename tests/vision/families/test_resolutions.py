@@ -108,3 +108,14 @@ def test_features_that_were_saved_come_back(name: str, tmp_path: Path) -> None:
     for again in (zoo.load(adapter=folder), zoo.load(name, adapter=folder)):
         assert again.num_classes == 0 and torch.equal(again.eval()(x), model(x))
     assert zoo.load(adapter=folder, num_classes=4)(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["vit-micro", "swin-micro"])
+def test_images_of_another_size(name: str) -> None:
+    """Seen: an assertion of timm's."""
+    model = zoo.load(name, "lora", num_classes=3, pretrained=False)
+    for call in (model, model.features, lambda x: model.outputs(x, want=["maps"])):
+        with pytest.raises(MismatchError, match=r"64 x 48 pixels; '.*' is built for 32 x 32.*img_size=\(64, 48\)"):
+            call(torch.randn(2, 3, 64, 48))
+    free = zoo.load("timm:vit_tiny_patch16_224", pretrained=False, num_classes=2, dynamic_img_size=True, depth=1)
+    assert free(torch.randn(1, 3, 64, 48)).shape == (1, 2)

@@ -81,6 +81,7 @@ class ClassReader(TimmBackbone):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """Tokens behind the final norm, [class | patches]; the map is that of the patches."""
         self.check_wanted(want)
+        self.check_size(*inputs)
         module: Any = self.module
         tokens = module.forward_features(*inputs, **kwargs)
         found: dict[str, Any] = {}

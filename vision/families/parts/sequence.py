@@ -23,6 +23,7 @@ class SequenceBackbone(TimmBackbone):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """Tokens behind the last block and its norm, if any, [prefix | prompts that stay | patches]; the map is the patches'."""
         self.check_wanted(want)
+        self.check_size(*inputs)
         module: Any = self.module
         tokens = module.forward_features(*inputs, **kwargs)
         found: dict[str, Any] = {}

@@ -209,10 +209,27 @@ class TimmBackbone(Backbone):
         record(self, session, point, verb, module, **options)
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
-        """Images (B, 3, H, W) -> pooled features (B, d) in front of the classifier."""
+        """Images (B, 3, H, W) -> pooled features (B, d) in front of the classifier.
+
+        Raises:
+            MismatchError: images of another size than the network was built for, if it takes no other.
+        """
+        self.check_size(*inputs)
         tokens = self.module.forward_features(*inputs, **kwargs)  # type: ignore[operator]
         pooled = self.module.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         return pooled.contiguous()  # a class token is a view, for which backward would keep the tokens of the last norm
+
+    def check_size(self, images: Any = None, *_: Any) -> None:
+        """Raise MismatchError for images (B, 3, H, W) of a size that timm would refuse by an assertion."""
+        stem: Any = getattr(self.module, "patch_embed", None)
+        size = getattr(stem, "img_size", None) if getattr(stem, "strict_img_size", False) else None
+        if size is not None and isinstance(images, Tensor) and images.ndim == 4 and images.shape[-2:] != tuple(size):
+            height, width = images.shape[-2:]
+            raise MismatchError(
+                f"The images are {height} x {width} pixels; '{self.name}' is built for {size[0]} x {size[1]}. model.preprocess() "
+                f"makes images of that size, and zoo.load(..., img_size={height if height == width else (height, width)}) a "
+                "network for these."
+            )
 
     @property
     def pools(self) -> bool:  # type: ignore[override]
