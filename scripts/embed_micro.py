@@ -130,7 +130,8 @@ def main() -> None:
     run = args.run or ROOT / "runs" / name
     if (run / f"{name}.safetensors").exists():
         weights.parent.mkdir(exist_ok=True)
-        shutil.copyfile(run / f"{name}.safetensors", weights)
+        for file in (f"{name}.safetensors", *member.get("files", ())):
+            shutil.copyfile(run / file, weights.with_name(file))
         record = json.loads((run / "log.json").read_text())
         skip = ("data", "out", "limit_steps", "limit_clips", "limit_questions", "name", "member")
         record["arguments"] = {k: v for k, v in record["arguments"].items() if k not in skip}

@@ -29,9 +29,9 @@ from easy_vqa_kinds import COLORS, LEFT_OUT, SHAPES, THINK, Row, images, rows
 from PIL import Image, ImageOps
 from pretraining import Run, arguments
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from multimodal.families.vlm.micro import ROWS, SPECIAL, TAGS, micro_config, micro_processor
+from multimodal.families.vlm.micro import FIRST, MICRO, micro_processor
 
 Chat = tuple[Row, str | None, str, str]  # row, system message, question as asked, answer
 
@@ -223,11 +223,11 @@ def main() -> None:
     for row in rows(args.data, "train"):
         _, system, question, answer = asked(row, draw, choices=draw.random() < 0.25)
         texts += [f"{system or ''}user\n{question}", f"assistant\n{answer}".replace("><", "> <")]
-    pairs = merges(texts, ROWS - 256 - len(SPECIAL) - len(TAGS))
+    pairs = merges(texts, FIRST - 256)
     (args.out / "vlm-micro.merges.txt").write_text("".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8")
 
     processor = micro_processor(pairs)
-    model = Qwen2VLForConditionalGeneration(micro_config(processor.tokenizer)).to(args.device)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**MICRO)).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     data, test = Data(args.data, "train", processor), Data(args.data, "test", processor)
     if not (args.out / "state.safetensors").exists():

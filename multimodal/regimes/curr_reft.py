@@ -171,8 +171,8 @@ class CurrReFT(Regime):
                 rewards=self.rewards,
                 **common,
             )
-            yield Phase(stage, data, by=by)
-            self._measure(run, stage)
+            yield Phase(stage.replace("+", "-"), data, by=by)
+            self._measure(run, stage.replace("+", "-"))
         if self.improve:
             yield from self._improved(run)
 

@@ -21,7 +21,12 @@ NEEDS_DATA = pytest.mark.skipif(
 
 
 MEMBERS = {path.stem: path for path in sorted(ROOT.glob("*/weights/*.safetensors"))}
-EXTRAS = {"ast-micro": "transformers", "clip-micro": "open_clip", "vl-t5-micro": "transformers"}
+EXTRAS = {
+    "ast-micro": "transformers",
+    "clip-micro": "open_clip",
+    "vl-t5-micro": "transformers",
+    "vlm-micro": "transformers",
+}
 
 
 def card(name: str) -> str:
@@ -35,7 +40,15 @@ def final(name: str) -> dict[str, float]:
 
 
 def test_sizes() -> None:
-    assert {"vit-micro", "swin-micro", "groupmamba-micro", "ast-micro", "clip-micro", "vl-t5-micro"} <= set(MEMBERS)
+    assert {
+        "vit-micro",
+        "swin-micro",
+        "groupmamba-micro",
+        "ast-micro",
+        "clip-micro",
+        "vl-t5-micro",
+        "vlm-micro",
+    } <= set(MEMBERS)
     for path in MEMBERS.values():
         assert path.stat().st_size < 8e6
         assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}

@@ -10,33 +10,22 @@ from PIL import Image
 
 import zoo
 from multimodal.data.exercises import Exercise, as_choice, as_judgement
-from multimodal.families.vlm.micro import micro_config, micro_processor
 
 COLORS = ("red", "blue", "green", "gray")
 SHORT = "think, then answer."
 
 
 def small_vlm(adapter: Any = "lora") -> zoo.Model:
-    """A `Qwen2VLForConditionalGeneration` of two small blocks each in eyes and language."""
-    from transformers import Qwen2VLForConditionalGeneration
-
-    processor = micro_processor()
-    config = micro_config(processor.tokenizer)
-    config.vision_config.depth, config.vision_config.embed_dim = 1, 32
-    config.vision_config.num_heads, config.vision_config.hidden_size = 1, 32
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 32, 48, 1, 1
-    text.layer_types = ["full_attention"]
+    """`vlm-micro` of one narrow block each in eyes and language."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Qwen2VLForConditionalGeneration(config)
-        output = network.lm_head
-        model = zoo.wrap(network)
-        network.lm_head, model.heads["default"] = output, torch.nn.Identity()
-        network.requires_grad_(False)
-        model.family.processor = processor
-        model.add_adapter(adapter)
-    return model
+        return zoo.load(
+            "vlm-micro",
+            adapter,
+            pretrained=False,
+            vision_config={"depth": 1, "embed_dim": 32, "num_heads": 1, "hidden_size": 32},
+            text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1},
+        )
 
 
 def exercises() -> list[Exercise]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from multimodal.families.vlm.base import TEXT_OPTIONS, LanguageBackbone, untold
 from multimodal.families.vlm.eyes import EYES, VISION_OPTIONS, Eyes, in_one_row
+from multimodal.families.vlm.micro import MICRO, NAME, micro_processor, micro_weights
 from multimodal.families.vlm.published import PUBLISHED, SHORT
 from zoo.engine.attention import Bias
 from zoo.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ class ImageSite(SplitAttention):
 
 @register_backbone
 class VisionLanguage(LanguageBackbone):
-    """`qwen2.5-vl-3b`, `smolvlm-256m`, `llava-1.5-7b` and so on, or `transformers:<repository or folder>` of these types."""
+    """`qwen2.5-vl-3b`, `smolvlm-256m`, `llava-1.5-7b`, `vlm-micro` and so on, or `transformers:<repository or folder>`."""
 
     family = "vlm"
     modality = "image-text"
@@ -66,8 +67,8 @@ class VisionLanguage(LanguageBackbone):
         "smolvlm": ("SmolVLMConfig", "SmolVLMForConditionalGeneration"),
         "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
     }
-    configs = PUBLISHED
-    aliases = {short: f"transformers:{source}" for short, source in SHORT.items()}
+    configs = {**PUBLISHED, NAME: ("qwen2_vl", MICRO)}
+    aliases = {**{short: f"transformers:{source}" for short, source in SHORT.items()}, "vlm-micro": NAME}
     layout = ("model.language_model.layers", "model.text_model.layers")
     left_out = ("*.rotary_emb.inv_freq", "*.position_ids")
     elementwise = ("mlp.act_fn", "mlp.act", "mlp.activation_fn")
@@ -117,6 +118,20 @@ class VisionLanguage(LanguageBackbone):
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
         self._processor: Any = None
+
+    @classmethod
+    def accepts(cls, name: str) -> bool | str:
+        """Also the small model that comes with the package."""
+        return name == NAME or super().accepts(name)
+
+    @classmethod
+    def read(cls, source: str, model_type: str, fields: Fields | None, attention: str | None, dtype: Any) -> Any:
+        """As of any language model; of `vlm-micro` the weights that come with the package."""
+        if source != NAME:
+            return super().read(source, model_type, fields, attention, dtype)
+        module = cls.random(model_type, MICRO if fields is None else fields, attention)
+        micro_weights(module)
+        return module if dtype is None else module.to(dtype)
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -301,6 +316,8 @@ class VisionLanguage(LanguageBackbone):
         Raises:
             ConfigError: it cannot be had.
         """
+        if self._processor is None and self.source == NAME:
+            self._processor = micro_processor()
         if self._processor is None:
             self._processor = self.pretrained_part("AutoProcessor", "processor")
         return self._processor
@@ -317,6 +334,10 @@ class VisionLanguage(LanguageBackbone):
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self._tokenizer = value
+
+    def licence(self) -> str | None:
+        """That of the weights which come with the package; of others none is known."""
+        return "apache-2.0" if self.pretrained and self.source == NAME else super().licence()
 
     def hub_task(self, num_classes: int) -> str | None:
         """The Hub's word for it."""

@@ -16,9 +16,15 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from safetensors.torch import load
+from torch import nn
+
+from zoo.errors import ConfigError
 from zoo.library import library
 
-__all__ = ["MICRO", "micro_config", "micro_merges", "micro_processor", "micro_tokenizer"]
+__all__ = ["MICRO", "NAME", "micro_merges", "micro_processor", "micro_tokenizer", "micro_weights"]
+
+NAME = "zoo:vlm-micro"
 
 SPECIAL = (
     "<|endoftext|>",
@@ -32,16 +38,39 @@ SPECIAL = (
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ROWS = 512  # of the word table: 256 bytes, the merged pairs, the marks above
 
-MICRO: dict[str, dict[str, Any]] = {
-    "vision": {"depth": 3, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 4, "patch_size": 8, "spatial_merge_size": 2},
-    "text": {
+FIRST = 397  # id of the first mark: behind 256 bytes and the merged pairs
+
+# Fields of its configuration that are not the library's defaults
+MICRO: dict[str, Any] = {
+    "vision_config": {
+        "depth": 3,
+        "embed_dim": 64,
+        "hidden_size": 96,
+        "num_heads": 2,
+        "mlp_ratio": 4,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+    },
+    "text_config": {
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "max_position_embeddings": 1024,
+        "vocab_size": ROWS,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": FIRST + SPECIAL.index("<|im_end|>"),
+        "pad_token_id": FIRST + SPECIAL.index("<|endoftext|>"),
     },
+    "image_token_id": FIRST + SPECIAL.index("<|image_pad|>"),
+    "video_token_id": FIRST + SPECIAL.index("<|video_pad|>"),
+    "vision_start_token_id": FIRST + SPECIAL.index("<|vision_start|>"),
+    "vision_end_token_id": FIRST + SPECIAL.index("<|vision_end|>"),
+    "eos_token_id": FIRST + SPECIAL.index("<|im_end|>"),
+    "pad_token_id": FIRST + SPECIAL.index("<|endoftext|>"),
+    "tie_word_embeddings": True,
 }
 
 # Qwen's chat format without its default system message
@@ -80,7 +109,7 @@ def micro_tokenizer(merges: Sequence[tuple[str, str]] | None = None) -> Any:
 def micro_processor(merges: Sequence[tuple[str, str]] | None = None) -> Any:
     """A `Qwen2VLProcessor`: the tokenizer, and images as patches of 8 x 8."""
     transformers = library("transformers", "multimodal")
-    patch, merge = MICRO["vision"]["patch_size"], MICRO["vision"]["spatial_merge_size"]
+    patch, merge = MICRO["vision_config"]["patch_size"], MICRO["vision_config"]["spatial_merge_size"]
     sizes = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
     images = transformers.Qwen2VLImageProcessor(patch_size=patch, merge_size=merge, size=sizes)
     videos = transformers.Qwen2VLVideoProcessor(patch_size=patch, merge_size=merge, size=sizes)
@@ -89,21 +118,22 @@ def micro_processor(merges: Sequence[tuple[str, str]] | None = None) -> Any:
     )
 
 
-def micro_config(tokenizer: Any) -> Any:
-    """The `Qwen2VLConfig` whose ids are the tokenizer's."""
-    transformers = library("transformers", "multimodal")
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
-    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-    text = {"vocab_size": ROWS, "rope_parameters": rope, "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
-    return transformers.Qwen2VLConfig(
-        vision_config={**MICRO["vision"], "hidden_size": MICRO["text"]["hidden_size"]},
-        text_config={**MICRO["text"], **text},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        eos_token_id=end,
-        pad_token_id=pad,
-        tie_word_embeddings=True,
-    )
+def micro_weights(module: nn.Module) -> None:
+    """Put the weights that come with the package into a network of the same fields.
+
+    Raises:
+        ConfigError: there are none, or the network has other sizes.
+    """
+    file = files("multimodal") / "weights" / "vlm-micro.safetensors"
+    if not file.is_file():
+        raise ConfigError("There are no trained weights of 'vlm-micro'; pass pretrained=False for random ones.")
+    weights = {k: v.float() for k, v in load(file.read_bytes()).items()}
+    own = module.state_dict()
+    differing = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
+    missing = [k for k in own if k not in weights and k != "lm_head.weight"]  # tied to the table of words
+    if differing or missing:
+        raise ConfigError(
+            f"The weights of 'vlm-micro' do not fit these options, first '{[*differing, *missing][0]}'. Leave the options out, "
+            "or pass pretrained=False for random weights."
+        )
+    module.load_state_dict(weights, strict=False)

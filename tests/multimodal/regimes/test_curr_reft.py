@@ -339,3 +339,38 @@ def test_data_come_from_a_table(tmp_path):
         assert [e.level for e, _ in open_exercises(source, split="train")] == [e.level for e in exercises()]
     with pytest.raises(DataError, match="is not there"):
         open_exercises(tmp_path, split="test")
+
+
+def test_the_paper_s_model_with_lora_is_attached_and_counted():
+    """Qwen2.5-VL-3B: 36 blocks of width 2,048, 16 heads on 2 pairs of keys and values of width 128."""
+    lora = zoo.adapter("lora", rank=8, targets="text.blocks.*.attn.{q,v}")
+    model = zoo.load("qwen2.5-vl-3b", lora, pretrained=False, device="meta")
+    assert model.num_parameters(trainable=True) == 36 * 8 * ((2048 + 2048) + (2048 + 256)) == 1_843_200
+    assert model.num_parameters() - 1_843_200 == 3_754_622_976
+
+
+def test_the_command_line(tmp_path):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from typer.testing import CliRunner
+
+    from zoo.cli import app
+
+    rows = []
+    for exercise in exercises():
+        buffer = io.BytesIO()
+        exercise.image.save(buffer, "PNG")
+        told = {name: getattr(exercise, name) for name in ("question", "answer", "level")}
+        rows.append({"image": buffer.getvalue(), **told})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    words = "run curr-reft vlm-micro lora --quiet -s run.stages=[judge,open] -s run.steps=[1,1] -s run.epochs=[1,1]"
+    words += " -s run.generations=[2,2] -s run.prompts=2 -s run.length=8 -s run.improve=false -s run.lr=1e-3"
+    folders = ["--data", str(tmp_path), "--test", str(tmp_path), "--test-split", "train", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words.split(), *folders])
+    assert result.exit_code == 0, result.output
+    assert "| judge | 1 |" in (tmp_path / "out" / "report.md").read_text()
+    assert zoo.load(adapter=tmp_path / "out").active == ("lora",)
+    result = CliRunner().invoke(app, [*words.split(), "--shots", "2", *folders[:2], "-o", str(tmp_path / "other")])
+    assert result.exit_code != 0 and "--shots" in result.output

@@ -1,0 +1,225 @@
+"""Learning by rewards on `vlm-micro`: a curriculum, the same exercises in random order, supervised tuning; equal steps.
+
+    python benchmarks/curr_reft.py --data <folder with easy_vqa/> --out runs/curr_reft
+
+Exercises of the seven kinds of easy-VQA's questions on which `vlm-micro` was trained (`scripts/easy_vqa_kinds.py`), about
+drawings of the train split: yes or no, a choice of three, open. Every arm starts from `vlm-micro` with a fresh LoRA and
+takes as many steps of as many questions:
+
+    curriculum   judge, choice, open: one stage after the other, each a third of the steps
+    mixed        the same exercises in random order in one stage: plain GRPO
+    supervised   the same exercises with their answers behind the thought that is right, as in the pretraining
+
+What is measured: the share of exact answers, greedy, in their tags, to questions about drawings of the test split, of the
+seen kinds and of the three kinds that no training here or before has asked; yes-or-no questions have as many of each
+answer. The learning rate of each arm is the best of `--rates` for the seen kinds on drawings of the train split that no
+arm is trained on (first seed); the test split is measured after that, three seeds. Where the time goes is measured in the
+first run: generation, rewards, all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from easy_vqa_kinds import LEFT_OUT, THINK, Row, images, rows
+
+import zoo
+from multimodal.data.exercises import Exercise, as_choice, open_exercises
+from multimodal.regimes.curr_reft import CurrReFT
+from multimodal.regimes.parts.grpo import Scores
+from multimodal.regimes.parts.tuning import Tuning, write
+from zoo.data.seeds import seed_everything
+
+VALIDATION = 400  # drawings of the train split that no arm is trained on: the last ones
+
+
+def even(kept: list[Row], draw: random.Random, each: int) -> list[Row]:
+    """`each` questions of every kind, and of every answer where it is yes or no half as many of each."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in kept:
+        groups[row.kind, row.answer if row.answer in ("yes", "no") else ""].append(row)
+    found = []
+    for (_, answer), group in sorted(groups.items()):
+        found += draw.sample(group, min(len(group), each // 2 if answer else each))
+    return found
+
+
+def exercise(row: Row, seen: dict[int, bytes], level: str, draw: random.Random) -> Exercise:
+    """A question as an exercise."""
+    made = Exercise(seen[row.image], row.question, row.answer, "judge" if row.answer in ("yes", "no") else "open")
+    if level == "choice":
+        return as_choice(made, draw.sample([a for a in row.pool if a != row.answer], 2), draw)
+    return made
+
+
+class Setting:
+    """Data of all arms."""
+
+    def __init__(self, folder: Path, steps: int, prompts: int, each: int) -> None:
+        draw, pictures = random.Random(0), images(folder, "train")
+        asked = [row for row in rows(folder, "train") if row.kind not in LEFT_OUT and row.tagged]
+        last = set(sorted(pictures)[-VALIDATION:])
+        train = [row for row in asked if row.image not in last]
+        judged = [row for row in train if row.answer in ("yes", "no")]
+        opened = [row for row in train if row.answer not in ("yes", "no")]
+        count, answers = steps * prompts // 3, {"yes": [], "no": []}  # type: ignore[var-annotated]
+        for row in judged:
+            answers[row.answer].append(row)
+        chosen = [draw.choice(answers[draw.choice(("yes", "no"))]) for _ in range(count)]
+        self.train: list[tuple[Exercise, str]] = []
+        for level, part in (
+            ("judge", chosen),
+            ("choice", draw.sample(opened, count)),
+            ("open", draw.sample(opened, count)),
+        ):
+            for row in part:
+                made = exercise(row, pictures, level, draw)
+                self.train.append((made, str(row.tagged).replace(f"<answer>{row.answer}<", f"<answer>{made.answer}<")))
+        held = even([row for row in asked if row.image in last], draw, each)
+        self.validation = {"seen": [exercise(row, pictures, "", draw) for row in held]}
+        pictures, asked = images(folder, "test"), rows(folder, "test")
+        self.test = {
+            name: [
+                exercise(row, pictures, "", draw)
+                for row in even([r for r in asked if (r.kind in LEFT_OUT) == (name == "left out")], draw, each)
+            ]
+            for name in ("seen", "left out")
+        }
+
+
+def measured(model: Any, parts: dict[str, list[Exercise]]) -> dict[str, float]:
+    """Shares of exact answers, and of answers in their form."""
+    found = {}
+    for name, exercises in parts.items():
+        scores, texts = Scores(exercises), write(model, exercises, THINK, length=12, at_once=128)
+        found[name] = sum(scores.score(t, e) for t, e in zip(texts, exercises, strict=True)) / len(exercises)
+    return found
+
+
+def run(arm: str, setting: Setting, args: argparse.Namespace, rate: float, seed: int) -> tuple[Any, float]:
+    """(the trained model, seconds of training)."""
+    seed_everything(seed, arm)
+    model = zoo.load("vlm-micro", zoo.adapter("lora", rank=8, targets="all-linear"))
+    data = open_exercises([e for e, _ in setting.train])
+    began, third = time.perf_counter(), args.steps // 3
+    if arm == "supervised":
+        texts = tuple(text for _, text in setting.train)
+        tuning = Tuning(texts, steps=3 * third, prompts=args.prompts, lr=rate, system=THINK, seed=seed)
+        tuning.train(model, data, None, {})
+    else:
+        stages = ("judge", "choice", "open") if arm == "curriculum" else ("judge+choice+open",)
+        regime = CurrReFT(
+            stages=stages,
+            steps=tuple([third] * 3 if arm == "curriculum" else [3 * third]),
+            epochs=(1,) * len(stages),
+            generations=(args.generations,) * len(stages),
+            prompts=args.prompts,
+            lr=rate,
+            length=12,
+            system=THINK,
+            improve=False,
+            seed=seed,
+        )
+        zoo.run(model, regime, data)
+    return model, time.perf_counter() - began
+
+
+def profile(setting: Setting, args: argparse.Namespace) -> dict[str, float]:
+    """Shares of a short training's time: generation, rewards."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        call.__name__ = getattr(function, "__name__", name)
+        return call
+
+    import trl
+
+    kept = trl.GRPOTrainer._generate, Scores.accuracy, Scores.form
+    trl.GRPOTrainer._generate = timed("generation", kept[0])
+    Scores.accuracy, Scores.form = timed("rewards", kept[1]), timed("rewards", kept[2])  # type: ignore[method-assign]
+    Scores.accuracy.__name__, Scores.form.__name__ = "accuracy", "form"
+    try:
+        short = argparse.Namespace(**{**vars(args), "steps": 9})
+        _, seconds = run("mixed", setting, short, 1e-4, 0)
+    finally:
+        trl.GRPOTrainer._generate, Scores.accuracy, Scores.form = kept  # type: ignore[method-assign]
+    return {"seconds of a step": seconds / 9, **{name: value / seconds for name, value in spent.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
+    parser.add_argument("--out", type=Path, default=Path("runs/curr_reft"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--generations", type=int, default=4)
+    parser.add_argument("--each", type=int, default=60, help="questions of each kind that are measured")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=["curriculum", "mixed", "supervised"])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "curr_reft.json"
+    setting = Setting(args.data, args.steps, args.prompts, args.each)
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"chosen": {}, "rates": {}, "runs": []}
+    record["arguments"] = {k: str(v) for k, v in vars(args).items() if k not in ("data", "out")}
+
+    def keep() -> None:
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps({k: record[k] for k in ("rates", "runs")})[-400:], flush=True)
+
+    if "start" not in record:
+        model = zoo.load("vlm-micro")
+        record["backbone"] = model.fingerprint
+        record["start"] = {**measured(model, setting.test), "validation": measured(model, setting.validation)["seen"]}
+        record["questions"] = {
+            name: len(part) for name, part in {**setting.test, "validation": setting.validation["seen"]}.items()
+        }
+        record["profile"] = profile(setting, args)
+        keep()
+    for arm in args.arms:
+        for rate in args.rates:
+            tried = record["rates"].setdefault(arm, {})
+            if str(rate) not in tried:
+                model, _ = run(arm, setting, args, rate, args.seeds[0])
+                tried[str(rate)] = measured(model, setting.validation)["seen"]
+                keep()
+        record["chosen"][arm] = max(record["rates"][arm], key=lambda r: record["rates"][arm][r])
+    for seed in args.seeds:
+        for arm in args.arms:
+            if not any(r["arm"] == arm and r["seed"] == seed for r in record["runs"]):
+                model, seconds = run(arm, setting, args, float(record["chosen"][arm]), seed)
+                record["runs"].append({"arm": arm, "seed": seed, "seconds": seconds, **measured(model, setting.test)})
+                keep()
+    lines = ["| | rate | seen kinds | left-out kinds |", "| --- | --- | --- | --- |"]
+    lines.append(f"| `vlm-micro` | | {100 * record['start']['seen']:.1f} | {100 * record['start']['left out']:.1f} |")
+    for arm in args.arms:
+        cells = []
+        for name in ("seen", "left out"):
+            values = [100 * r[name] for r in record["runs"] if r["arm"] == arm]
+            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}")
+        lines.append(f"| {arm} | {record['chosen'][arm]} | {' | '.join(cells)} |")
+    (args.out / "curr_reft.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
