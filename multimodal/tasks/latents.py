@@ -67,3 +67,35 @@ def _numbers(vae: Any, name: str) -> Tensor | None:
     found = getattr(vae.config, name, None)
     found = getattr(vae, name, None) if found is None else found
     return None if found is None else torch.as_tensor(found)
+
+
+def decode(vae: Any, latents: Tensor, video: bool) -> Tensor:
+    """The reverse of `encode`: latents (B, C, h, w) or (B, C, f, h, w) -> pixels (B, 3, H, W) or clips (B, 3, F, H, W)."""
+    vae = vae.to(latents.device)
+    x, batch = unscaled(vae, latents.float()), len(latents)
+    convolves_time = any(isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)) for m in vae.modules())
+    if video and not convolves_time:
+        x = x.transpose(1, 2).flatten(0, 1)
+    elif not video and convolves_time:
+        x = x.unsqueeze(2)
+    pixels: Tensor = vae.decode(x.to(vae.dtype)).sample.float()
+    if video and not convolves_time:
+        return pixels.unflatten(0, (batch, -1)).transpose(1, 2)
+    return pixels.squeeze(2) if not video and convolves_time else pixels
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """The reverse of `scaled`."""
+    config = vae.config
+    norm = getattr(vae, "bn", None)
+    if isinstance(norm, nn.BatchNorm2d):
+        mean, variance = (
+            torch.as_tensor(t).view(1, -1, 1, 1).to(latents) for t in (norm.running_mean, norm.running_var)
+        )
+        return F.pixel_shuffle(latents * torch.sqrt(variance + float(config.batch_norm_eps)) + mean, 2)
+    scale = float(getattr(config, "scaling_factor", None) or 1.0)
+    means, stds = _numbers(vae, "latents_mean"), _numbers(vae, "latents_std")
+    if means is None or stds is None:
+        return latents / scale + float(getattr(config, "shift_factor", None) or 0.0)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents * stds.to(latents).view(shape) / scale + means.to(latents).view(shape)
