@@ -65,6 +65,9 @@ def run(
     chosen = settings([t.removeprefix("run.") for t in texts if t.startswith("run.")], ["run"])["run"]
     procedure = registry.regime(regime, **{"seed": seed, **chosen})
 
+    if procedure.opens and (shots is not None or sessions is not None):
+        raise ConfigError(f"--shots and --sessions cut data by classes; those of '{regime}' have none.")
+
     def opened(sources: list[str], part: str | None, classes: Any = None) -> Any:
         found: dict[str, Any] = {}
         for number, text in enumerate(sources):
@@ -94,8 +97,6 @@ def run(
         tested = None if tested is None else by_class(tested, sessions)
     width: int | None = len(single.classes) if single is not None and procedure.needs_head and sessions is None else 0
     if procedure.opens:
-        if shots is not None or sessions is not None:
-            raise ConfigError(f"--shots and --sessions cut data by classes; those of '{regime}' have none.")
         width = None
     model = zoo.load(
         backbone,
