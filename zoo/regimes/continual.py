@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from zoo.data.dataset import ImageDataset
+from zoo.errors import DataError
 from zoo.regimes.report import LINE, style
 
-__all__ = ["draw_matrix", "forgetting", "matrix_table"]
+if TYPE_CHECKING:
+    from zoo.regimes.work import Run
+
+__all__ = ["accuracies", "check_sessions", "draw_matrix", "forgetting", "matrix_table"]
+
+
+def check_sessions(regime: str, run: Run) -> None:
+    """Raise DataError unless data and test are lists of sessions of the same classes, new ones in each session."""
+    sessions, tests = run.data, run.test
+    for what, given in (("data", sessions), ("test", tests)):
+        if (
+            not isinstance(given, list)
+            or not given
+            or not all(isinstance(s, ImageDataset) and s.classes for s in given)
+        ):
+            raise DataError(
+                f"{regime}: {what}= is a list of data sets with known classes, one for each session: zoo.data.by_class(data, 5) "
+                "cuts one into five."
+            )
+    if [s.classes for s in sessions] != [s.classes for s in tests]:
+        raise DataError(
+            f"{regime}: the test sessions must have the classes of the training sessions, in the same order."
+        )
+    seen: set[str] = set()
+    for number, session in enumerate(sessions):
+        if double := seen.intersection(session.classes):
+            raise DataError(
+                f"{regime}: session {number} has the class '{min(double)}', which an earlier one had; the head cannot grow by it."
+            )
+        seen |= set(session.classes)
+
+
+def accuracies(run: Run, kind: str = "") -> tuple[list[list[float]], list[float]]:
+    """The matrix of what was measured as "session s after t" + kind, and the accuracy over all classes seen after each session.
+
+    Where nothing of this kind was measured, what was measured without one stands.
+    """
+    values, count = run.values, len(run.data)
+    sizes = [len(t) for t in run.test]
+    names = [[f"session {past} after {now}" for past in range(now + 1)] for now in range(count)]
+    matrix = [[(values.get(name + kind) or values[name])["accuracy"] for name in row] for row in names]
+    seen = [sum(a * n for a, n in zip(row, sizes, strict=False)) / sum(sizes[: len(row)]) for row in matrix]
+    return matrix, seen
 
 
 def forgetting(matrix: Sequence[Sequence[float]]) -> float:

@@ -45,9 +45,9 @@ from torch import Tensor, nn
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.joined import with_classes
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.regimes.base import Phase, Regime
-from zoo.regimes.continual import draw_matrix, forgetting, matrix_table
+from zoo.regimes.continual import accuracies, check_sessions, draw_matrix, forgetting, matrix_table
 from zoo.regimes.report import RunReport
 from zoo.regimes.work import Run
 from zoo.registry import adapter, register_regime
@@ -197,26 +197,7 @@ class LAE(Regime):
 
     def prepare(self, run: Run) -> None:
         """Sessions of classes that are new each time, their test data, a model without a head."""
-        sessions, tests = run.data, run.test
-        for what, given in (("data", sessions), ("test", tests)):
-            if (
-                not isinstance(given, list)
-                or not given
-                or not all(isinstance(s, ImageDataset) and s.classes for s in given)
-            ):
-                raise DataError(
-                    f"lae: {what}= is a list of data sets with known classes, one for each session: zoo.data.by_class(data, 5) "
-                    "cuts one into five."
-                )
-        if [s.classes for s in sessions] != [s.classes for s in tests]:
-            raise DataError("lae: the test sessions must have the classes of the training sessions, in the same order.")
-        seen: set[str] = set()
-        for number, session in enumerate(sessions):
-            if double := seen.intersection(session.classes):
-                raise DataError(
-                    f"lae: session {number} has the class '{min(double)}', which an earlier one had; the head cannot grow by it."
-                )
-            seen |= set(session.classes)
+        check_sessions("lae", run)
         if len(run.model.active) > 1:
             raise ConfigError(
                 f"lae learns with one adapter; in use are {', '.join(run.model.active)}. model.set_active(one)."
@@ -272,19 +253,9 @@ class LAE(Regime):
     def summary(self, run: Run) -> dict[str, Any]:
         """Accuracy matrix (row: after session, column: on session), last, mean incremental accuracy, forgetting."""
         count = len(run.data)
-        sizes = [len(t) for t in run.test]
         found: dict[str, Any] = {}
         for kind in ("", ", online", ", offline"):
-            matrix = [
-                [
-                    (run.values.get(f"session {past} after {now}{kind}") or run.values[f"session {past} after {now}"])[
-                        "accuracy"
-                    ]
-                    for past in range(now + 1)
-                ]
-                for now in range(count)
-            ]
-            seen = [sum(a * n for a, n in zip(row, sizes, strict=False)) / sum(sizes[: len(row)]) for row in matrix]
+            matrix, seen = accuracies(run, kind)
             key = kind.removeprefix(", ")
             if not key:
                 found |= {"matrix": matrix, "seen": seen, "classes": [t.classes for t in run.test]}

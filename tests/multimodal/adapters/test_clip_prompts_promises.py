@@ -71,6 +71,20 @@ def test_every_image_has_an_answer_of_its_own(method: str) -> None:
         torch.testing.assert_close(model(x), together.detach())
 
 
+@pytest.mark.parametrize(("method", "texts"), [("maple", [3, 3]), ("cpe-clip", [3, 3]), ("cocoop", [12, 12, 12])])
+def test_how_many_texts_are_encoded(method: str, texts: list[int]) -> None:
+    """Those of the classes once for each step, whatever the batch; in evaluation once, but where each image has its own."""
+    model = build(method)
+    runs: list[int] = []
+    model.points["text.embed"].module.register_forward_hook(lambda m, a, y: runs.append(len(y)))
+    model.train()(images(model)).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            model(images(model))
+    assert runs == texts
+
+
 @pytest.mark.parametrize("beside", ["lora", "vpt", "prefix"])
 @each
 def test_memory_settings_and_other_methods_beside_it(method: str, beside: str) -> None:
