@@ -175,6 +175,11 @@ class Host(Protocol):
     def passing(self, run: Callable[[], Any], *inputs: Any, **kwargs: Any) -> Any:
         """`run()`, in which a library calls the backbone by itself, as one forward pass over these inputs."""
 
+    def passing_routed(
+        self, run: Callable[..., Any], names: Sequence[str | None], *inputs: Any
+    ) -> list[tuple[Tensor, Any]]:
+        """The same of `run(*inputs)` with the adapter of each sample: (rows, result), for the batch or for each adapter."""
+
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
         """Names of the context values that attached adapters read, each with these adapters."""

@@ -1,4 +1,5 @@
-"""The task "generate": a text for a question about an image, by a network that writes it word by word (VL-T5, VL-BART).
+"""The task "generate": a text for a question about an image, by a network that writes it word by word (VL-T5, VL-BART, decoders
+and language models with eyes).
 
     loss = mean over samples of w * mean over the answer's words of -log p(word | words before, question, image)
 
@@ -10,28 +11,34 @@ answers and captions, of which any is drawn, have w = 1.
 Evaluation writes the answers (the best word each time, or by beams) and compares them: "exact_match", "vqa_accuracy" where
 questions have several answers, "cider" for captions; "score" is the last of these that there is.
 
-Visual input comes from the data (features and boxes), or is made of its images by `vision`: an image backbone of the zoo, by
-default that which the network was trained with. It is made once for each image when the data is opened, and held.
+Language models (`multimodal.families.vlm`) are asked in the form of their chat template, see images as their processor makes
+them, of any size, and learn the answer and its end alone; nothing stands in front of a question there.
+
+For VL-T5 and VL-BART visual input comes from the data (features and boxes), or is made of its images by `vision`: an image
+backbone of the zoo, by default that which the network was trained with. It is made once for each image when the data is opened,
+and held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.data.chats import Chats
 from multimodal.data.questions import Question, open_questions
 from multimodal.data.visual_features import GridFeatures
 from multimodal.families.seq2seq.family import PREFIXES, Seq2Seq, visual_inputs
-from multimodal.metrics.answers import exact_match, normalized, vqa_accuracy
-from multimodal.metrics.cider import cider
+from multimodal.families.vlm.base import LanguageBackbone
+from multimodal.metrics.answers import normalized, vqa_accuracy
 from multimodal.tasks.generate_tasks import ManyTexts
 from multimodal.tasks.seen import Seen
-from zoo.data.dataset import ImageDataset
+from multimodal.tasks.written import Scores, Written, decode, written_by
+from zoo.data.dataset import ImageDataset, collate
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.registry import register_task
 from zoo.tasks.base import Task, call
@@ -44,15 +51,6 @@ __all__ = ["Generate", "Scores", "Written"]
 NONE = -100  # behind the end of an answer
 
 
-class Written(NamedTuple):
-    """What the task measures: scores (B, T, V), and in evaluation what was written, with the references of each."""
-
-    logits: Tensor
-    texts: list[str]
-    references: list[tuple[str, ...]]
-    captions: bool
-
-
 @register_task("generate")
 @dataclass
 class Generate(Task):
@@ -60,14 +58,16 @@ class Generate(Task):
 
     Args:
         vision: makes visual input of images: a `GridFeatures`, a model, or the name of one; None takes the network's own, if any.
-        prefix: in front of every question; None: "vqa: ", and "caption:" where there is no question.
-        question_length, answer_length: in tokens; longer ones are cut. None: answers of 10, captions of 40.
+        prefix: in front of every question; None: "vqa: ", and "caption:" where there is no question; for language models
+            nothing, and "Describe the image.".
+        question_length, answer_length: in tokens; longer ones are cut, but for answers that a language model is to learn, which
+            are refused. None: questions of 20 (language models: of any length), answers of 10, captions of 40.
         beams: in evaluation; 1 takes the best word each time (the authors have 5).
     """
 
     vision: Any = None
     prefix: str | None = None
-    question_length: int = 20
+    question_length: int | None = None
     answer_length: int | None = None
     beams: int = 1
 
@@ -85,16 +85,25 @@ class Generate(Task):
         """What `open_questions` takes; items are (inputs of the family, target (2, W)).
 
         Inputs: question (L,), its mask, the answer shifted to the right (T,), and, for a network that sees, features and boxes;
-        of several images together, each token with the number of its image and its object, which count anew in every image.
+        of several images together, each token with the number of its image and its object, which count anew in every image;
+        of language models a `multimodal.data.chats.Chat`, whose answer is not shifted.
         Target: the answer's tokens, and the code points of all references, each with -100 behind.
         """
         _check_family(model)
         dataset = open_questions(data, split=split)
-        if isinstance(dataset.rows, Prepared):
+        if isinstance(dataset.rows, (Prepared, Chats)):
             return dataset
-        return ImageDataset(
-            Prepared(self, model, dataset, train), None, indices=dataset.indices, on_error=dataset.on_error
-        )
+        rows: Any = self._chats(model, dataset, train) if _talks(model) else Prepared(self, model, dataset, train)
+        return ImageDataset(rows, None, indices=dataset.indices, on_error=dataset.on_error)
+
+    def _chats(self, model: Host, dataset: ImageDataset, train: bool) -> Chats:
+        if self.vision is not None:
+            raise ConfigError(
+                f"vision= makes features of images, and '{model.backbone_name}' reads these by itself. Leave it out."
+            )
+        ways: dict[str, Any] = {"codes": _codes, "draw": _drawn, "kinds": (CAPTION, QUESTION)}
+        lengths: dict[str, Any] = {"question_length": self.question_length, "answer_length": self.answer_length}
+        return Chats(model, dataset, prefix=self.prefix, train=train, **lengths, **ways)
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:
         """Raise unless the model writes text."""
@@ -122,10 +131,26 @@ class Generate(Task):
         return each.mean(), Written(logits, texts, answers, captions)
 
     @torch.no_grad()
-    def write(self, model: Host, inputs: Sequence[Any], length: int) -> list[str]:
-        """Texts of at most `length` tokens for inputs as the family takes them, the third unread, with the active adapters."""
+    def write(
+        self, model: Host, inputs: Sequence[Any], length: int, adapters: Sequence[str | None] | None = None
+    ) -> list[str]:
+        """Texts of at most `length` tokens for inputs as the family takes them, the third unread, with the active adapters.
+
+        `adapters`: for each sample the one that serves it instead (None: none).
+        """
         family: Any = model.family
         ids, mask, _, *visual = inputs
+        if _talks(model):
+            settings = {"num_beams": self.beams, "do_sample": False, "max_new_tokens": length}
+
+            def talk(ids: Tensor, mask: Tensor, _: Tensor, *seen: Tensor) -> Tensor:
+                return family.written(ids, mask, seen, **settings)  # type: ignore[no-any-return]
+
+            return decode(family, written_by(model, talk, inputs, adapters, family.writer().pad))
+        if adapters is not None:
+            raise ConfigError(
+                f"adapters= is for language models; write with '{model.backbone_name}' once for each adapter."
+            )
         named = visual_inputs(visual)
         family.check_visual(named["visual_features"])
         given = {name: value for name, value in named.items() if value is not None}
@@ -136,8 +161,16 @@ class Generate(Task):
 
         return decode(family, model.passing(run, ids, *visual))
 
-    def answer(self, model: Host, images: Sequence[Any], questions: Sequence[str | None]) -> list[str]:
+    def answer(
+        self,
+        model: Host,
+        images: Sequence[Any],
+        questions: Sequence[str | None],
+        adapters: Sequence[str | None] | None = None,
+    ) -> list[str]:
         """Answers to questions about images, which are PIL images, paths, encoded bytes or (features, boxes).
+
+        `adapters`: for each question the adapter that answers it (None: none); by default all are answered with the active ones.
 
         Raises:
             DataError: not one image for each question.
@@ -147,12 +180,12 @@ class Generate(Task):
         _check_family(model)
         ready = [Question(i, q, ("?",), k) for k, (i, q) in enumerate(zip(images, questions, strict=True))]
         dataset = self.open(model, ready, train=False)
-        parts = [dataset[i][0] for i in range(len(dataset))]
-        inputs = [torch.stack(column).to(model.device) for column in zip(*parts, strict=True)]
+        batch, _ = collate([dataset[i] for i in range(len(dataset))])
+        inputs = [part.to(model.device) for part in batch]
         training = model.training
         model.eval()
         try:
-            return self.write(model, inputs, inputs[2].shape[1])
+            return self.write(model, inputs, inputs[2].shape[1], adapters)
         finally:
             model.train(training)
 
@@ -175,13 +208,6 @@ def _codes(kind: str, texts: Sequence[str]) -> list[int]:
 
 def _text(codes: list[int]) -> list[str]:
     return "".join(chr(c) for c in codes if c != NONE).split("\n")
-
-
-def decode(family: Any, ids: Tensor) -> list[str]:
-    """Texts of generated tokens (B, T), without the words that only mark start and end; visual words stay."""
-    tokenizer, config = family.tokenizer, family.config
-    marks = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, config.decoder_start_token_id}
-    return [tokenizer.decode([i for i in row if i not in marks]).strip() for row in ids.tolist()]
 
 
 class Prepared:
@@ -231,7 +257,7 @@ class Prepared:
         prefix = self.task.prefix
         if prefix is None:
             prefix = PREFIXES["caption" if kind == CAPTION else "vqa"]
-        ids, mask = self._encode(f"{prefix}{question.text or ''}", self.task.question_length)
+        ids, mask = self._encode(f"{prefix}{question.text or ''}", self.task.question_length or 20)
         chosen = _drawn(question, kind) if self.train else question.answers[0]
         words, there = self._encode(chosen, self.answer_length)
         labels = words.masked_fill(~there.bool(), NONE)
@@ -273,6 +299,8 @@ class _Shift:
 def _front(task: Generate, model: Host) -> GridFeatures | None:
     """What makes features of images."""
     _check_family(model)
+    if _talks(model):
+        return None  # its own eyes
     family: Any = model.family
     vision = task.vision if task.vision is not None else family.front_end
     if vision is None or family.feat_dim is None or isinstance(vision, GridFeatures):
@@ -285,41 +313,13 @@ def _front(task: Generate, model: Host) -> GridFeatures | None:
     return GridFeatures(name, **options)
 
 
+def _talks(model: Host) -> bool:
+    return isinstance(model.family, LanguageBackbone)
+
+
 def _check_family(model: Host) -> None:
-    if not isinstance(model.family, Seq2Seq):
+    if not isinstance(model.family, (Seq2Seq, LanguageBackbone)):
         raise MismatchError(
             f"'{model.backbone_name}' is of the family '{model.family.family}'; generate trains those that write text (families "
-            "'vl-t5', 'vl-bart')."
+            "'vl-t5', 'vl-bart', 'decoder', 'vlm')."
         )
-
-
-class Scores:
-    """Numbers over everything that was written since `reset`; on several processes over what all of them wrote."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self.seen: list[tuple[str, tuple[str, ...], bool]] = []
-
-    def update(self, outputs: Written, targets: Tensor) -> None:
-        """Add a batch."""
-        self.seen += [(t, r, outputs.captions) for t, r in zip(outputs.texts, outputs.references, strict=True)]
-
-    def compute(self) -> dict[str, float]:
-        """The numbers that fit the data, and "score", the one that counts."""
-        seen = self.seen
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, seen)
-            seen = [item for part in gathered for item in part]
-        answers, captions = [s for s in seen if not s[2]], [s for s in seen if s[2]]
-        found: dict[str, float] = {}
-        if answers:
-            found["exact_match"] = sum(exact_match(t, r) for t, r, _ in answers) / len(answers)
-            if any(len(r) > 1 for _, r, _ in answers):
-                found["vqa_accuracy"] = sum(vqa_accuracy(t, r) for t, r, _ in answers) / len(answers)
-        if captions:
-            found["cider"] = cider([t for t, _, _ in captions], [r for _, r, _ in captions])
-        return {**found, "score": list(found.values())[-1] if found else 0.0}

@@ -73,3 +73,33 @@ def of_library(model: zoo.Model, ids: Tensor, mask: Tensor | None, *seen: Tensor
     else:
         given |= {"pixel_values": seen[0], "pixel_attention_mask": seen[1]}
     return {**given, **({} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)})}
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}\n{% endfor %}assistant:"
+)
+
+
+def small_qwen(seed: int = 0) -> zoo.Model:
+    """`vlm-micro` with two blocks each and random numbers: texts of any words, images of 32 to 128 pixels a side."""
+    sizes: dict[str, Any] = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"depth": 2}}
+    return zoo.load("vlm-micro", pretrained=False, seed=seed, **sizes).eval()
+
+
+def words(*special: str) -> Any:
+    """A tokenizer of single characters with special words, which starts texts with <s>."""
+    import tokenizers
+    import transformers
+
+    letters = "abcdefghijklmnopqrstuvwxyz ?.:\n"
+    names = ["<pad>", "</s>", "<s>", *special, "<unk>", *letters]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    found = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    found.add_special_tokens({"additional_special_tokens": list(special)})
+    return found

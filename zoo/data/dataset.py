@@ -174,7 +174,7 @@ _KINDS = {
 
 
 def stack(items: Sequence[Any]) -> tuple[Any, Any]:
-    """Batch (input, target) pairs; see `collate`."""
+    """Batch (input, target) pairs; see `collate`. Inputs of a class with `together` (a class method) are put together by it."""
     first = items[0]
     if not isinstance(first, (tuple, list)) or len(first) != 2:
         raise DataError(
@@ -195,10 +195,15 @@ def stack(items: Sequence[Any]) -> tuple[Any, Any]:
             f"{what} of one batch have different shapes: {', '.join(map(str, shapes[:4]))}. End the transform with {mend} to one "
             "size; model.preprocess(train=True) does."
         )
+    together = getattr(type(first[0]), "together", None)  # inputs that know how they make a batch
+    if together is not None:
+        inputs = together([item[0] for item in items])
+        items = [(0, item[1]) for item in items]
     if isinstance(first[1], Tensor) and len(sizes := {tuple(getattr(item[1], "shape", ())) for item in items}) > 1:
         raise DataError(f"Targets of one batch have different shapes: {', '.join(map(str, sorted(sizes)[:4]))}.")
     try:
-        inputs, targets = default_collate([tuple(item) for item in items])
+        found, targets = default_collate([tuple(item) for item in items])
+        inputs = found if together is None else inputs
         return inputs, targets if isinstance(targets, (Tensor, dict)) else torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         what = " and ".join(f"{type(part).__name__}" for part in first)

@@ -76,6 +76,14 @@ class Contextual(AdapterHost):
         finally:
             self._state.settle(risen)
 
+    def passing_routed(
+        self, run: Callable[..., Any], names: Sequence[str | None], *inputs: Any
+    ) -> list[tuple[Tensor, Any]]:
+        """As `passing` of `run(*inputs)`, with the adapter of each sample: (rows, result), for the batch or each adapter."""
+        from zoo.model.routing import passing_routed
+
+        return passing_routed(self, run, names, inputs)  # type: ignore[arg-type]
+
     def _all_wants(self) -> list[Want]:
         return [want for wants in self._wants.values() for want in wants]
 

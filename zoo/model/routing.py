@@ -7,7 +7,7 @@ Every named adapter gets the gradients of its own rows, those that are attached 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,44 @@ def forward_routed(
         model._serve(here)
         _modes(model, route.named)
     return route.joined(outputs)
+
+
+def passing_routed(
+    model: Model, run: Callable[..., Any], names: Sequence[str | None], inputs: tuple[Any, ...]
+) -> list[tuple[Tensor, Any]]:
+    """`run(*inputs)`, in which a library calls the backbone by itself, with the adapter of each sample (`Model.passing`).
+
+    Returns:
+        (rows, what `run` gave for them): one for the batch, or, where it does not go through in one pass, for each adapter.
+
+    Raises:
+        UnknownNameError, ConfigError, ContextError: as `forward_routed`.
+    """
+    model.family.check_routed(*inputs)
+    batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
+    route = Route.of(model, names, batch)
+    state, order = model._state, list(route.rows)
+    state.settle(model._enter())
+    whole = model.family.even(*inputs) and _row_by_row(model, order)
+    here, parts = state.here(), []
+    try:
+        for name, index in [("", torch.arange(batch, device=model.device))] if whole else route.rows.items():
+            owners = route.named if whole else (() if name is None else (name,))
+            served = route.served if whole else dict.fromkeys(owners, index)
+            model._serve((owners, served, batch, None, False, None) if whole else (owners, None, 0, None, False, None))
+            _modes(model, owners)
+            mine = tuple(t.index_select(0, index) if isinstance(t, Tensor) else t for t in inputs)
+            risen = model._enter()
+            try:
+                parts.append((index, model._framed(run, mine, {}, owners=owners, rows=served, call=(inputs, {}))))
+            finally:
+                state.settle(risen)
+        return parts
+    finally:
+        for name in route.named:
+            model.adapters[name].release()  # type: ignore[operator]
+        model._serve(here)
+        _modes(model, route.named)
 
 
 def _check_alone(model: Model, names: Sequence[str | None]) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from multimodal.data.chats import Writer
 from multimodal.families.vlm.language import LANGUAGE, LanguageSite, check_attention
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
@@ -324,6 +325,31 @@ class LanguageBackbone(TransformersBackbone):
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self._tokenizer = value
+
+    @property
+    def processor(self) -> Any:
+        """What makes inputs of texts: the tokenizer."""
+        return self.tokenizer
+
+    def writer(self) -> Writer:
+        """Tokenizer and chat template as data and tasks use them."""
+        return Writer(self.processor, self.tokenizer, (), False, self.name)
+
+    def written(self, ids: Tensor, mask: Tensor, seen: Sequence[Any], **options: Any) -> Tensor:
+        """Words (B, T) that the network writes behind texts (B, L); `options` of the library's `generate`.
+
+        To be called within `model.passing`, so that trained parts of the network stand in.
+        """
+        given = self.inputs(ids, mask, seen, {})
+        given.pop("position_ids", None)  # the library counts by itself as it goes on
+        network: Any = self.module
+        ends = network.generation_config.eos_token_id
+        own = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        end = self.tokenizer.eos_token_id
+        marks = {"eos_token_id": list(dict.fromkeys([*own, end])), "pad_token_id": self.writer().pad}
+        # a model's own settings for talking (temperature and the like) have no place where the best words are taken
+        quiet = {} if options.get("do_sample") else {"temperature": None, "top_p": None, "top_k": None}
+        return network.generate(**given, **{**marks, **quiet, **options})[:, ids.shape[1] :]  # type: ignore[no-any-return]
 
     def pretrained_part(self, kind: str, what: str) -> Any:
         """A tokenizer or processor of the weights' source."""

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.data.chats import Writer
 from multimodal.families.vlm.base import TEXT_OPTIONS, LanguageBackbone, untold
 from multimodal.families.vlm.eyes import EYES, VISION_OPTIONS, Eyes, in_one_row
 from multimodal.families.vlm.micro import MICRO, NAME, micro_processor, micro_weights
@@ -338,6 +339,10 @@ class VisionLanguage(LanguageBackbone):
     def licence(self) -> str | None:
         """That of the weights which come with the package; of others none is known."""
         return "apache-2.0" if self.pretrained and self.source == NAME else super().licence()
+
+    def writer(self) -> Writer:
+        """Processor and chat template as data and tasks use them."""
+        return Writer(self.processor, self.tokenizer, self.visual, self.eyes.packed, self.name)
 
     def hub_task(self, num_classes: int) -> str | None:
         """The Hub's word for it."""

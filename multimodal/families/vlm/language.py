@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from multimodal.families.seq2seq.releases import cache_name
-from zoo.engine.attention import Alone, Pair, by_head
+from zoo.engine.attention import Alone, Bias, Pair, by_head
 from zoo.errors import AttachError, ConfigError
 from zoo.families.cached_keys import keys_values, pair_bias
 from zoo.families.split_attention import SplitAttention, rotated
@@ -66,6 +66,10 @@ class LanguageSite(SplitAttention):
     def _wide(self, x: Tensor) -> Tensor:
         """(n, h_kv, ...) -> (n, h, ...)."""
         return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, images: int, bias: Bias) -> Tensor:
+        """With an adapter for each sample, all beams of a sample are read with the keys of its own."""
+        return super().attend(q, k, v, images if self.state.route is None else self.state.batch, bias)
 
     def extended(  # type: ignore[override]
         self,
