@@ -11,10 +11,11 @@ takes as many steps of as many questions:
     supervised   the same exercises with their answers behind the thought that is right, as in the pretraining
 
 What is measured: the share of exact answers, greedy, in their tags, to questions about drawings of the test split, of the
-seen kinds and of the three kinds that no training here or before has asked; yes-or-no questions have as many of each
-answer. The learning rate of each arm is the best of `--rates` for the seen kinds on drawings of the train split that no
-arm is trained on (first seed); the test split is measured after that, three seeds. Where the time goes is measured in the
-first run: generation, rewards, all.
+seen kinds and of the three kinds that no training here or before has asked; as many of each kind. Questions are drawn as
+the data hold them: to "is there a red shape?" the answer is mostly no, to "is there not a red shape?" mostly yes. The
+learning rate of each arm is the best of `--rates` for the seen kinds on drawings of the train split that no arm is
+trained on (first seed); the test split is measured after that, three seeds. Where the time goes is measured in a short
+training: generation, log-probabilities (forward passes of policy and reference), rewards.
 """
 
 from __future__ import annotations
@@ -44,15 +45,12 @@ from zoo.data.seeds import seed_everything
 VALIDATION = 400  # drawings of the train split that no arm is trained on: the last ones
 
 
-def even(kept: list[Row], draw: random.Random, each: int) -> list[Row]:
-    """`each` questions of every kind, and of every answer where it is yes or no half as many of each."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+def of_each(kept: list[Row], draw: random.Random, each: int) -> list[Row]:
+    """`each` questions of every kind, as they are drawn: how often the answer is yes is a kind's own."""
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in kept:
-        groups[row.kind, row.answer if row.answer in ("yes", "no") else ""].append(row)
-    found = []
-    for (_, answer), group in sorted(groups.items()):
-        found += draw.sample(group, min(len(group), each // 2 if answer else each))
-    return found
+        groups[row.kind].append(row)
+    return [row for _, group in sorted(groups.items()) for row in draw.sample(group, min(len(group), each))]
 
 
 def exercise(row: Row, seen: dict[int, bytes], level: str, draw: random.Random) -> Exercise:
@@ -73,26 +71,23 @@ class Setting:
         train = [row for row in asked if row.image not in last]
         judged = [row for row in train if row.answer in ("yes", "no")]
         opened = [row for row in train if row.answer not in ("yes", "no")]
-        count, answers = steps * prompts // 3, {"yes": [], "no": []}  # type: ignore[var-annotated]
-        for row in judged:
-            answers[row.answer].append(row)
-        chosen = [draw.choice(answers[draw.choice(("yes", "no"))]) for _ in range(count)]
+        count = steps * prompts // 3
         self.train: list[tuple[Exercise, str]] = []
         for level, part in (
-            ("judge", chosen),
+            ("judge", draw.sample(judged, count)),
             ("choice", draw.sample(opened, count)),
             ("open", draw.sample(opened, count)),
         ):
             for row in part:
                 made = exercise(row, pictures, level, draw)
                 self.train.append((made, str(row.tagged).replace(f"<answer>{row.answer}<", f"<answer>{made.answer}<")))
-        held = even([row for row in asked if row.image in last], draw, each)
+        held = of_each([row for row in asked if row.image in last], draw, each)
         self.validation = {"seen": [exercise(row, pictures, "", draw) for row in held]}
         pictures, asked = images(folder, "test"), rows(folder, "test")
         self.test = {
             name: [
                 exercise(row, pictures, "", draw)
-                for row in even([r for r in asked if (r.kind in LEFT_OUT) == (name == "left out")], draw, each)
+                for row in of_each([r for r in asked if (r.kind in LEFT_OUT) == (name == "left out")], draw, each)
             ]
             for name in ("seen", "left out")
         }
@@ -152,27 +147,35 @@ def profile(setting: Setting, args: argparse.Namespace) -> dict[str, float]:
 
     import trl
 
-    kept = trl.GRPOTrainer._generate, Scores.accuracy, Scores.form
-    trl.GRPOTrainer._generate = timed("generation", kept[0])
-    Scores.accuracy, Scores.form = timed("rewards", kept[1]), timed("rewards", kept[2])  # type: ignore[method-assign]
-    Scores.accuracy.__name__, Scores.form.__name__ = "accuracy", "form"
+    trainer, parts = (
+        trl.GRPOTrainer,
+        {"generation": "_generate", "log-probabilities": "_get_per_token_logps_and_entropies"},
+    )
+    kept: dict[tuple[Any, str], Any] = {(trainer, name): getattr(trainer, name) for name in parts.values()}
+    kept |= {(Scores, name): getattr(Scores, name) for name in ("accuracy", "form")}
+    for part, name in parts.items():
+        setattr(trainer, name, timed(part, getattr(trainer, name)))
+    for name in ("accuracy", "form"):
+        setattr(Scores, name, timed("rewards", getattr(Scores, name)))
     try:
-        short = argparse.Namespace(**{**vars(args), "steps": 9})
-        _, seconds = run("mixed", setting, short, 1e-4, 0)
+        began, short = time.perf_counter(), argparse.Namespace(**{**vars(args), "steps": 30})
+        run("mixed", setting, short, 1e-4, 0)
+        seconds = time.perf_counter() - began
     finally:
-        trl.GRPOTrainer._generate, Scores.accuracy, Scores.form = kept  # type: ignore[method-assign]
-    return {"seconds of a step": seconds / 9, **{name: value / seconds for name, value in spent.items()}}
+        for (owner, name), function in kept.items():
+            setattr(owner, name, function)
+    return {"seconds of a step": seconds / 30, **{name: value / seconds for name, value in spent.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
     parser.add_argument("--out", type=Path, default=Path("runs/curr_reft"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--each", type=int, default=60, help="questions of each kind that are measured")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=["curriculum", "mixed", "supervised"])
     args = parser.parse_args()
@@ -195,18 +198,20 @@ def main() -> None:
         }
         record["profile"] = profile(setting, args)
         keep()
+    trained: dict[tuple[str, str, int], tuple[Any, float]] = {}
     for arm in args.arms:
-        for rate in args.rates:
+        for rate in map(str, args.rates):
             tried = record["rates"].setdefault(arm, {})
-            if str(rate) not in tried:
-                model, _ = run(arm, setting, args, rate, args.seeds[0])
-                tried[str(rate)] = measured(model, setting.validation)["seen"]
+            if rate not in tried:
+                trained[arm, rate, args.seeds[0]] = run(arm, setting, args, float(rate), args.seeds[0])
+                tried[rate] = measured(trained[arm, rate, args.seeds[0]][0], setting.validation)["seen"]
                 keep()
         record["chosen"][arm] = max(record["rates"][arm], key=lambda r: record["rates"][arm][r])
     for seed in args.seeds:
         for arm in args.arms:
             if not any(r["arm"] == arm and r["seed"] == seed for r in record["runs"]):
-                model, seconds = run(arm, setting, args, float(record["chosen"][arm]), seed)
+                rate = record["chosen"][arm]
+                model, seconds = trained.get((arm, rate, seed)) or run(arm, setting, args, float(rate), seed)
                 record["runs"].append({"arm": arm, "seed": seed, "seconds": seconds, **measured(model, setting.test)})
                 keep()
     lines = ["| | rate | seen kinds | left-out kinds |", "| --- | --- | --- | --- |"]

@@ -54,8 +54,9 @@ class Run:
             raise ConfigError(f"The regime '{self.regime}' uses the name '{name}' for two values; give each its own.")
         self._asked.add(name)
         if name not in self.values:
+            computed = compute()
             try:
-                value = json.loads(json.dumps(compute()))
+                value = json.loads(json.dumps(computed))
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"The value '{name}' of the regime '{self.regime}' is not JSON: {error}.") from error
             self.values[name] = value

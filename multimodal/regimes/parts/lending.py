@@ -198,7 +198,7 @@ class Progress:
         """The checkpoint."""
         if self.file is None:
             return
-        tensors = {f"parameter:{name}": p for name, p in self.named.items()}
+        tensors: dict[str, Tensor] = {f"parameter:{name}": p for name, p in self.named.items()}
         for name, p in self.named.items():
             tensors |= {f"optimizer:{name}|{k}": v for k, v in self.optimizer.state[p].items()}
         tensors["random:cpu"] = torch.get_rng_state()

@@ -86,7 +86,7 @@ class Asking:
 
 def digest(model: Model) -> str:
     """Of everything that is trained: equal texts mean the same answers."""
-    found = hashlib.blake2b(model.fingerprint.encode())
+    found = hashlib.blake2b(str(model.fingerprint).encode())
     for name, parameter in model.parameters_to_train().items():
         found.update(name.encode())
         found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

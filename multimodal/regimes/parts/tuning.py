@@ -5,6 +5,7 @@ loss = mean over answers of mean over words of -log p(word | chat, words before)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,7 +65,7 @@ def write(
             inputs = inputs_of(processor, exercises[start : start + at_once], system, model.device)
             options = {"max_new_tokens": length, "pad_token_id": tokenizer.pad_token_id}
             options |= drawn if temperature > 0 else {"do_sample": False}
-            ids = model.passing(lambda i=inputs, o=options: network.generate(**i, **o), **inputs)
+            ids = model.passing(functools.partial(network.generate, **inputs, **options), **inputs)
             ids = ids[:, inputs["input_ids"].shape[1] :]
             written += [str(t).strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     finally:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import zoo
 from multimodal.data.exercises import Exercise, open_exercises
+from multimodal.families.vlm.micro import micro_tokenizer
 from multimodal.regimes.curr_reft import CurrReFT
 from multimodal.regimes.parts.grpo import GRPO, Scores
 from multimodal.regimes.parts.rejection import Rule
@@ -85,9 +86,12 @@ def by_hand(model: Any, data: Any, drawn: list[Any], values: Any, start: Any, be
     return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("at_once", [0, 3])
-def test_advantages_and_loss_are_those_computed_by_hand(rewarded, at_once):
-    model, data = small_vlm(zoo.adapter("lora", targets="all-linear")), open_exercises(exercises())
+LORA = zoo.adapter("lora", targets="all-linear")
+
+
+@pytest.mark.parametrize(("adapter", "at_once"), [(LORA, 0), (LORA, 3), ("full", 0)], ids=["all", "parts", "full"])
+def test_advantages_and_loss_are_those_computed_by_hand(rewarded, adapter, at_once):
+    model, data = small_vlm(adapter), open_exercises(exercises())
     generator = torch.Generator().manual_seed(1)
     start = {k: p + 0.1 * torch.randn(p.shape, generator=generator) for k, p in model.parameters_to_train().items()}
     put(model, start)
@@ -297,6 +301,17 @@ def test_wrong_data_models_and_rewards_are_refused(tmp_path):
     with pytest.raises(CombinationError, match="adalora"):
         zoo.run(small_vlm("adalora"), "curr-reft", open_exercises(data), **SETTINGS)
 
+    with pytest.raises(ConfigError, match=r"processor.*could not be loaded"):  # and there is none of random weights
+        zoo.run(
+            zoo.load("qwen2-vl-2b", "lora", pretrained=False, device="meta"),
+            "curr-reft",
+            open_exercises(data),
+            **SETTINGS,
+        )
+    torn = [Exercise(b"no image", e.question, e.answer, e.level, key="torn") for e in data]
+    with pytest.raises(DataError, match="torn"):
+        zoo.run(small_vlm(), "curr-reft", open_exercises(torn), open_exercises(torn), **SETTINGS)
+
     for value, message in ((math.nan, "is nan"), (RuntimeError("broken"), "raised RuntimeError: broken")):
 
         def reward(answer: str, reference: str, value: Any = value) -> float:
@@ -339,6 +354,20 @@ def test_data_come_from_a_table(tmp_path):
         assert [e.level for e, _ in open_exercises(source, split="train")] == [e.level for e in exercises()]
     with pytest.raises(DataError, match="is not there"):
         open_exercises(tmp_path, split="test")
+
+
+def test_a_model_without_eyes_learns_from_texts_alone(rewarded):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = zoo.load("qwen2-0.5b", "lora", pretrained=False, num_key_value_heads=1, vocab_size=512, **small)
+    model.family.tokenizer = micro_tokenizer()
+    asked = [Exercise(None, f"is {i} even?", "no" if i % 2 else "yes", "judge") for i in range(4)]
+    settings = {**SETTINGS, "stages": ("judge",), "steps": (2,), "epochs": (1,), "generations": (2,)}
+    before = {k: p.detach().clone() for k, p in model.parameters_to_train().items()}
+    report = zoo.run(model, "curr-reft", open_exercises(asked), **settings)
+    assert report.phases[0]["steps"] == 2 and len(rewarded) == 2
+    assert any(not torch.equal(p, before[k]) for k, p in model.parameters_to_train().items())
+    with pytest.raises(DataError, match="has no eyes"):
+        zoo.run(model, "curr-reft", open_exercises(exercises()[:4]), **settings)
 
 
 def test_the_paper_s_model_with_lora_is_attached_and_counted():
