@@ -25,6 +25,10 @@ transformer; without `train` both are trained.
 Defaults: AdamW at 1e-3 without weight decay for classes; for diffusion the authors' idea is that of textual inversion, for which
 5e-3 over 500 steps is proposed here. Counts: K n d (CLIP ViT-B, 100 classes: 51,200); one class of DiT-XL/2: 1,152; a context of
 77 x 768: 59,136, or 768 for each of `tokens`.
+Measured (benchmarks/cones.py: clip-micro, CIFAR-10, 50 epochs, our default rate, the epoch chosen on k other images of a class,
+2,000 test images, mean of three seeds): before the first step 25.1 %, as zero-shot; then 27.4, 32.6 and 43.8 % with 1, 4 and 16
+images of each class, and with a LoRA beside it 45.2 % (16). From random directions 22.2, 31.5 and 42.6 %. The linear probe, the
+same classifier with lengths and a bias, is better here: 29.0, 37.5 and 46.2 %.
 Source: Yi et al., "ConES: Concept Embedding Search for Parameter Efficient Tuning Large Vision Language Models", 2023
 (arXiv 2305.18993). There is no code of the authors; what the paper's abstract leaves open is chosen here.
 

@@ -73,6 +73,7 @@ def test_every_method_works_or_is_refused(kind: str) -> None:
         "vqt",
         "coop",
         "cones",
+        "textual-inversion",
         "cocoop",
         "cpe-clip",
         "maple",

@@ -125,6 +125,7 @@ REFUSED = {
     "cpe-clip": "tokens points",
     "maple": "tokens points",
     "cones": "needs the output 'text'",
+    "textual-inversion": "no embedding of words",
     "ladder": "attention points",
     "dtl": "attention points",
     "dtl+": "attention points",

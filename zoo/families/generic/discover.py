@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.engine.sites import site_at
 from zoo.families.generic.roles import is_norm, linear_role
 from zoo.families.generic.watch import Pass
-from zoo.points import BlockPoint, NormPoint, Point, SublayerPoint
+from zoo.points import BlockPoint, ConditionPoint, NormPoint, Point, SublayerPoint
 from zoo.points.rows import is_conv, is_transposed, make_linear
 
 SUBLAYERS = {
@@ -67,7 +67,7 @@ def discover(root: nn.Module, seen: Pass | None, head: nn.Module | None = None) 
         point.block, point.stage = index, stage
         points.append((seen.modules[path].order if seen is not None else len(points), point))
     points.sort(key=lambda item: item[0])
-    found.points = [point for _, point in points]
+    found.points = [*_words(root, seen, paths), *(point for _, point in points)]
     found.points += _larger(root, seen, blocks, found.points)
     return found
 
@@ -127,6 +127,21 @@ def _point(
     assert point is not None
     point.unmergeable = _odd(module)
     return point
+
+
+def _words(root: nn.Module, seen: Pass | None, paths: dict[nn.Module, str]) -> list[Point]:
+    """The embedding of a text's words, where a network of transformers says which module it is, and a pass has called it."""
+    try:
+        table = root.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return []
+    if not isinstance(table, nn.Embedding) or seen is None:
+        return []
+    for module, path in paths.items():  # the one that is called may be another with the same weight
+        if isinstance(module, nn.Embedding) and module.weight is table.weight and path in seen.modules:
+            width = table.embedding_dim
+            return [ConditionPoint(name=path, role="words", path=path, module=module, dim_in=0, dim_out=width)]
+    return []
 
 
 def _shared(root: nn.Module) -> dict[int, list[str]]:
