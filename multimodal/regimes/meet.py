@@ -58,7 +58,7 @@ class QualityRows:
 
     def __init__(self, datasets: Mapping[str, ImageDataset]) -> None:
         self.datasets = [d._like(on_error="raise") for d in datasets.values()]
-        self.part = np.repeat(np.arange(len(datasets)), [len(d) for d in self.datasets])
+        self.part: np.ndarray = np.repeat(np.arange(len(datasets)), [len(d) for d in self.datasets])
         self.starts = np.cumsum([0, *(len(d) for d in self.datasets)])
         self.name = "+".join(dict.fromkeys(d.name for d in self.datasets))
         self.noun = self.datasets[0].noun

@@ -52,7 +52,7 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def second_softmax(site: Any, q: Tensor, y: Tensor, images: int) -> Tensor:
     """y (R, h, M, c) with what the gated keys of all active adapters add; q (R, h, M, c), R = images * windows."""
-    windows = q.shape[0] // images
+    windows = q.shape[0] // max(images, 1)  # an empty batch has none
     for op in site.forwards:
         if op.verb != "gate":
             continue

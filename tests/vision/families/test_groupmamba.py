@@ -131,6 +131,7 @@ REFUSED = {
     "dtl+": "attention points",
     "convpass": "is not described",
     "meft": "not a plain sequence",
+    "llama-adapter-v2": "attention points",
     "conformer": "mixes each token with those around it",
     "meet": "tokens points",
     "moa": "matches no sublayer point",

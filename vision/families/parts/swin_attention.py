@@ -62,8 +62,12 @@ class WindowSite(AttentionSite):
 
     @property
     def fused(self) -> bool:
-        """Also where timm by default keeps Swin from the fused product: with more keys it saves time and half the bytes."""
-        return bool(self.module.fused_attn) or use_fused_attn()
+        """Also where timm by default keeps Swin from the fused product: with more keys it saves time and half the bytes.
+
+        Gates alone bring no keys into it: the product is the library's then, to the bit.
+        """
+        gated = bool(self.forwards) and all(op.verb == "gate" for op in self.forwards)
+        return bool(self.module.fused_attn) or (use_fused_attn() and not gated)
 
     def compared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as the product takes them."""
