@@ -1,20 +1,20 @@
-"""Are controls better learned before the network is tuned with them (MEET)? `vl-t5-micro`, captions of easy-VQA's drawings.
+"""Are controls better learned before the network is tuned with them (MEET)? `vl-t5-micro`, questions of easy-VQA.
 
     python benchmarks/meet.py --data <folder with easy_vqa/> --seeds 3
 
-A good caption says colour and shape of the drawing ("a red circle"), a bad one those of another drawing.
-`vl-t5-micro` was trained on questions and has never written a caption; it is taught by `--images` drawings with a good
-and a bad caption each, in four ways, all with the same number of steps:
+Good answers are right, bad ones are wrong: another colour, another shape, no for yes. `vl-t5-micro` answers such questions;
+by `--questions` of them with a good and a bad answer each it is taught which of the two is wanted, in four ways, all with the
+same number of steps:
 
 - MEET: controls first (`--control-epochs`), then the network with them (`--epochs`)
 - together: network and controls from the beginning
 - words: the network, with "yes" or "no" in front of the input (Chain of Hindsight)
 - controls: the controls alone
 
-Learning rates are chosen for each way by the controllability on 400 other drawings of the training split (`--choose`),
-with a seed that is used for nothing else; they stand in `RATES`. The drawings of the test split are looked at once for
-each row: captions that are right, word by word, under each control. Rows are written as they come, and a run that was
-stopped goes on. Writes `results/meet.{json,md}`.
+The learning rates are those of `--rates`; `--choose` tries four pairs for MEET on 400 other questions of the training split,
+with a seed that is used for nothing else, and all ways have the pair with the largest controllability there. 400 questions of
+the test split are looked at once for each row: answers that are right, word by word, under each control. Rows are written as
+they come, and a run that was stopped goes on. Writes `results/meet.{json,md}`.
 """
 
 from __future__ import annotations
@@ -31,71 +31,47 @@ import pyarrow.parquet as pq
 
 import zoo
 from multimodal.data.questions import Question, open_questions
-from multimodal.metrics.answers import exact_match
+from multimodal.data.visual_features import GridFeatures
 from multimodal.regimes.meet import OfQuality
 from multimodal.tasks.generate import Generate
 
 RESULTS = Path(__file__).parent / "results"
-COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
-SHAPES = {"circle", "rectangle", "triangle"}
-LENGTH = 5  # of a caption in tokens
+KINDS = (
+    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+    ("circle", "rectangle", "triangle"),
+    ("yes", "no"),
+)
+LENGTH = 3  # of an answer in tokens
 QUALITIES = ("good", "bad")
-# way -> rates of the controls and of the network, chosen by --choose
-RATES: dict[str, tuple[float, float]] = {
-    "MEET": (3e-2, 1e-3),
-    "together": (3e-2, 1e-3),
-    "words": (3e-2, 1e-3),
-    "controls": (3e-2, 1e-3),
-}
-TRIED = ((1e-2, 3e-4), (1e-2, 1e-3), (3e-2, 3e-4), (3e-2, 1e-3))
+WAYS = ("MEET", "together", "words", "controls")
+TRIED = ((1e-2, 1e-4), (1e-2, 1e-3), (1e-1, 1e-4), (1e-1, 1e-3))
+Item = tuple[Any, str, str]
 
 
-class Right:
-    """The share of captions that are right, word by word."""
-
-    def reset(self) -> None:
-        self.hits: list[float] = []
-
-    def update(self, outputs: Any, targets: Any) -> None:
-        self.hits += [exact_match(text, known) for text, known in zip(outputs.texts, outputs.references, strict=True)]
-
-    def compute(self) -> float:
-        return sum(self.hits) / len(self.hits)
-
-
-def drawings(folder: Path, split: str) -> list[tuple[bytes, str]]:
-    """(image, its caption) of those drawings whose colour and shape were both asked for."""
-    images = pq.read_table(folder / f"{split}_images.parquet").to_pylist()
-    said: dict[int, dict[str, str]] = {}
-    for row in pq.read_table(folder / f"{split}_questions.parquet").to_pylist():
-        kind = "color" if row["answer"] in COLORS else "shape" if row["answer"] in SHAPES else None
-        if kind is not None:
-            said.setdefault(row["image_id"], {})[kind] = row["answer"]
-    known = {i: f"a {s['color']} {s['shape']}" for i, s in said.items() if len(s) == 2}
-    return [(row["image"], known[row["image_id"]]) for row in images if row["image_id"] in known]
+def items(folder: Path, split: str, count: int, seed: int) -> list[Item]:
+    """(features and boxes, question, right answer) of some questions; no two of them are about one drawing."""
+    images = {row["image_id"]: row["image"] for row in pq.read_table(folder / f"{split}_images.parquet").to_pylist()}
+    rows = pq.read_table(folder / f"{split}_questions.parquet").to_pylist()
+    random.Random(seed).shuffle(rows)
+    chosen = list({row["image_id"]: row for row in reversed(rows)}.values())
+    random.Random(seed).shuffle(chosen)
+    chosen = chosen[:count]
+    front = GridFeatures(zoo.load("vit-micro"), pool=(4, 4), reduce="mean")  # what the network was trained with
+    features, boxes = front([images[row["image_id"]] for row in chosen])
+    return [((f, b), row["question"], row["answer"]) for f, b, row in zip(features, boxes, chosen, strict=True)]
 
 
-def captioned(items: list[tuple[bytes, str]], wrong: random.Random | None = None) -> Any:
-    """Drawings with their captions, or, drawn by `wrong`, each with one of another colour or shape."""
-    texts = [text for _, text in items]
-    if wrong is not None:
-        texts = [wrong.choice([other for other in texts if other != text]) for text in texts]
-    return open_questions([Question(image, None, (t,), i) for i, ((image, _), t) in enumerate(zip(items, texts))])
+def answered(chosen: list[Item], wrong: random.Random | None = None) -> Any:
+    """Questions with their answers, or, drawn by `wrong`, each with a wrong one of the same kind."""
+    found = []
+    for number, (seen, text, right) in enumerate(chosen):
+        kind = next(kind for kind in KINDS if right in kind)
+        answer = right if wrong is None else wrong.choice([other for other in kind if other != right])
+        found.append(Question(seen, text, (answer,), number))
+    return open_questions(found)
 
 
-def measured(model: zoo.Model, test: Any) -> dict[str, float]:
-    """The share of right captions under each control."""
-    found = {}
-    for quality in QUALITIES:
-        task = OfQuality(Generate(answer_length=LENGTH), QUALITIES, always=quality)
-        scores = zoo.evaluate(
-            model, test, task=task, metrics={"right": Right()}, batch_size=250, record="", progress=False
-        )
-        found[quality] = scores["right"]
-    return {**found, "controllability": found["good"] - found["bad"]}
-
-
-def row(way: str, rates: tuple[float, float], data: Any, test: Any, seed: int, args: Any) -> dict[str, float]:
+def row(way: str, rates: tuple[float, float], train: list[Item], test: Any, seed: int, args: Any) -> dict[str, float]:
     """One training, measured."""
     whole = args.control_epochs + args.epochs
     settings: dict[str, Any] = {"control_epochs": args.control_epochs, "epochs": args.epochs}
@@ -106,84 +82,77 @@ def row(way: str, rates: tuple[float, float], data: Any, test: Any, seed: int, a
     elif way == "controls":
         settings = {"stages": "controls", "control_epochs": whole}
     model = zoo.load("vl-t5-micro")
-    zoo.run(
-        model,
-        "meet",
-        data,
-        **settings,
-        control_lr=rates[0],
-        lr=rates[1],
-        answer_length=LENGTH,
-        seed=seed,
-        fit={"batch_size": 64, "progress": False},
-    )
-    return measured(model, test)
-
-
-def sample(items: list[tuple[bytes, str]], count: int, seed: int) -> dict[str, Any]:
-    """`count` drawings with a good caption each, and the same with a bad one."""
-    source = random.Random(seed)
-    chosen = source.sample(items, count)
-    return {"good": captioned(chosen), "bad": captioned(chosen, source)}
+    data = {"good": answered(train), "bad": answered(train, random.Random(seed))}
+    fit = {"batch_size": 64, "progress": False}
+    rest = {"control_lr": rates[0], "lr": rates[1], "answer_length": LENGTH, "seed": seed}
+    zoo.run(model, "meet", data, fit=fit, **settings, **rest)
+    found = {}
+    for quality in QUALITIES:
+        task = OfQuality(Generate(answer_length=LENGTH), QUALITIES, always=quality)
+        scores = zoo.evaluate(model, test, task=task, batch_size=200, record="", progress=False)
+        found[quality] = scores["exact_match"]
+    return {**found, "controllability": found["good"] - found["bad"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--questions", type=int, default=320)
     parser.add_argument("--control-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--choose", action="store_true", help="try the rates on held-out training drawings, and stop")
+    parser.add_argument("--rates", type=float, nargs=2, default=TRIED[0], help="of the controls, of the network")
+    parser.add_argument("--choose", action="store_true", help="try rates on held-out training questions, and stop")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    train = drawings(args.data / "easy_vqa", "train")
-    held, train = train[:400], train[400:]
+    folder = args.data / "easy_vqa"
+    every = items(folder, "train", 400 + args.questions * (args.seeds + 1), 0)
+    held, parts = every[:400], [every[400 + i * args.questions :][: args.questions] for i in range(args.seeds + 1)]
     if args.choose:
-        data, val = sample(train, args.images, 1000), captioned(held)
-        for way in RATES:
-            for rates in (
-                TRIED if way in ("MEET", "together") else ((TRIED[0], TRIED[2]) if way == "controls" else TRIED[:2])
-            ):
-                print(way, rates, row(way, rates, data, val, 1000, args), flush=True)
+        for rates in TRIED:
+            print(rates, row("MEET", rates, parts[-1], answered(held), 1000, args), flush=True)
         return
-    test = captioned(drawings(args.data / "easy_vqa", "test"))
+    test = answered(items(folder, "test", 400, 0))
     file = args.out / "meet.json"
     rows = json.loads(file.read_text()) if file.exists() else []
-    about = {"images": args.images, "control_epochs": args.control_epochs, "epochs": args.epochs}
+    about = {
+        "questions": args.questions,
+        "control_epochs": args.control_epochs,
+        "epochs": args.epochs,
+        "rates": [*args.rates],
+    }
     for seed in range(args.seeds):
-        data = sample(train, args.images, seed)
-        for way, rates in RATES.items():
-            key = {"way": way, "seed": seed, "rates": list(rates), **about}
+        for way in WAYS:
+            key = {"way": way, "seed": seed, **about}
             if any(key.items() <= known.items() for known in rows):
                 continue
-            rows.append({**key, **row(way, rates, data, test, seed, args)})
+            rows.append({**key, **row(way, tuple(args.rates), parts[seed], test, seed, args)})
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1) + "\n")
             print(rows[-1], flush=True)
-    report(rows, about, args.out / "meet.md")
+    report([r for r in rows if about.items() <= r.items()], about, args.out / "meet.md")
 
 
-def report(rows: list[dict[str, Any]], about: dict[str, int], file: Path) -> None:
+def report(rows: list[dict[str, Any]], about: dict[str, Any], file: Path) -> None:
     """The table of these settings."""
+    rates = " and ".join(f"{rate:g}" for rate in about["rates"])
     lines = [
-        f"# MEET on `vl-t5-micro`: {about['images']} drawings, {about['control_epochs']} + {about['epochs']} epochs",
+        f"# MEET on `vl-t5-micro`: {about['questions']} questions, {about['control_epochs']} + {about['epochs']} epochs",
         "",
-        "Captions of 1,000 test drawings that are right word by word, %, under each control; mean and deviation over seeds.",
-        "Written by `benchmarks/meet.py`.",
+        "Answers to 400 test questions of easy-VQA that are right, %, under each control; mean and deviation over seeds.",
+        f"Rates of controls and network: {rates}. Written by `benchmarks/meet.py`.",
         "",
-        "| way | rates | right under good | right under bad | controllability | seeds |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| way | right under good | right under bad | controllability | seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for way, rates in RATES.items():
-        own = [r for r in rows if r["way"] == way and r["rates"] == list(rates) and about.items() <= r.items()]
-        if own:
-            cells = []
-            for name in (*QUALITIES, "controllability"):
-                values = [100 * r[name] for r in own]
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
-            lines.append(f"| {way} | {rates[0]:g}, {rates[1]:g} | {' | '.join(cells)} | {len(own)} |")
+    for way in WAYS:
+        own = [r for r in rows if r["way"] == way]
+        cells = []
+        for name in (*QUALITIES, "controllability") if own else ():
+            values = [100 * r[name] for r in own]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
+        lines += [f"| {way} | {' | '.join(cells)} | {len(own)} |"] if own else []
     file.write_text("\n".join(lines) + "\n")
 
 
