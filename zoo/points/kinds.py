@@ -5,7 +5,7 @@
 | `linear`    | a projection; a slice of a fused one is its own     | `add`, `after`, `rescale`, `rescale_input`,                |
 |             |                                                     | `reparametrize`, `train`                                   |
 | `sublayer`  | attn, cross, mlp, mixer: `y = F(x)` of the residual | `before`, `after`, `parallel`, `enter`, `replace`, `watch` |
-| `attention` | queries, keys and values just before the product    | `extend`, `gate`, `query`                                  |
+| `attention` | queries, keys and values just before the product    | `extend`, `again`, `gate`, `query`                         |
 | `tokens`    | the sequence entering a block, the words of a text  | `prompt`, `train`, `words`                                 |
 | `norm`      | a normalisation's scale and shift                   | `train`, `rescale`                                         |
 | `block`     | a whole residual block                              | `before`, `after`, `watch`, `replay`, `replace`, `run`     |
@@ -181,7 +181,7 @@ class AttentionPoint(Point):
     """The product `softmax(q k^T) v` of one attention."""
 
     kind: ClassVar[str] = "attention"
-    verbs: ClassVar[tuple[str, ...]] = ("extend", "gate", "query")
+    verbs: ClassVar[tuple[str, ...]] = ("extend", "again", "gate", "query")
 
     num_heads: int = 0  # of keys and values
     query_heads: int = 0  # of queries, where several of them read one head of keys; 0: as many as there are of keys
@@ -200,6 +200,15 @@ class AttentionPoint(Point):
         or numbers that are added to the scores.
         """
         self._record("extend", module)
+
+    def again(self, module: nn.Module) -> None:
+        """`module(k, v, words) -> (k', v')`: what the projections made of the tokens once more, beside the own ones.
+
+        k, v (B, M, h c), the first `words` of text. They pass the norm of keys and the positions of the own ones. With a third
+        tensor (B, 1, 1, M) only those that are true in it are seen. Only where the family's attention is of [text | video]
+        (CogVideoX).
+        """
+        self._record("again", module)
 
     def gate(self, module: nn.Module) -> None:
         """`y <- y + g softmax(q K^T) V` with a softmax of their own: `module(B) -> (K, V, g)` (LLaMA-Adapter).

@@ -150,8 +150,32 @@ class Plain(Extended):
 
 
 @dataclass(eq=False)
+class Once(Given):
+    """What a module makes of the keys and values that the projections gave, through the norm and positions of the own ones."""
+
+    owner: str = ""
+
+    def __call__(self, site: Any, images: int) -> Any:
+        """Of the samples that the adapter serves."""
+        attention, state = site.module, site.state
+        k, v, text, rotary = site.projected
+        rows = None if state.route is None else state.rows(self.owner, len(k))
+        before = state.serving
+        state.serving = self.owner if state.route is not None else before
+        try:
+            mine = [t if rows is None else t.index_select(0, rows) for t in (k, v)]
+            k, v, *seen = state.run(self.module, *mine, text)
+            keys = site.split(k.to(v.dtype), attention.norm_k)
+        finally:
+            state.serving = before
+        return (keys if rotary is None else _turned(keys, text, rotary)), site.split(v), *seen
+
+
+@dataclass(eq=False)
 class TextAndVideo(Extended):
     """`CogVideoXAttnProcessor2_0`: one attention over [text | video], the video's positions turned into q and k."""
+
+    projected: tuple[Any, ...] = ()  # keys and values of the present call, tokens of text, positions
 
     def extended(  # type: ignore[override]
         self,
@@ -164,11 +188,17 @@ class TextAndVideo(Extended):
         """Video (B, N, d) and text (B, L, d) -> the same."""
         batch, text = len(hidden_states), encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = self.project(x)
+        attention: Any = self.module
+        key, value = attention.to_k(x), attention.to_v(x)
+        q, k, v = self.split(attention.to_q(x), attention.norm_q), self.split(key, attention.norm_k), self.split(value)
         if image_rotary_emb is not None:
             q, k = (_turned(t, text, image_rotary_emb) for t in (q, k))
         mask = self.mask(attention_mask, x.shape[1], batch)
-        y = self.out(self.attend(q, k, v, batch, mask_bias(mask)))
+        self.projected = (key, value, text, image_rotary_emb)
+        try:
+            y = self.out(self.attend(q, k, v, batch, mask_bias(mask)))
+        finally:
+            self.projected = ()
         return y[:, text:], y[:, :text]
 
 
@@ -267,4 +297,13 @@ def record(session: Recorder, point: Point, module: nn.Module, verb: str = "exte
             f"{', '.join(sorted({*KINDS, *ONE_PRODUCT}))} alone. Put the library's own processor back (after "
             "fuse_qkv_projections(): unfuse_qkv_projections()), or leave the point out of the targets."
         )
+    if verb == "again":
+        if processor != "CogVideoXAttnProcessor2_0":
+            raise AttachError(
+                f"keys and values once more are described for CogVideoX alone; the attention at '{point.name}' has {processor}."
+            )
+        recorder(session, point, verb, module)(
+            attention, TextAndVideo, "forward", Once(module, owner=session.owner), per_row=False
+        )
+        return
     recorder(session, point, verb, module)(attention, KINDS.get(processor, OneProduct), "forward", Given(module))

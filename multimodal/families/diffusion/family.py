@@ -316,7 +316,7 @@ class DiffusersBackbone(Backbone):
         Raises:
             AttachError: a processor that is not described there, or another verb.
         """
-        if verb not in ("extend", "gate"):
+        if verb not in ("extend", "gate", "again"):
             super().record(session, point, verb, module, **options)
             return
         from multimodal.families.diffusion.attention import record

@@ -127,6 +127,7 @@ class InpaintingPipeline(DiffusionPipeline):
         guidance: float = 6.0,
         dilate: int = 0,
         replace: bool = True,
+        resample: float = 0.5,
         masks: str = "any",
         seed: int = 0,
         output_type: str = "pil",
@@ -143,6 +144,7 @@ class InpaintingPipeline(DiffusionPipeline):
             steps, guidance: of the scheduler; 1 is no guidance.
             dilate: pixels by which the mask is made wider first (the authors: 32 of 480 x 720).
             replace: put what is known in place of what was made of it after each step.
+            resample: how much `videopainter-id` takes of the window before; 0: none, it looks at its own window alone.
             masks: how they are brought to the size of latents (`multimodal.data.masks.latent_mask`).
             seed: of the noise.
             output_type: "pil" or "pt".
@@ -171,7 +173,7 @@ class InpaintingPipeline(DiffusionPipeline):
         more = windows.padded - windows.frames
         clip, marks = (torch.cat([t, *[t[-1:]] * more]) for t in (clip, marks))
         told = self._told(model, conditions, null, prompt, negative_prompt, guidance)
-        source = torch.Generator().manual_seed(seed)
+        source, chain = torch.Generator().manual_seed(seed), {"weight": resample}
         parts: list[Tensor] = []
         training = model.training
         model.eval()
@@ -181,7 +183,7 @@ class InpaintingPipeline(DiffusionPipeline):
                 if parts and family.takes_image:
                     part[0] = windows_so_far(windows, parts)[start]
                     hole[0] = 0
-                parts.append(self._window(part, hole, told, steps, guidance, replace, masks, source))
+                parts.append(self._window(part, hole, told, steps, guidance, replace, masks, source, chain))
         finally:
             model.train(training)
         pixels = (windows.joined(parts) / 2 + 0.5).clamp(0, 1).cpu()
@@ -241,6 +243,7 @@ class InpaintingPipeline(DiffusionPipeline):
         replace: bool,
         masks: str,
         source: Any,
+        chain: dict[str, Any],
     ) -> Tensor:
         """One window (F, 3, H, W) and its mask -> (F, 3, H, W) in [-1, 1]."""
         model: Any = self.model
@@ -262,10 +265,16 @@ class InpaintingPipeline(DiffusionPipeline):
         x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
         twice = 1 if guidance == 1 else 2
         given = {k: v.to(model.dtype).repeat(twice, 1, 1, 1, 1) for k, v in (("masked", seen), ("mask", small))}
-        given = {k: v for k, v in given.items() if k in model.wanted}
+        given: dict[str, Any] = {k: v for k, v in given.items() if k in model.wanted}
+        if "previous" in model.wanted and "states" in chain:
+            given["previous"] = dict(chain)
         for i, step in enumerate(scheduler.timesteps):
             inner = scheduler.scale_model_input(x, step) if hasattr(scheduler, "scale_model_input") else x
             inner = torch.cat([inner] * twice).to(model.dtype)
+            last = i + 1 == len(scheduler.timesteps)
+            if last and "keep" in model.wanted:
+                given["keep"] = kept = {}
+                chain |= {"states": kept, "mask": given["mask"]}
             frames = [torch.cat([f] * twice).to(model.dtype) for f in image]
             answer = model(inner, step.expand(twice).to(model.device), *told, *frames, context=given).float()
             answer = answer[:, : x.shape[1]] if answer.shape[1] > x.shape[1] else answer
@@ -274,7 +283,6 @@ class InpaintingPipeline(DiffusionPipeline):
                 answer = nothing + guidance * (something - nothing)
             x = scheduler.step(answer, step, x, return_dict=False)[0]
             if replace:
-                last = i + 1 == len(scheduler.timesteps)
                 fresh = known if last else _noised(scheduler, known, noise, scheduler.timesteps[i + 1])
                 x = (1 - small) * fresh + small * x
         x = x.transpose(1, 2) if axis == 1 else x
