@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.errors import AttachError, ConfigError, MergeError, MismatchError, nearest
 from zoo.points import Point
+from zoo.points.point import HandsOn, tokens_alone
 from zoo.points.rows import Row, find, make_point
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ class Backbone:
     # Whether the blocks of one tower and stage are called one after another, each with what the one before gave and with the same
     # further arguments, and return the tokens alone: they can then be run by hand (`zoo.engine.blocks`)
     plain_blocks: ClassVar[bool] = False
+    passed_by: HandsOn | None = (
+        None  # where they are none: what a block hands on that is skipped, not the first of its stack
+    )
     # Name and options of a member that builds and runs in milliseconds, for the compatibility table and the tests
     tiny: ClassVar[tuple[str, dict[str, Any]] | None] = None
     tiny_classes: ClassVar[int | None] = 3  # width of its head; None: no head
@@ -173,6 +177,12 @@ class Backbone:
     def packs(self, module: nn.Module) -> bool:
         """Whether a sublayer's module gives (y, None) rather than y."""
         return False
+
+    def hands_on(self, point: Point) -> HandsOn | None:
+        """What a block hands on that is skipped (`BlockPoint.skip`); None: those behind it read something that it makes."""
+        if self.plain_blocks:
+            return tokens_alone
+        return self.passed_by if point.block else None
 
     @property
     def num_prefix(self) -> int:

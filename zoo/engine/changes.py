@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +108,17 @@ class BiasDelta(nn.Module):
     def forward(self, x: Tensor | None) -> Tensor:
         """(dim_out,), broadcast over the tokens; x is not looked at."""
         return self.bias - self.frozen  # type: ignore[operator]
+
+
+@dataclass(eq=False)
+class Skip:
+    """In place of a block: `module(x)` while `module.skipping`, else the block; `hand(y, args, kwargs)` is what it hands on."""
+
+    module: Any
+    hand: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.module.skipping:
+            return run(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.hand(self.module(x), args, kwargs)

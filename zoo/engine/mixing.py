@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.changes import Skip
 from zoo.engine.sites import Op, Site
 from zoo.errors import AttachError, CombinationError, UnknownNameError, nearest
 from zoo.points import Points
@@ -130,13 +131,21 @@ def mixed_by(ops: Sequence[tuple[Site, Op]]) -> set[str]:
 
 
 def check_pair(name: str, ops: Sequence[tuple[Site, Op]], other: str, theirs: Sequence[tuple[Site, Op]]) -> None:
-    """Raise CombinationError if one of two adapters mixes the other: it would act twice."""
+    """Raise CombinationError if one of two adapters mixes the other, which would act twice, or skips a block in which the other
+    has something, which would never run."""
     for mixing, own, mixed in ((name, ops, other), (other, theirs, name)):
         if mixed in mixed_by(own):
             raise CombinationError(
                 f"'{mixing}' runs '{mixed}' itself; with both in use it would act twice. Use '{mixing}' alone: "
                 f"model.set_active('{mixing}')."
             )
+        for block in (op.point for _, op in own if isinstance(op.fn, Skip) and getattr(op.fn.module, "always", False)):
+            others = theirs if own is ops else ops
+            if inside := next((op.point for _, op in others if op.point.startswith(f"{block}.")), None):
+                raise CombinationError(
+                    f"'{mixing}' skips '{block}', and '{mixed}' has something inside of it, at '{inside}', which would never "
+                    f"run. Leave that block out of the targets of '{mixed}'."
+                )
 
 
 def check_removal(name: str, installed: Installed) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.engine.around import Around, Entering
 from zoo.engine.blocks import require_plain
-from zoo.engine.changes import AddGroup, BiasDelta, LinearGroup, OnOutput, RescaleGroup, Stash, places
+from zoo.engine.changes import AddGroup, BiasDelta, LinearGroup, OnOutput, RescaleGroup, Skip, Stash, places
 from zoo.engine.context import Carried, Context, Value, Want, make_want
 from zoo.engine.generated import Made
 from zoo.engine.mixing import Installed, mix
@@ -50,6 +50,10 @@ class Session:
     _groups: dict[tuple[int, str, type], list[tuple[LinearPoint, nn.Module]]] = field(default_factory=dict)
     _trained: dict[tuple[int, str], list[Point]] = field(default_factory=dict)
     _shared: dict[str, nn.Module] = field(default_factory=dict)
+
+    def skippable(self, point: Point) -> bool:
+        """Called by `point.skippable`."""
+        return self.family.hands_on(point) is not None
 
     def data_config(self) -> Mapping[str, Any]:
         """Called by `points.normalised`: of images, not of clips."""
@@ -223,6 +227,15 @@ class Session:
             require_plain(self.family, self.owner)
             turn = run.join(self.site(point.module, BlockSite), module, self.family.half)
             op = self._make(point, verb, "forward", turn, module, per_row=False, excludes=ALONE)
+            self.op(point.module, op, BlockSite)
+        elif verb == "skip":
+            hand = self.family.hands_on(point)
+            if hand is None:
+                raise AttachError(
+                    f"the block '{point.name}' of {self.points.backbone} cannot be skipped: those behind it read something that "
+                    "it makes, or how they are called is not described. Leave it out of the targets."
+                )
+            op = self._make(point, "replace", "forward", Skip(module, hand), module, per_row=False)
             self.op(point.module, op, BlockSite)
         elif verb == "before":
             self.op(point.module, self._make(point, verb, "input", module, module), BlockSite)

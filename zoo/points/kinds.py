@@ -315,7 +315,7 @@ class BlockPoint(Point):
     """A whole residual block, tensors channel-last."""
 
     kind: ClassVar[str] = "block"
-    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replay", "replace", "run")
+    verbs: ClassVar[tuple[str, ...]] = ("before", "after", "watch", "replay", "replace", "skip", "run")
 
     def before(self, module: nn.Module) -> None:
         """`x <- module(x)` in front of the block."""
@@ -341,6 +341,19 @@ class BlockPoint(Point):
     def replace(self, module: nn.Module) -> None:
         """`module(block, x) -> y` runs instead of the block; `block(x)` is its own forward."""
         self._record("replace", module)
+
+    @property
+    def skippable(self) -> bool:
+        """Whether the blocks behind this one can do without it (`Backbone.hands_on`). Inside of `Adapter.attach` alone."""
+        return self.session is not None and self.session.skippable(self)
+
+    def skip(self, module: nn.Module) -> None:
+        """While `module.skipping`, `y = module(x)` instead of the block, which does not run; otherwise the block as it is.
+
+        What else a block hands on (relative positions) passes as it came. With `module.always` nothing inside of it ever runs,
+        and what other adapters have there is refused; so is a block that makes what those behind it read (`skippable`).
+        """
+        self._record("skip", module)
 
     def run(self, module: nn.Module, run: Any) -> None:
         """The block is run by hand, with those that had this `run` before it: `run` is a `zoo.engine.reversible.Reversible`.

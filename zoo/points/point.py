@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.errors import AttachError
 from zoo.points.layout import Layout
@@ -58,3 +59,12 @@ def is_pointwise(module: nn.Module) -> bool:
     """Whether a convolution is a projection of the channels at each place: of size 1, and not in groups."""
     conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return conv and set(module.kernel_size) == {1} and module.groups == 1  # type: ignore[arg-type,return-value]
+
+
+# What a block that is skipped hands on, of the tokens that take its output's place, and of the arguments of its call
+HandsOn = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def tokens_alone(y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Of a block that hands on its tokens and nothing else."""
+    return y

@@ -65,6 +65,9 @@ class Recorder(Protocol):
     def feature_dim(self) -> int:
         """Width of the backbone's pooled features."""
 
+    def skippable(self, point: Any) -> bool:
+        """Whether the blocks behind one can do without it."""
+
     def data_config(self) -> Mapping[str, Any]:
         """What the backbone's inputs are like (`Backbone.data_config`)."""
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from multimodal.families.seq2seq.family import Seq2Seq
 from multimodal.families.seq2seq.words import VISUAL
+from zoo.points.point import tokens_alone
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
@@ -78,6 +79,7 @@ class VLBartBackbone(Seq2Seq):
         *_attention("cross", "norm_cross", "encoder_attn"),
         *MLP,
     )
+    passed_by = staticmethod(tokens_alone)
     stack_norms = (("embed_norm", "layernorm_embedding"), ("", ""))
     elementwise = ("activation_fn",)
     tiny = (

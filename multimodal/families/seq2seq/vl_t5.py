@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from multimodal.families.seq2seq.family import Seq2Seq
 from multimodal.families.seq2seq.words import EASY_VQA, vocabulary_size
@@ -125,6 +125,13 @@ class VLT5Backbone(Seq2Seq):
         from multimodal.families.seq2seq.attention import T5EncoderSite
 
         return T5EncoderSite
+
+    @staticmethod
+    def passed_by(y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tokens, and the positions of both attentions as they came."""
+        given = dict(zip(("hidden_states", "attention_mask", "position_bias"), args)) | kwargs
+        cross = args[5] if len(args) > 5 else given.get("encoder_decoder_position_bias")
+        return y, given.get("position_bias"), cross
 
     def heads(self, stack: Any) -> tuple[int, int]:
         """(number of heads, width of one); T5's heads need not fill the width."""

@@ -74,6 +74,9 @@ def test_every_method_works_or_is_refused(kind: str) -> None:
         "coop",
         "cones",
         "textual-inversion",
+        "clip-adapter",
+        "tip-adapter",
+        "tip-adapter-f",
         "cocoop",
         "cpe-clip",
         "maple",
@@ -82,7 +85,7 @@ def test_every_method_works_or_is_refused(kind: str) -> None:
         "petalface",
         "sct",
         "unipelt",
-    } | ({"meft"} if kind == "wavlm" else set())
+    } | ({"meft", "das"} if kind == "wavlm" else set())
     for cell in compatibility([kind]):
         answers = (cell.attach, cell.train, cell.save, cell.merge)
         assert not any(a.startswith("defect") for a in answers), cell
