@@ -196,3 +196,19 @@ def test_what_is_refused(method: str) -> None:
         model.merge()
     with pytest.raises(ConfigError, match="num_tokens"):
         zoo.adapter(method, num_tokens=0)
+
+
+def test_transformers_clip_is_refused_with_the_reason() -> None:
+    """Of transformers' own CLIP, which no family describes, no words are known; OpenAI's weights are open_clip's, too."""
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": 600, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    example = {"pixel_values": torch.randn(2, 3, 16, 16), "input_ids": torch.randint(3, 600, (2, 8))}
+    model = zoo.wrap(transformers.CLIPModel(config), example=example)
+    for method in METHODS:
+        with pytest.raises(AttachError, match="tokens points, and wrapped:CLIPModel has none"):
+            model.add_adapter(method)
