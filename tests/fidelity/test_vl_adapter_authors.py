@@ -5,7 +5,8 @@ with the weights and inputs of `wave` below. Of each case the scores of the last
 scores, and of every parameter that is trained the product of its gradient with a wave. None of their code is here.
 
 Their T5 never trains its layer norms (what unfreezes them looks for the library's class, and the network has a copy of it); their
-gradients are there nevertheless and are compared. T5 computes its norms and the softmax in float32, here and there.
+gradients are there nevertheless and are compared. Their softmax, which takes float32 whatever it is given, was left in float64;
+in float32 some gradients are 5e-5 away.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def test_equals_the_authors_code(name: str) -> None:
 
     def close(found: Any, numbers: Any) -> None:
         expected = torch.tensor(numbers, dtype=torch.float64)
-        torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-6)
 
     close(scores[1, -1].detach(), recorded["scores"])
     close([scores.detach().norm().item(), scores.detach().sum().item()], recorded["all"])
