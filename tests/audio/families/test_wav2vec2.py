@@ -77,6 +77,7 @@ def test_every_method_works_or_is_refused(kind: str) -> None:
         "clip-adapter",
         "tip-adapter",
         "tip-adapter-f",
+        "gram",
         "cocoop",
         "cpe-clip",
         "maple",

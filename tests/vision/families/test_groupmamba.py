@@ -125,6 +125,7 @@ REFUSED = {
     "cpe-clip": "tokens points",
     "maple": "tokens points",
     "cones": "needs the output 'text'",
+    "gram": "stands around another adapter",
     "textual-inversion": "no embedding of words",
     "clip-adapter": "no text tower",
     "tip-adapter": "no text tower",
