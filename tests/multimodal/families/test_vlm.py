@@ -180,3 +180,27 @@ def test_counts_at_full_size(name: str, total: int) -> None:
     queries = keys // text.num_key_value_heads * text.num_attention_heads
     each = 2 * (width + queries) + 2 * (width + keys) + 3 * (width + text.intermediate_size)
     assert model.num_parameters(trainable=True) == text.num_hidden_layers * 8 * each
+
+
+@pytest.mark.parametrize("name", ["smolvlm-256m", "llava-1.5-7b"])
+def test_prefixes_for_each_sample_of_several_images(name: str) -> None:
+    """Extra keys in both towers: all images of a sample are read with its adapter's, and its words too."""
+    model = tiny(name, [zoo.adapter("prefix", num_tokens=2), zoo.adapter("prefix", num_tokens=3)])
+    first, second = model.adapters
+    torch.manual_seed(1)
+    for adapter in model.adapters.values():
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+    ids, mask, answer, *seen = model.family.example(3, 8, 2, 4)  # type: ignore[attr-defined]
+    image = ids[:, 4:-4]
+    ids = torch.cat([ids[:, :4], image, ids[:, 4:]], 1)  # two images each
+    mask = torch.cat([torch.ones_like(image), mask], 1)
+    seen = [torch.cat([torch.randn_like(seen[0]), seen[0]], 1), *(torch.cat([x, x], 1) for x in seen[1:])]
+    names = [second, None, first]
+    with torch.no_grad():
+        routed = model(ids, mask, answer, *seen, adapters=names)
+        for i, each in enumerate(names):
+            model.set_active(*([each] if each else []))
+            alone = model(ids, mask, answer, *seen)
+            torch.testing.assert_close(routed[i], alone[i], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(routed[i - 1], alone[i - 1], atol=1e-2)  # served by another
