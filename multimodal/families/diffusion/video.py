@@ -62,11 +62,12 @@ class VideoBackbone(DiffusersBackbone):
 
     def preprocess(self, train: bool, **options: Any) -> Any:
         """PIL frames -> (F, 3, H, W) in [-1, 1]. `frames`: how many, by default as the checkpoint was trained; mirrored at random
-        in training, unless `augment` is "crop" or "none"."""
-        from multimodal.data.clips import Clip
+        in training, unless `augment` is "crop" or "none". `jitter`: share of masks varied in training, where clips have some."""
+        from multimodal.data.clips import JITTER, Clip
 
         frames = int(options.get("frames") or self.clip_frames)
-        return Clip(self.data_config(), frames, train, train and options.get("augment", "crop-flip") == "crop-flip")
+        flip = train and options.get("augment", "crop-flip") == "crop-flip"
+        return Clip(self.data_config(), frames, train, flip, float(options.get("jitter", JITTER)))
 
     @classmethod
     def open_dataset(cls, data: Any, split: str | None = None, **options: Any) -> ImageDataset:
