@@ -80,16 +80,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--base", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, help="the highest rate, instead of choosing it on the images set aside")
     options = parser.parse_args()
     for name in options.sets:
         train, held, test = parts(options.data / name, options.base)
         print(json.dumps({"set": name, "method": "zero-shot", "seen": zero_shot(test, SIZES[name])}), flush=True)
         for method in options.methods:
             tried = {}
-            for rate in RATES:
+            for rate in RATES if options.rate is None else ():
                 settings = {**METHODS[method], "lr_max": rate, "lr_min": rate / 100}
                 tried[rate] = go(train, held, SIZES[name], 100, **settings)
-            rate = max(tried, key=lambda r: sum(tried[r]))
+            rate = max(tried, key=lambda r: sum(tried[r])) if tried else options.rate
             settings = {**METHODS[method], "lr_max": rate, "lr_min": rate / 100}
             runs = [go(train, test, SIZES[name], seed, **settings) for seed in range(options.seeds)]
             line = {"set": name, "method": method, "rate": rate, "held out": tried, "runs": runs}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
 from zoo.heads import CosineHead
+from zoo.heads.text import check_seen
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -56,7 +57,7 @@ def zero_shot_classifier(
         batch_size: texts that are encoded at once.
 
     Raises:
-        ConfigError: no class, no template, or a template without a place for the name.
+        ConfigError: no class, no template, a template without a place for the name, or a name of which no token is left.
         DataError: a prompt that is longer than the context; it is named.
     """
     if not class_names or not templates:
@@ -64,6 +65,12 @@ def zero_shot_classifier(
     for template in templates:
         if isinstance(template, str) and "{}" not in template:
             raise ConfigError(f"the template '{template}' has no place {{}} for the name of a class.")
+    _checked(model)
+    family: Any = model.family
+    for template in templates:
+        if isinstance(template, str):
+            ids = family.tokenize([template.format(name) for name in class_names])
+            check_seen(family, class_names, ids, template)
     texts = [t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates]
     training = model.training
     model.eval()

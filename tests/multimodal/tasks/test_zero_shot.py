@@ -62,6 +62,8 @@ def test_zero_shot_asks_for_names_and_places() -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             zero_shot_classifier(model, classes, templates)
+    with pytest.raises(ConfigError, match="of the class name ' ' no token is left"):
+        zero_shot_classifier(model, ["a", " "])
     with pytest.raises(DataError, match="tokens"):
         zero_shot_classifier(model, ["a very long name of a class indeed, with many words"])
     torch.testing.assert_close(encode_text(model, ["a", "b"]).norm(dim=-1), torch.ones(2, dtype=torch.double))
