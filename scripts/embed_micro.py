@@ -71,6 +71,9 @@ What the tasks are, and how they were trained: `benchmarks/families.py`. Mean an
 {table}
 
 """
+REWARDS = """Behind a system message that it does not know, half of what it writes is cut off or without tags. Exact answers in
+their tags to questions about drawings of the test split, and answers in their form, per cent, mean and deviation over {seeds}
+seeds; each arm a LoRA of rank 8, {steps} steps of {prompts} questions (`benchmarks/curr_reft.py`). {said}"""
 
 
 def words(text: str, **numbers: Any) -> str:
@@ -98,6 +101,15 @@ def learned(name: str, fingerprint: str) -> str:
             seeds = record["summary"][0]["seeds"]
             table = (RESULTS / "learning.md").read_text()
             found += LEARNING.format(seeds=seeds, epochs=record["epochs"], table=table)
+    if name == "vlm-micro" and (RESULTS / "curr_reft.json").exists():
+        record = json.loads((RESULTS / "curr_reft.json").read_text())
+        if record["backbone"] == fingerprint:
+            given = record["arguments"]
+            seeds = len({r["seed"] for r in record["runs"]})
+            table = (RESULTS / "curr_reft.md").read_text().strip()
+            said = WORDS["members"][name]["rewards"].strip()
+            text = words(REWARDS, seeds=seeds, steps=given["steps"], prompts=given["prompts"], said=said)
+            found += f"## Adapted by rewards\n\n{text}\n\n{table}\n\n"
     if (RESULTS / "families.json").exists():
         record = json.loads((RESULTS / "families.json").read_text())
         if record["fingerprints"].get(name) == fingerprint:

@@ -370,9 +370,17 @@ class VisionLanguage(LanguageBackbone):
             return (pixels,), places + (self.config.vision_feature_select_strategy == "full")
         return (pixels, torch.ones_like(pixels[:, :, 0], dtype=torch.long)), places // self.config.scale_factor**2
 
+    def _plain(self, ids: Tensor) -> Tensor:
+        """Words without places for images and videos; in a small vocabulary random words soon are some."""
+        named = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")} | {self.image_token}
+        kept = next(word for word in range(5, self.feature_dim) if word not in named)
+        for word in named - {None}:
+            ids = ids.masked_fill(ids == word, kept)
+        return ids
+
     def example(self, size: int, length: int, words: int, grid: int) -> tuple[Tensor, ...]:
         """Random texts with an image in the middle, answers and images."""
-        ids, mask, answer = self.example_text(size, length, words)
+        ids, mask, answer = (self._plain(x) for x in self.example_text(size, length, words))
         seen, count = self.example_images(size, grid)
         image = torch.full((size, count), self.image_token)
         half = length // 2

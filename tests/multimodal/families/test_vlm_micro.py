@@ -54,6 +54,14 @@ def test_it_is_the_library_s_class_and_small(tmp_path):
     )
 
 
+def test_examples_hold_no_places_for_images_but_those_of_their_image():
+    model = zoo.load("vlm-micro", pretrained=False)
+    ids, mask, answer, *_ = model.example_batch(64)
+    image, video = model.backbone.config.image_token_id, model.backbone.config.video_token_id
+    assert ids.eq(image).sum(1).tolist() == [64] * 64 and not ids.eq(video).any() and mask.unique().tolist() == [0, 1]
+    assert not (answer.eq(image) | answer.eq(video)).any() and len(answer.unique()) > 100
+
+
 def test_an_adapter_is_saved_and_loaded_by_its_name(tmp_path):
     batch = zoo.load("vlm-micro").example_batch(2)
     model = zoo.load("vlm-micro", zoo.adapter("lora", targets="all-linear"))
