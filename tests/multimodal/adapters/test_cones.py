@@ -295,6 +295,22 @@ def test_a_class_row_of_a_diffusion_transformer() -> None:
     assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
 
 
+def test_a_row_then_with_lora() -> None:
+    model, (latents, steps, labels) = tiny_model("dit")
+    model.add_adapter(zoo.adapter("cones", labels=(int(labels[0]),)))
+    model.add_adapter(zoo.adapter("lora", rank=2))
+    model.train()
+    assert model.probe(latents, steps, labels) == []
+    alone = model(latents, steps, labels)
+    torch.testing.assert_close(model(latents, steps, labels, adapters=["cones", "lora"]), alone)  # both at their start
+    model.set_active("cones", "lora", train="lora")
+    for setting in ("low", "min"):
+        model.memory = setting
+        model(latents, steps, labels).square().mean().backward()
+        assert model.adapters["cones"].module_at("concept").shift.grad is None  # type: ignore[operator,union-attr]
+        assert all(p.grad is not None for p in model.parameters_to_train().values())
+
+
 def test_a_row_is_learned_by_the_denoising_loss() -> None:
     from multimodal.tasks.diffuse import Diffuse
 
