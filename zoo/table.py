@@ -77,8 +77,10 @@ def _cell(family: str, method: str) -> Cell:
             if registry.adapter_class(method).head_kind in NAMED:
                 batch, targets = _named(model, batch)
             cls = registry.adapter_class(method)
-            # what chooses within a budget has one for such a small network
-            adapter = model.add_adapter(registry.adapter(method, **cls.trial) if cls.needs_calibration else method)
+            # what chooses within a budget has one for such a small network; what is large anywhere is small here
+            adapter = model.add_adapter(
+                registry.adapter(method, **cls.trial) if cls.needs_calibration or cls.large else method
+            )
         except ZooError as error:  # no such points, a role that the family lacks, a setting that does not fit
             return Cell(family, method, **{**done, "attach": str(error)}, parameters=0)
         done["attach"] = "yes"

@@ -93,6 +93,7 @@ class LlamaAdapterV2(Adapter):
     taxonomy = "hybrid"
     merges = False
     trial = {"num_tokens": 3, "fusion": "none"}
+    large = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +130,7 @@ class LlamaAdapterV2(Adapter):
                     norm.train(*(n for n in ("weight", "bias") if norm.module._parameters.get(n) is not None))
         made, visual = None, None
         if self.fusion != "none":
-            image = points.context("image", required=False, example=lambda n: torch.randn(n, 5, self.eye_dim))
+            image = points.context("image", required=False, example=self._example)
             size = (self.num_tokens, self.eye_dim, self.visual_width, self.visual_depth, self.visual_heads)
             visual = VisualPrompt(*size, attentions[0].dim_in)
             made = points.generate("visual", visual, image)
@@ -138,6 +139,11 @@ class LlamaAdapterV2(Adapter):
         for point in late:
             seen = (made, visual) if self.fusion == "late" else (None, None)
             point.gate(self._prompt(points, point, tuned, self.num_tokens, *seen))
+
+    def _example(self, count: int) -> Tensor:
+        """Five tokens for each of `count` images, always the same ones."""
+        angle = torch.arange(count * 5 * self.eye_dim, dtype=torch.float32)
+        return angle.sin().view(count, 5, self.eye_dim)
 
     def _attentions(self, points: Points) -> list[AttentionPoint]:
         found: list[Any] = points.require("attention", "llama-adapter-v2")

@@ -82,6 +82,9 @@ class Adapter(Structured):
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
     trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
     trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points
+    large: ClassVar[bool] = (
+        False  # millions of parameters on any backbone: the compatibility table tries it with `trial`, too
+    )
     # Options of `zoo.load` that it needs, where the family has them among its `point_options`
     point_options: ClassVar[dict[str, Any]] = {}
     head_kind: ClassVar[str] = ""  # the head that it is made for, a name of `zoo.heads.HEADS`; "": any

@@ -52,8 +52,7 @@ class GatedPrompt(nn.Module):
             nothing = weight.new_zeros(1, self.places[0].dim_out // self.width, 1, self.width)
             return nothing, nothing, torch.zeros_like(self.gate)
         keys, values = (self._projected(prompt, i) for i in (0, 1))
-        norm = self.norm[0]
-        return (keys if norm is None else norm(keys)), values, self.gate.tanh()
+        return keys, values, self.gate.tanh()
 
     def _projected(self, prompt: Tensor, which: int) -> Tensor:
         """(n, T, d) -> (n, heads, T, c)."""
@@ -62,4 +61,8 @@ class GatedPrompt(nn.Module):
         bias = None if point.module.bias is None else point.module.bias[point.start : point.stop]
         x, own = prompt.to(weight.dtype), self.tuned[which]
         y = F.linear(x, weight, bias) if own is None else own.tuned(x, weight, bias)
-        return y.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        norm: Any = self.norm[0] if which == 0 else None
+        if norm is not None and norm.weight.numel() == y.shape[-1]:  # over all heads together
+            y, norm = norm(y), None
+        split = y.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return split if norm is None else norm(split)
