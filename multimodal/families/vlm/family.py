@@ -372,10 +372,10 @@ class VisionLanguage(LanguageBackbone):
 
     def _plain(self, ids: Tensor) -> Tensor:
         """Words without places for images and videos; in a small vocabulary random words soon are some."""
-        named = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")} | {self.image_token}
-        kept = next(word for word in range(5, self.feature_dim) if word not in named)
-        for word in named - {None}:
-            ids = ids.masked_fill(ids == word, kept)
+        places = {self.image_token, int(getattr(self.config, "video_token_id", None) or self.image_token)}
+        kept = next(word for word in range(5, self.feature_dim) if word not in places)
+        for word in places:
+            ids = ids.masked_fill(ids.eq(word), kept)
         return ids
 
     def example(self, size: int, length: int, words: int, grid: int) -> tuple[Tensor, ...]:
