@@ -13,6 +13,8 @@ Defaults: r = 4, s = 0.2, one template "a photo of a {}.", as the authors' code.
 between 0.2 and 0.8: do so on validation data.
 Counts: 2 d d / r. ViT-B (d = 512): 131,072; RN50 (d = 1024): 524,288.
 Nothing is back-propagated through either tower.
+Measured (benchmarks/clip_few_shot.py: clip-micro, 16 images of each class, 60 steps, mean of three seeds): CIFAR-10 25.7 %,
+zero-shot 25.6 %, a linear probe 46.1 %; 17 flowers 10.9, 10.3 and 65.9 %. At this size its gain does not show.
 Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", IJCV 2024;
 gaopengcuhk/CLIP-Adapter (clip_adapter.py).
 

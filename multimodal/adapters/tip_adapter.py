@@ -15,6 +15,8 @@ data by `adapter.search(model, val)`, in the authors' grid: beta in 0.1 .. `beta
 Defaults: beta = 1, alpha = 1.17, 10 passes, the grid up to 7 and 3, as the authors' for ImageNet; on Caltech101 alpha = 3 and the
 grid up to 12 and 5. alpha = 0 is the zero-shot classifier.
 Counts: nothing is trained. The cache has n d numbers; ImageNet, 16 images of each class, RN50: 16,384,000.
+Measured (benchmarks/clip_few_shot.py: clip-micro, 16 images of each class, one pass, mean of three seeds): CIFAR-10 31.8 %, with
+trained keys 35.3 %, zero-shot 25.6 %, a linear probe 46.1 %; 17 flowers 36.4, 48.0, 10.3 and 65.9 %.
 Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification", ECCV 2022;
 gaopengcuhk/Tip-Adapter (main.py, utils.py). `tip-adapter-f` trains the keys.
 
