@@ -35,6 +35,9 @@ class Front(nn.Module):
     `patches` (latent frames, latents along a side) are those of the latents.
     """
 
+    twin: Any
+    network: Any
+
     def __init__(self, network: nn.Module, twin: Any, names: tuple[str, ...], patches: tuple[int, int]) -> None:
         super().__init__()
         self.network = network
