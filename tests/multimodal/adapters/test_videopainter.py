@@ -167,3 +167,22 @@ def test_what_is_refused() -> None:
         model(*batch, context={**given, "mask": given["mask"][..., :4, :]})
     with pytest.raises(DataError, match="'masked' is"):
         model(*batch, context={**given, "masked": given["masked"][:, :3]})
+
+
+def test_it_adds_no_more_than_its_share_of_blocks() -> None:
+    """Products of one pass: one block of eight, its projection, and the embeddings in front of it once more."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = build("cogvideox-5b", num_layers=8)
+    counted = []
+    for adapter in (None, zoo.adapter("videopainter", blocks=1)):
+        if adapter is not None:
+            model.add_adapter(adapter)
+        given = {} if adapter is None else model.example_context(*batch)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*batch, context=given)
+        counted.append(counter.get_total_flops())
+    tokens, width = 4 * 4 * 4, 32
+    projection = 2 * 2 * tokens * width * width
+    mask = 2 * 2 * tokens * width * (2 * 4 + 1 - 4) * 4  # channels that its patches have more
+    assert 0 < counted[1] - counted[0] - projection - mask <= counted[0] / 8 * 1.25
