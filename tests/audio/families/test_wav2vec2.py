@@ -86,6 +86,8 @@ def test_every_method_works_or_is_refused(kind: str) -> None:
         "petalface",
         "sct",
         "unipelt",
+        "videopainter",
+        "videopainter-id",
     } | ({"meft", "das"} if kind == "wavlm" else set())
     for cell in compatibility([kind]):
         answers = (cell.attach, cell.train, cell.save, cell.merge)

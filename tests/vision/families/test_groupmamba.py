@@ -142,6 +142,8 @@ REFUSED = {
     "moa": "matches no sublayer point",
     "noah": "tokens points",
     "unipelt": "attention points",
+    "videopainter": "no transformer of videos",
+    "videopainter-id": "attention points",
     "vpt-sp": "tokens points",
 }
 
