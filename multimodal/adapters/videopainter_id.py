@@ -54,6 +54,8 @@ def masked_tokens(mask: Tensor, count: int) -> Tensor:
 class Once(nn.Module):
     """Keys and values of an attention -> those of the masked tokens, of this pass or of the window before."""
 
+    block: Any
+
     def __init__(self, block: Any, name: str, mask: Value, previous: Value, modulation: Carried) -> None:
         super().__init__()
         self.__dict__["block"] = block  # the frozen one, no part of this
@@ -148,7 +150,8 @@ class VideoPainterID(Adapter):
         """
         attentions = points.require("attention", "videopainter-id")
         blocks = [a.name.removesuffix(".attn.product") for a in attentions]
-        if any(f"{name}.attn.modulation" not in points for name in blocks):
+        modulated = {point.name for point in points}
+        if any(f"{name}.attn.modulation" not in modulated for name in blocks):
             raise AttachError(
                 f"'videopainter-id' needs an attention over [text | video] behind a modulated norm, as CogVideoX has it; "
                 f"{points.backbone} has none."

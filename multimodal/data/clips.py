@@ -113,7 +113,7 @@ class ClipRows:
                 f"{self.where(index)}: the mask of frame {wrong} is {masks[wrong].size}, and the frame {frames[wrong].size}; "
                 "expected the same width and height."
             )
-        if all(m.getextrema()[1] < HALF for m in masks):
+        if not any(map(_marks, masks)):
             raise DataError(
                 f"{self.where(index)}: the mask marks nothing, so nothing is to be filled in. Leave the clip out."
             )
@@ -141,6 +141,11 @@ def read_frames(clip: Path) -> list[Image.Image]:
             return [colours(frame.to_image()) for frame in container.decode(video=0)]
     with Image.open(clip) as image:
         return [colours(frame) for frame in ImageSequence.Iterator(image)]
+
+
+def _marks(mask: Image.Image) -> bool:
+    darkest_and_lightest: Any = mask.getextrema()  # of a grey image
+    return bool(darkest_and_lightest[1] >= HALF)
 
 
 def _frame(file: Path) -> Image.Image:
@@ -172,7 +177,7 @@ class Clip:
 
     def _masked(self, item: Masked) -> tuple[Tensor, Tensor, Tensor]:
         self._check(item.frames)
-        marked = [m.getextrema()[1] >= HALF for m in item.masks]
+        marked = [_marks(m) for m in item.masks]
         places = [i for i in range(len(marked) - self.frames + 1) if any(marked[i + 1 : i + self.frames])]
         if not places:
             raise DataError(

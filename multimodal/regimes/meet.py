@@ -87,7 +87,8 @@ class Numbered:
 
     def __init__(self, rows: Any, part: np.ndarray) -> None:
         self.rows, self.part = rows, part
-        self.name, self.labels, self.blocks, self.window = rows.name, None, rows.blocks, rows.window
+        self.name, self.blocks, self.window = rows.name, rows.blocks, rows.window
+        self.labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -68,11 +68,11 @@ class ControlLowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The delta alone."""
-        if self.quality is None:
-            a, b = self.lora_a, self.lora_b
-        else:
+        a: Tensor = self.lora_a
+        b: Tensor = self.lora_b
+        if self.quality is not None:
             chosen = self.quality.rows(x)
-            a, b = self.lora_a[chosen], self.lora_b[chosen]
+            a, b = a[chosen], b[chosen]
         rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (n, tokens, i)
         delta = (rows @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
         return self.scale * delta.view(*x.shape[:-1], delta.shape[-1])

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -264,8 +264,10 @@ class InpaintingPipeline(DiffusionPipeline):
         noise = torch.randn(known.shape, generator=source).to(model.device)
         x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
         twice = 1 if guidance == 1 else 2
-        given = {k: v.to(model.dtype).repeat(twice, 1, 1, 1, 1) for k, v in (("masked", seen), ("mask", small))}
-        given: dict[str, Any] = {k: v for k, v in given.items() if k in model.wanted}
+        given: dict[str, Any] = {
+            k: v.to(model.dtype).repeat(twice, 1, 1, 1, 1) for k, v in (("masked", seen), ("mask", small))
+        }
+        given = {k: v for k, v in given.items() if k in model.wanted}
         if "previous" in model.wanted and "states" in chain:
             given["previous"] = dict(chain)
         for i, step in enumerate(scheduler.timesteps):
@@ -273,7 +275,8 @@ class InpaintingPipeline(DiffusionPipeline):
             inner = torch.cat([inner] * twice).to(model.dtype)
             last = i + 1 == len(scheduler.timesteps)
             if last and "keep" in model.wanted:
-                given["keep"] = kept = {}
+                kept: dict[str, Tensor] = {}
+                given["keep"] = kept
                 chain |= {"states": kept, "mask": given["mask"]}
             frames = [torch.cat([f] * twice).to(model.dtype) for f in image]
             answer = model(inner, step.expand(twice).to(model.device), *told, *frames, context=given).float()
