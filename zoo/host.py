@@ -154,6 +154,9 @@ class Host(Protocol):
     def reattach(self, name: str, check: Any = None) -> Any:
         """Attach an adapter anew after its plan was decided."""
 
+    def fresh_values(self, name: str) -> dict[str, Tensor | None]:
+        """What an adapter holds when it is attached, None where that is drawn at random."""
+
     def set_active(self, *names: str, train: Any = None) -> None:
         """Use exactly these adapters."""
 

@@ -1,4 +1,4 @@
-"""The command line: `zoo list | points | info | fit | run | eval | predict | push | pull | merge | convert | export ...`.
+"""The command line: `zoo list | points | info | fit | run | eval | predict | push | pull | merge | compress | export ...`.
 
 One file for each group of commands; each command imports what it needs when it runs, so that `zoo --help` is quick.
 """
@@ -14,6 +14,7 @@ from zoo.cli import (
     bench,
     catalog,
     compare,
+    compress,
     convert,
     evaluate,
     export,
@@ -100,6 +101,7 @@ for _command, _name in (
     (share.push, "push"),
     (share.pull, "pull"),
     (share.merge, "merge"),
+    (compress.compress, "compress"),
     (convert.convert, "convert"),
     (export.export, "export"),
     (bench.bench, "bench"),

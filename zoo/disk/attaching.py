@@ -48,6 +48,10 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
             wanted = (own_head and last) or (head and fresh.head_kind)
             model.add_adapter(fresh, name, num_classes=saved.num_classes if wanted else None)
             added += [one for one in model.adapters if one not in before]
+            own = model.adapters[added[-1]].state_dict()
+            for key in tensors.keys() & own.keys():
+                if f"{entry.name}/{key}" in saved.moved and tensors[key].shape == own[key].shape:
+                    tensors[key] = own[key].detach().cpu() + tensors[key]
             _fill(model.adapters[added[-1]], tensors, f"adapter '{entry.name}'", model, saved)
         if head and saved.num_classes is not None:
             if not own_head or saved.head_kind != "linear":

@@ -155,7 +155,8 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
     if "rest" in named and not re.fullmatch(r"r1:[0-9a-f]{24}\.[0-9a-f]{8}", config["backbone"]["rest"]):
         _wrong(path, "backbone.rest", repr(config["backbone"]["rest"])[:60], "a fingerprint, 'r1:...'")
     if "encoding" in config:
-        _check_fields(config["encoding"], {"codec": _TEXT, "tensors": _DICT}, "encoding.", path)
+        told = {"codec": _TEXT, "tensors": _DICT, **({"packed": _DICT} if "packed" in config["encoding"] else {})}
+        _check_fields(config["encoding"], told, "encoding.", path)
     names: set[str] = set()
     for i, entry in enumerate(config["adapters"]):
         where = f"adapters[{i}]"

@@ -65,6 +65,7 @@ class SavedAdapter:
     zoo_version: str = ""
     head_kind: str = "linear"
     codec: str = "plain"
+    moved: frozenset[str] = frozenset()  # tensors that are changes of what attaching gives (`zoo.disk.compeft`)
     rest: str | None = None  # the fingerprint without tables of positions
     recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
 
@@ -122,9 +123,10 @@ def read(folder: str | Path) -> SavedAdapter:
     check_record(record, f"the record in '{path}'")
     check_tensors(config, tensors, path)
     encoding = config.get("encoding")
+    moved: set[str] = set()
     if encoding is not None:
         check_encoding(encoding, folder / CONFIG)
-        tensors = decode(encoding, tensors, path)
+        tensors = decode(encoding, tensors, path, moved)
         check_tensors(config, tensors, path)
     head = config["head"]
     return SavedAdapter(
@@ -141,6 +143,7 @@ def read(folder: str | Path) -> SavedAdapter:
         zoo_version=config["zoo_version"],
         head_kind=head.get("kind", "linear") if head else "linear",
         codec=encoding["codec"] if encoding is not None else "plain",
+        moved=frozenset(moved),
         rest=config["backbone"].get("rest"),
         recovered=recovered,
     )

@@ -138,6 +138,11 @@ def start_from(saved: SavedAdapter, method: str, given: dict[str, Any], like: st
             "one to start from alone: model.save_adapter(folder, name)."
         )
     (entry,) = entries
+    if any(key.startswith(f"{entry.name}/") for key in saved.moved):
+        raise ConfigError(
+            f"'{saved.folder}' holds changes of the backbone's own values ({saved.codec}), which are no values to start from. "
+            "Load it and save it plain: zoo.load(adapter=folder).save_adapter(other)."
+        )
     config, tensors = cls.load_saved(dict(entry.config), saved.adapter_tensors(entry.name))
     source = cls.from_config(config, strict=True)
     source.plan = entry.plan

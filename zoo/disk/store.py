@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from zoo.arguments import ONE_OR_MORE, PATH
-from zoo.disk.codecs import encode
+from zoo.disk.codecs import WholeCodec, codec_of, encode
 from zoo.disk.layout import (
     CARD,
     CONFIG,
@@ -79,13 +79,14 @@ def save(
     source: str | None = None,
     dtype: torch.dtype | None = None,
     codec: str = "plain",
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the active (or the named) adapters and the head that goes with them, the card and the record.
 
     `source` is what the card tells readers to load: a repository id, by default the folder's name. `dtype` is the
-    precision of the stored numbers, by default the model's own; `codec` how they are encoded (`zoo.disk.codecs`). A kill or
-    a full disk at any moment leaves what the folder held before, or the complete new state. The parts of a sharded model come
-    together first, so that all its processes must call this.
+    precision of the stored numbers, by default the model's own; `codec` how they are encoded, and `settings` those of the
+    codec (`zoo.disk.codecs`). A kill or a full disk at any moment leaves what the folder held before, or the complete new
+    state. The parts of a sharded model come together first, so that all its processes must call this.
 
     Raises:
         SaveError: writing failed. WeightsError: a tensor holds NaN or Inf. ConfigError: settings or record that are not
@@ -93,6 +94,7 @@ def save(
     """
     from zoo.disk.cards import render
 
+    kind, settings = codec_of(codec, settings or {})
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(
             f"dtype is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}: in any other the numbers would be lost."
@@ -136,7 +138,11 @@ def save(
         if num_classes
         else None,
     }
-    tensors, encoding = encode(codec, tensors)
+    starts = {}
+    if isinstance(kind, WholeCodec):
+        starts = {name: _starts(model, name, tensors) for name in names}
+        starts = {name: known for name, known in starts.items() if known}
+    tensors, encoding = encode(codec, tensors, starts, **settings)
     if encoding is not None:
         config["encoding"] = encoding
     card = render(model, names, source=source or folder.resolve().name, fingerprint=printed)
@@ -268,6 +274,17 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if _STALE.fullmatch(entry.name) and time.time() - entry.lstat().st_mtime > _STALE_AFTER:
                 entry.unlink(missing_ok=True)
+
+
+def _starts(model: Host, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The floating parameters of an adapter that have more than one number, each with what attaching gives, None if random."""
+    buffers = dict(cast("Adapter", model.adapters[name]).named_buffers())
+    own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+    wanted = [k for k, v in own.items() if v.is_floating_point() and v.numel() > 1 and k not in buffers]
+    fresh = model.fresh_values(name) if wanted else {}
+    return {
+        key: start if (start := fresh.get(key)) is None or start.shape == own[key].shape else None for key in wanted
+    }
 
 
 def _select(model: Host, wanted: str | Sequence[str] | None) -> list[str]:

@@ -314,16 +314,23 @@ class Model(Stated):
         adapters: str | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         codec: str = "plain",
+        *,
+        encoding: str | None = None,
+        **settings: Any,
     ) -> Path:
         """Write the active (or the named) adapters and the head to a folder: config, weights, card, metrics.
 
         `dtype` is the precision of the stored numbers, by default that in which they are trained (float32 under a
-        half-precision backbone); `codec` how they are encoded: "plain", "fp16", "int8", "sparse", or one of another package
-        (`zoo.disk.codecs`).
+        half-precision backbone); `codec`, which may also be called `encoding`, how they are encoded: "plain", "fp16", "int8",
+        "sparse", "compeft" (settings `k`, `alpha`), or one of another package (`zoo.disk.codecs`).
         """
         from zoo.disk import save
 
-        return save(self, folder, adapters, dtype=dtype, codec=codec)
+        if encoding is not None and codec not in ("plain", encoding):
+            raise ConfigError(
+                f"codec='{codec}' and encoding='{encoding}' were both given; they are one thing. Give one."
+            )
+        return save(self, folder, adapters, dtype=dtype, codec=encoding or codec, settings=settings)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the active adapters, head and card to a Hub repository; options as `zoo.hub.push`. Returns its address."""

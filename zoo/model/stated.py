@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
-from zoo.engine.sharded import reshard, spread, whole
-from zoo.errors import MismatchError, ZooError
+from zoo.engine.sharded import refuse, reshard, spread, whole
+from zoo.errors import ConfigError, MismatchError, ZooError
 from zoo.model.algebra import AdapterState, hand_over, state_of
 from zoo.model.combining import combine
 from zoo.model.stamped import Stamped
@@ -124,6 +124,33 @@ class Stated(Stamped):
         twin = self.add_adapter(self.adapters[name], to, activate=activate)  # type: ignore[arg-type]
         hand_over(self, to, state)
         return twin
+
+    def fresh_values(self, name: str) -> dict[str, Tensor | None]:
+        """What an adapter of these settings and plan holds when it has just been attached, None where that is drawn at random.
+
+        Keys are those of its saved form. The adapter itself, and the generators of random numbers, stay as they are.
+
+        Raises:
+            ConfigError: the parameters are spread over processes.
+        """
+        self._known(name)
+        refuse(
+            self, ConfigError, "what an adapter starts with cannot be told", "Save it plain, and compress the folder."
+        )
+        drawn: list[dict[str, Tensor]] = []
+        self.points.num_classes = self.num_classes
+        for seed in (1, 2):
+            twin = self.adapters[name].fresh()  # type: ignore[operator]
+            twin.name, twin.initial = name, None
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                try:
+                    self._attach(name, twin, activate=False)
+                    drawn.append({key: whole(value.detach()).clone() for key, value in twin.saved()[1].items()})
+                finally:
+                    self._watch_memory()  # clears the sites that were made
+        first, second = drawn
+        return {key: value if torch.equal(value, second[key]) else None for key, value in first.items()}
 
     def combine(
         self, weights: Mapping[str, float], name: str | None = None, *, activate: bool = True, head: str | None = None
