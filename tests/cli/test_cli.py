@@ -26,7 +26,21 @@ from zoo.cli.catalog import collapse
 from zoo.cli.common import settings, size
 from zoo.errors import ConfigError
 
-COMMANDS = ("list", "points", "info", "fit", "eval", "push", "pull", "merge", "convert", "bench", "new", "demo")
+COMMANDS = (
+    "list",
+    "points",
+    "info",
+    "fit",
+    "eval",
+    "push",
+    "pull",
+    "merge",
+    "compress",
+    "convert",
+    "bench",
+    "new",
+    "demo",
+)
 
 
 def run(*arguments: Any, code: int = 0) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 from typer.models import ArgumentInfo
 
 from zoo.arguments import DEVICE, Kind, number, one_of, whole
-from zoo.disk.compeft import LEAST
 from zoo.errors import ConfigError, SaveError
 
 __all__ = ["OPTIONS", "checked", "memory_error"]
@@ -90,7 +89,7 @@ OPTIONS: dict[str, Kind] = {
     "seed": SEED,
     **dict.fromkeys(("probe_scale", "gallery_scale"), number(1, 1024)),
     **dict.fromkeys(("weight_decay", "clip", "warmup", "mixup", "cutmix"), number(0)),
-    "k": number(LEAST, 100),
+    "k": number(0.1, 100),  # as the codec's own; `zoo.disk` loads torch, which this file must not
     "alpha": number(above=0, most=1e6),
     "device": Kind("cpu, cuda, cuda:1 or mps", _device),
     "precision": one_of("fp32", "bf16", "fp16"),
