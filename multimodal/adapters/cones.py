@@ -124,11 +124,12 @@ class ConES(Adapter):
             self._attach_text(text[0])
         else:
             self._form = "classes"
-            if not ((self.plan or {}).get("classes") or points.num_classes):
+            what = "the model no classes" if "text" in points.gives else "no text tower beside its images"
+            if "text" not in points.gives or not ((self.plan or {}).get("classes") or points.num_classes):
                 raise AttachError(
                     "'cones' searches the embeddings of classes, or those that condition a diffusion transformer: "
-                    f"{points.backbone} has no such condition, and the model no classes. Load it with num_classes= and data that "
-                    "names its classes, or with classes=[...]."
+                    f"{points.backbone} has no such condition, and {what}. Load a CLIP with num_classes= and data that names its "
+                    "classes, or with classes=[...]."
                 )
 
     def _attach_rows(self, points: Points, rows: list[Any]) -> None:
