@@ -103,12 +103,16 @@ def test_frozen_trains_the_last_direction_alone() -> None:
 
 def test_draws() -> None:
     """Every rank equally often, one for all projections, others by another seed, none below min_rank."""
-    adapter = zoo.adapter("dylora", rank=8)
-    drawn = [adapter.draw(step) for step in range(4000)]
+
+    def draws(count: int, **config: Any) -> list[int]:
+        adapter: Any = zoo.adapter("dylora", **config)
+        return [adapter.draw(step) for step in range(count)]
+
+    drawn = draws(4000, rank=8)
     counts = torch.bincount(torch.tensor(drawn), minlength=9)
     assert counts[0] == 0 and counts[1:].min() > 430 and counts[1:].max() < 570
-    assert drawn != [zoo.adapter("dylora", rank=8, seed=1).draw(step) for step in range(4000)]
-    assert {zoo.adapter("dylora", rank=4, min_rank=3).draw(step) for step in range(99)} == {3, 4}
+    assert drawn != draws(4000, rank=8, seed=1)
+    assert set(draws(99, rank=4, min_rank=3)) == {3, 4}
     model = made()
     seen: list[tuple[int, set[float]]] = []
 
@@ -145,7 +149,7 @@ def test_an_evaluation_sees_the_chosen_rank() -> None:
 
 
 def test_a_frozen_adapter_keeps_its_rank() -> None:
-    model = tiny_model([zoo.adapter("dylora", rank=4), "lora"])
+    model: Any = tiny_model([zoo.adapter("dylora", rank=4), "lora"])
     shake(model).choose(3)
     model.set_active("dylora", "lora", train="lora")
     model.adapters["dylora"].step_start(model, 0)
@@ -203,7 +207,7 @@ def test_small_ranks_work_where_those_of_lora_do_not() -> None:
     inputs, targets = easy_data(96, noise=1.0, seed=3).tensors
     losses: dict[str, list[float]] = {}
     for method in ("dylora", "lora"):
-        model = tiny_model(zoo.adapter(method, rank=4, alpha=16.0, targets="all-linear"))
+        model: Any = tiny_model(zoo.adapter(method, rank=4, alpha=16.0, targets="all-linear"))
         fit(model, easy_data(96, noise=1.0), epochs=12, lr=1e-2)
         model.eval()
         losses[method] = []
