@@ -31,6 +31,7 @@ from torch.utils.data import TensorDataset
 import zoo
 from multimodal.tasks.zero_shot import put_zero_shot_classifier
 from zoo.data import ImageDataset, by_class, few_shot, open_dataset
+from zoo.disk import write_file
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-shot": ("", {}),
@@ -183,11 +184,11 @@ def main() -> None:
                 numbers = base_to_new(name, pool, test, seed, args.steps, given)
             record["rows"].append({"set": which, "method": name, "shots": shots, "seed": seed, **numbers})
             print(json.dumps(record["rows"][-1]), flush=True)
-            args.rows.write_text(json.dumps(record, indent=1) + "\n")
+            write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
     order = {name: i for i, name in enumerate(METHODS)}
     record["rows"].sort(key=lambda r: (r["set"], order[r["method"]], r["shots"], r["seed"]))
-    args.rows.write_text(json.dumps(record, indent=1) + "\n")
-    args.rows.with_suffix(".md").write_text(markdown(record["rows"]))
+    write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(args.rows.with_suffix(".md"), markdown(record["rows"]).encode())
     draw(record["rows"], args.rows.with_suffix(".png"))
     print(markdown(record["rows"]))
 

@@ -31,6 +31,7 @@ from torch.utils.data import TensorDataset
 import zoo
 from multimodal.tasks.zero_shot import put_zero_shot_classifier
 from zoo.data import ImageDataset, few_shot, open_dataset
+from zoo.disk import write_file
 
 RESULTS = Path(__file__).parent / "results"
 TEMPLATES = ("a photo of a {}.", "a small picture of a {}.", "{}")
@@ -106,8 +107,8 @@ def main() -> None:
         row = {"set": args.set, "method": method, "shots": shots, "seed": seed, "accuracy": value}
         record["rows"].append(row)
         print(json.dumps(row), flush=True)
-        args.rows.write_text(json.dumps(record, indent=1) + "\n")
-        args.rows.with_suffix(".md").write_text(markdown(record["rows"]))
+        write_file(args.rows, (json.dumps(record, indent=1) + "\n").encode())
+        write_file(args.rows.with_suffix(".md"), markdown(record["rows"]).encode())
 
     if (args.set, "zero-shot", 0, 0) not in done:
         model = zoo.load("clip-micro", num_classes=0)

@@ -43,6 +43,7 @@ from multimodal.regimes.curr_reft import CurrReFT
 from multimodal.regimes.parts.grpo import Scores
 from multimodal.regimes.parts.tuning import Tuning, write
 from zoo.data.seeds import seed_everything
+from zoo.disk import write_file
 
 ASKED = (
     "reason, then answer in tags."  # no system message of its training: half of its answers have no closed tags then
@@ -192,7 +193,7 @@ def main() -> None:
     record["arguments"] = {k: str(v) for k, v in vars(args).items() if k not in ("data", "out")}
 
     def keep() -> None:
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        write_file(file, (json.dumps(record, indent=1) + "\n").encode())
         print(json.dumps({k: record[k] for k in ("rates", "runs")})[-400:], flush=True)
 
     if "start" not in record:
@@ -231,7 +232,7 @@ def main() -> None:
             values = [100 * r[name] for r in record["runs"] if r["arm"] == arm]
             cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}")
         lines.append(f"| {arm} | {record['chosen'][arm]} | {' | '.join(cells)} |")
-    (args.out / "curr_reft.md").write_text("\n".join(lines) + "\n")
+    write_file(args.out / "curr_reft.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 

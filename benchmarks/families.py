@@ -30,6 +30,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import zoo
+from zoo.disk import write_file
 
 RESULTS = Path(__file__).parent / "results"
 HEAD_RATE = 1e-2
@@ -210,8 +211,8 @@ def finish(rows: list[dict[str, Any]]) -> None:
         "rows": rows,
         "summary": lines,
     }
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "families.md").write_text(markdown(lines))
+    write_file(file, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(RESULTS / "families.md", markdown(lines).encode())
     draw(lines, RESULTS / "families.png")
     print(markdown(lines))
 

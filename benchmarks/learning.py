@@ -20,6 +20,7 @@ import torch
 
 import zoo
 from zoo.data import few_shot, open_dataset
+from zoo.disk import write_file
 
 METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # method, settings, learning rate of the adapter
     "linear probe": ("linear", {}, 1e-2),
@@ -185,7 +186,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             if args.keep is not None and seed == 0:
                 model.save_adapter(args.keep / f"vit-micro-{METHODS[label][0]}-cifar10")
-            args.partial.write_text(json.dumps({"epochs": args.epochs, "rows": rows}, indent=1) + "\n")
+            write_file(args.partial, (json.dumps({"epochs": args.epochs, "rows": rows}, indent=1) + "\n").encode())
     if args.partial == RESULTS / "learning.json":
         finish(rows, args.epochs)
 
@@ -200,7 +201,7 @@ def finish(rows: list[dict[str, Any]], epochs: int) -> None:
         )
         + "\n"
     )
-    (RESULTS / "learning.md").write_text(markdown(lines))
+    write_file(RESULTS / "learning.md", markdown(lines).encode())
     draw(lines, RESULTS / "learning.png")
     print(markdown(lines))
 

@@ -34,6 +34,7 @@ from multimodal.data.questions import Question, open_questions
 from multimodal.data.visual_features import GridFeatures
 from multimodal.regimes.meet import OfQuality
 from multimodal.tasks.generate import Generate
+from zoo.disk import write_file
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = (
@@ -128,7 +129,7 @@ def main() -> None:
                 continue
             rows.append({**key, **row(way, tuple(args.rates), parts[seed], test, seed, args)})
             args.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+            write_file(file, (json.dumps(rows, indent=1) + "\n").encode())
             print(rows[-1], flush=True)
     report([r for r in rows if about.items() <= r.items()], about, args.out / "meet.md")
 
@@ -153,7 +154,7 @@ def report(rows: list[dict[str, Any]], about: dict[str, Any], file: Path) -> Non
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
         lines += [f"| {way} | {' | '.join(cells)} | {len(own)} |"] if own else []
-    file.write_text("\n".join(lines) + "\n")
+    write_file(file, ("\n".join(lines) + "\n").encode())
 
 
 if __name__ == "__main__":

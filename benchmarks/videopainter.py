@@ -30,6 +30,7 @@ from multimodal.metrics.regions import compare, psnr
 from multimodal.tasks.diffuse import Diffuse
 from multimodal.tasks.inpaint import Inpaint
 from multimodal.tasks.latents import decode, encode
+from zoo.disk import write_file
 
 HEIGHT, WIDTH, FRAMES, HELD_OUT, CHANNELS, RATIO = 40, 72, 25, 25, 16, 4
 SEQUENCES = ("bmx-trees", "tennis", "schoolgirls")
@@ -218,7 +219,7 @@ def encoders(data: str, out: Path, steps: int, seeds: int) -> None:
             rows[f"with, replace {replace}, seed {seed}"] = measure(model, data, out, replace=replace, seed=seed)
         with model.disable():
             rows[f"without, seed {seed}"] = measure(model, data, out, replace=False, seed=seed)
-        (out / "numbers.json").write_text(json.dumps(rows, indent=1))
+        write_file(out / "numbers.json", json.dumps(rows, indent=1).encode())
         print(json.dumps(rows, indent=1), flush=True)
 
 

@@ -34,6 +34,7 @@ from multimodal.data.questions import Question, open_questions
 from multimodal.data.visual_features import GridFeatures
 from multimodal.families.seq2seq.words import EASY_VQA, SPECIAL
 from multimodal.tasks.generate import Generate
+from zoo.disk import write_file
 
 TASKS = ("vqa", "presence", "gqa", "caption")
 METHODS: dict[str, Any] = {
@@ -174,8 +175,8 @@ def main() -> None:
         row = {"test": measured(network(words, 0), data["test"])} if bare else trained(name, seed, data, words, args)
         found["rows"][key] = {**row, "seconds": round(time.perf_counter() - began)}
         print(key, found["rows"][key], flush=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "vl_adapter.md").write_text(table(found["rows"]) + "\n")
+        write_file(file, (json.dumps(found, indent=1) + "\n").encode())
+        write_file(args.out / "vl_adapter.md", (table(found["rows"]) + "\n").encode())
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from easy_vqa_kinds import LEFT_OUT, Row, images, rows
 
 import zoo
 from multimodal.data.questions import Question
+from zoo.disk import write_file
 
 VALIDATION = 400  # drawings at the end of the train split that choose the epoch
 PROJECTIONS = "{q,k,v,o,gate,up,down}"
@@ -66,7 +67,7 @@ def run(data: Path, options: argparse.Namespace) -> dict[str, Any]:
                 {"seed": seed, "exact": exact, "trained": trained, "seconds": time.monotonic() - start}
             )
             print(f"{name:5} seed {seed}: {exact:.4f}", flush=True)
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
+            write_file(options.out, (json.dumps(record, indent=1) + "\n").encode())
     return record
 
 
