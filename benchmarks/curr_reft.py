@@ -190,7 +190,13 @@ def main() -> None:
     file = args.out / "curr_reft.json"
     setting = Setting(args.data, args.steps, args.prompts, args.each)
     record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"chosen": {}, "rates": {}, "runs": []}
-    record["arguments"] = {k: str(v) for k, v in vars(args).items() if k not in ("data", "out")}
+    given = {k: str(v) for k, v in vars(args).items() if k not in ("data", "out")}
+    other = {
+        k: v for k, v in record.get("arguments", {}).items() if k not in ("seeds", "arms", "rates") and v != given[k]
+    }
+    if other:
+        raise SystemExit(f"{file} holds runs of {other}; name another folder by --out")
+    record["arguments"] = given
 
     def keep() -> None:
         write_file(file, (json.dumps(record, indent=1) + "\n").encode())
