@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import zoo
-from vision.adapters.parts.sensitivity import candidates, choose, most_sensitive, sensitivity, spend
+from vision.adapters.parts.sensitivity import candidates, choose, sensitivity, spend
 from vision.adapters.parts.tuned import Tuned
+from zoo.adapters.parts.highest import highest
 
 AUTHORS: dict[str, Any] = json.loads((Path(__file__).parent / "spt.json").read_text())
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 3}
@@ -67,7 +68,7 @@ def scored() -> tuple[zoo.Model, list[Tensor], Tensor]:
     model = build()
     scores, count, samples = sensitivity(model, candidates(model.points, "lora", 8, 10, 5), batches(), 16)
     assert (count, samples) == (3, 24)
-    return model, scores, most_sensitive(scores, TAUS[-1])[0]
+    return model, scores, highest(scores, TAUS[-1])[0]
 
 
 def matrices(rows: list[list[int]]) -> list[str]:

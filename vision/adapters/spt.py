@@ -32,7 +32,7 @@ adapter stands behind o, where theirs reads o's input; q, k and v drop the same 
 its own width (theirs: 768). On Swin patch merging is frozen like the patch embedding, and there is no class token.
 
 In memory: the single entries need the projection's input in backward, the structured modules r numbers for each token and a
-mask of one byte for each number of their input. See `vision.adapters.parts.tuned` for how they are computed.
+mask of one byte for each number of their input. See `zoo.adapters.parts.entries` for how they are computed.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
+from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, sensitivity, spend
 from vision.adapters.parts.tuned import Tuned
 from zoo import Task, damped
 from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.bottleneck import Bottleneck
+from zoo.adapters.parts.highest import highest
 from zoo.errors import ConfigError, MergeError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
@@ -163,7 +164,7 @@ class SPT(Adapter):
         tokens, fixed = _tokens(model)
         budget = round(self.budget * 1e6)
         taus = grid(budget, sum(c.size for c in found))
-        owner, place = most_sensitive(scores, taus[-1])
+        owner, place = highest(scores, taus[-1])
         tau, hits = choose(owner, found, budget, fixed, taus)
         whole, total = spend(hits, found, fixed)
         single = [(i, c) for i, c in enumerate(found) if hits[i] and not whole[i]]

@@ -11,8 +11,8 @@ from spt_models import IMAGES, QUIET, SETTINGS, VIT, batches, both, build, calib
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import vision.adapters.parts.tuned
 import zoo
+import zoo.adapters.parts.entries
 from vision.adapters.parts.tuned import Tuned
 from zoo.disk import attach, read
 from zoo.errors import AttachError, CombinationError, ConfigError, MergeError, MismatchError
@@ -62,7 +62,7 @@ def dense(model: zoo.Model, adapter: zoo.Adapter) -> tuple[torch.nn.Module, dict
 @both
 @pytest.mark.parametrize("chunk", [1 << 22, 64])
 def test_gradients_are_those_of_the_dense_weights(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision.adapters.parts.tuned, "CHUNK", chunk)
+    monkeypatch.setattr(zoo.adapters.parts.entries, "CHUNK", chunk)
     model = build(family)
     adapter = calibrated(model)
     shake(adapter)

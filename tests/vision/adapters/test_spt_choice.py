@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import zoo
-from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, most_sensitive, sensitivity, spend
+from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, sensitivity, spend
+from zoo.adapters.parts.highest import highest
 from zoo.errors import DataError
 from zoo.tasks import Custom
 from zoo.tasks.multilabel import MultiLabel
@@ -100,7 +101,7 @@ def test_the_highest_scores_in_order() -> None:
     places = np.concatenate([np.arange(len(a)) for a in arrays])
     order = np.lexsort((np.arange(len(flat)), -flat))
     for count in (1, 9, 350, 1000, len(flat), len(flat) + 5):
-        owner, place = most_sensitive([torch.from_numpy(a) for a in arrays], count)
+        owner, place = highest([torch.from_numpy(a) for a in arrays], count)
         assert np.array_equal(owner.numpy(), owners[order[:count]])
         assert np.array_equal(place.numpy(), places[order[:count]])
 
@@ -134,7 +135,7 @@ def test_the_rule(budget: int) -> None:
     random = np.random.default_rng(budget)
     scores = [(random.gamma(0.3, size=c.size) * random.gamma(0.5)).astype(np.float32) for c in found]
     taus = grid(budget, sum(c.size for c in found))
-    owner, _ = most_sensitive([torch.from_numpy(s) for s in scores], taus[-1])
+    owner, _ = highest([torch.from_numpy(s) for s in scores], taus[-1])
     tau, hits = choose(owner, found, budget, 48, taus)
     whole, total = spend(hits, found, 48)
     expected = brute_force(scores, found, budget, 48, taus)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from zoo import probing
+from zoo.adapters.parts.moved import check_labels
 from zoo.engine.context import batch_of
 from zoo.errors import AttachError, DataError
 from zoo.points import LinearPoint, NormPoint, Points
@@ -120,7 +120,7 @@ def sensitivity(
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(_Square(scores[key])))
             for inputs, targets in itertools.islice(batches, num_batches):
-                _check(model, probe.task, targets)
+                check_labels(model, probe.task, targets)
                 loss = probe.loss(inputs, targets)
                 if not math.isfinite(loss.item()):
                     raise DataError(
@@ -137,17 +137,6 @@ def sensitivity(
     if not all(bool(torch.isfinite(s).all()) for s in scores.values()):
         raise DataError("Gradients of the calibration batches are NaN or Inf. Calibrate in float32.")
     return [c.slice(scores[id(c.slot[0]), c.slot[1]]) for c in found], count, samples
-
-
-def _check(model: Host, task: Task, targets: Any) -> None:
-    """Labels of a classification have outputs in the head."""
-    if task.name != "classify" or not isinstance(targets, Tensor) or targets.is_floating_point():
-        return
-    if int(targets.min()) < 0 or int(targets.max()) >= model.num_classes:
-        raise DataError(
-            f"Labels of a calibration batch run from {int(targets.min())} to {int(targets.max())}; the head has "
-            f"{model.num_classes} classes. Load the model with num_classes= of the data."
-        )
 
 
 def _rows(inputs: Any) -> int:
@@ -172,31 +161,6 @@ class _Square:
 # -- budget -----------------------------------------------------------------------------------------------------------
 
 
-def most_sensitive(scores: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores, highest first: number of the candidate (n,), position in it (n,), both int32.
-
-    Equal scores come in the order of the candidates, so the choice does not depend on the device. Takes memory for about
-    3 * `count` scores besides the given ones. With several processes all take what the first one found.
-    """
-    device = scores[0].device
-    value = torch.empty(0, device=device)
-    owner = place = torch.empty(0, dtype=torch.int32, device=device)
-    floor: Tensor | None = None  # the lowest of `count` known scores; what only equals it comes behind it
-    for i, score in enumerate(scores):
-        index = torch.arange(len(score), device=device) if floor is None else (score > floor).nonzero().flatten()
-        value = torch.cat([value, score[index]])
-        owner = torch.cat([owner, torch.full((len(index),), i, dtype=torch.int32, device=device)])
-        place = torch.cat([place, index.to(torch.int32)])
-        if len(value) >= 2 * count or i == len(scores) - 1:
-            order = value.argsort(descending=True, stable=True)[:count]
-            value, owner, place = value[order], owner[order], place[order]
-            floor = value[-1] if len(value) == count else None
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(owner, 0)
-        dist.broadcast(place, 0)
-    return owner, place
-
-
 def spend(hits: Sequence[int], found: Sequence[Candidate], fixed: int = 0) -> tuple[list[bool], int]:
     """Which candidates are tuned as a whole, given the hits of each; and all parameters: `fixed`, costs, single hits."""
     whole = [n >= c.threshold for n, c in zip(hits, found)]
@@ -216,7 +180,7 @@ def choose(
     """(tau, hits of each candidate) whose sum of parameters is closest to the budget; of two as close the larger tau.
 
     Args:
-        owner: as from `most_sensitive`. taus: what to try, in rising order, at most as many as `owner` has.
+        owner: as from `highest`. taus: what to try, in rising order, at most as many as `owner` has.
     """
     best: tuple[int, list[int]] = (0, [0] * len(found))
     gap = math.inf
