@@ -188,6 +188,7 @@ def load(
                 attach(model, packs[id(source)], head=_keeps_head(packs[id(source)], num_classes, classes, head))
         if classes is not None:
             model.classes = classes
+            model.name_readers(classes)
     return model
 
 

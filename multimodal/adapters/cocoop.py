@@ -87,6 +87,7 @@ class CoCoOp(Adapter):
     default_lr = 2e-3
     point_options = {"tower": "both"}
     head_kind = "image-text"
+    in_template = True
     paper = "Zhou et al. 2022"
     taxonomy = "additive"
     identity = False  # the network shifts the template from its beginning
@@ -104,7 +105,11 @@ class CoCoOp(Adapter):
         """Put the context among the words of the text tower."""
         found = [p for p in points.require("tokens", "cocoop") if p.embedding is not None]
         if not found:
-            hidden = " (tower='image' hides them: load it with tower='both')" if any(p.tower for p in points) else ""
+            hidden = (
+                " (tower='image' hides them: load it with tower='both')"
+                if any(p.tower == "image" for p in points)
+                else ""
+            )
             raise AttachError(f"'cocoop' needs the words of a text tower, and {points.backbone} has none{hidden}.")
         named_classes(points, self.plan, "cocoop")
         point = found[0]

@@ -124,6 +124,9 @@ class ConES(Adapter):
             self._attach_text(text[0])
         else:
             self._form = "classes"
+            self.check(
+                not (self.labels or self.tokens), "labels and tokens are of diffusion transformers, not of classes."
+            )
             what = "the model no classes" if "text" in points.gives else "no text tower beside its images"
             if "text" not in points.gives or not ((self.plan or {}).get("classes") or points.num_classes):
                 raise AttachError(

@@ -78,6 +78,7 @@ class CoOp(Adapter):
     default_lr = 2e-3
     point_options = {"tower": "both"}
     head_kind = "text"
+    in_template = True
     paper = "Zhou et al. 2022"
     taxonomy = "additive"
     identity = False  # "a photo of a" in place of random words is the zero-shot classifier
@@ -94,7 +95,11 @@ class CoOp(Adapter):
         """Put the context among the words of the text tower."""
         found = [p for p in points.require("tokens", "coop") if p.embedding is not None]
         if not found:
-            hidden = " (tower='image' hides them: load it with tower='both')" if any(p.tower for p in points) else ""
+            hidden = (
+                " (tower='image' hides them: load it with tower='both')"
+                if any(p.tower == "image" for p in points)
+                else ""
+            )
             raise AttachError(f"'coop' needs the words of a text tower, and {points.backbone} has none{hidden}.")
         # a saved adapter brings the number of classes that its contexts are for
         classes = self.plan["classes"] if self.plan else points.num_classes

@@ -78,6 +78,7 @@ class CPEClip(Adapter):
     default_lr = 2e-3
     point_options = {"tower": "both"}
     head_kind = "text"
+    in_template = True
     paper = "D'Alessandro et al. 2023"
     taxonomy = "additive"
     identity = False  # random prompts in both towers

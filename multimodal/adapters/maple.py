@@ -66,6 +66,7 @@ class MaPLe(Adapter):
     default_lr = 2e-3
     point_options = {"tower": "both"}
     head_kind = "text"
+    in_template = True
     paper = "Khattak et al. 2023"
     taxonomy = "additive"
     identity = False  # random prompts in both towers
@@ -77,6 +78,9 @@ class MaPLe(Adapter):
         super().__post_init__()
         self.check(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}; expected 1 or more.")
         self.check(self.depth >= 1, f"depth is {self.depth}; expected 1 or more.")
+        self.check(
+            "{" not in self.init, f"init '{self.init}' has a brace; the name of a class comes behind it by itself."
+        )
         words = len(self.init.split())
         self.check(
             not words or words >= self.num_tokens,

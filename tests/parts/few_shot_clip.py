@@ -18,7 +18,9 @@ def build(method: str, beside: str = "", **settings: Any) -> zoo.Model:
     """In float64, everything away from its start, with the names of three classes."""
     own = [zoo.adapter(method, **settings)]
     if beside:
-        own.insert(0, zoo.adapter(beside))
+        own.insert(
+            len(own) if beside == "coop" else 0, zoo.adapter(beside)
+        )  # whose words stand in its own head's texts
     return make("plain", *own, text_cfg={**TEXT, "context_length": 40}, tower="both", classes=NAMES)
 
 

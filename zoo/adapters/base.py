@@ -88,6 +88,7 @@ class Adapter(Structured):
     # Options of `zoo.load` that it needs, where the family has them among its `point_options`
     point_options: ClassVar[dict[str, Any]] = {}
     head_kind: ClassVar[str] = ""  # the head that it is made for, a name of `zoo.heads.HEADS`; "": any
+    in_template: ClassVar[bool] = False  # its vectors stand in the slots of that head's template, and in no other text
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)

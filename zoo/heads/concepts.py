@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.heads.base import register_head
-from zoo.heads.text import TextHead, class_ids
+from zoo.heads.text import TextHead, check_slots, class_ids
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -48,6 +48,7 @@ class ConceptHead(TextHead):
     """Logits by similarity with kept class texts; `prepare` is called by the adapter that it is made for."""
 
     needs = ("pooled", "text", "scale")
+    kept_texts = True
     text: Tensor
     written: Tensor
 
@@ -81,6 +82,7 @@ class ConceptHead(TextHead):
             ConfigError: the names of the classes are not known, too long for the model with a template, or others than those
                 from whose texts the active adapter has moved on.
         """
+        check_slots(self, model)
         if not self._ready:
             if not (self.text.is_meta or bool(self.written)):
                 _untraced(self, model)

@@ -25,7 +25,7 @@ from zoo.heads.base import Head, register_head
 if TYPE_CHECKING:
     from zoo.host import Host
 
-__all__ = ["SLOT", "TextHead", "check_seen", "class_ids"]
+__all__ = ["SLOT", "TextHead", "check_seen", "check_slots", "class_ids"]
 
 SLOT = "<*>"
 _FILLERS = ("x", "z", "q", "j", "*", "~", "@", "%")  # one token each, to be replaced by vectors
@@ -37,6 +37,7 @@ class TextHead(Head):
 
     needs: ClassVar[tuple[str, ...]] = ("pooled", "text", "scale")
     reads_names = True
+    kept_texts: ClassVar[bool] = False  # read once, whoever is in use then
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
@@ -86,6 +87,7 @@ class TextHead(Head):
 
     def ids(self, model: Host) -> Tensor:
         """Token ids of the class texts (K, L) on the model's device."""
+        check_slots(self, model)
         if self.classes is None:
             if not model.classes:
                 raise ConfigError(
@@ -102,6 +104,19 @@ class TextHead(Head):
         if self._ids.device != model.device:
             self._ids = self._ids.to(model.device)
         return self._ids
+
+
+def check_slots(head: TextHead, model: Host) -> None:
+    """Raise ConfigError if an adapter in use has vectors for class texts, and this head's template no slots for them."""
+    for name in model.active if SLOT not in head.template else ():
+        if getattr(model.adapters[name], "in_template", False):
+            others = [n for n in model.active if n != name]
+            kept, advice = (others, "Leave it out") if head.kept_texts else ([*others, name], "Make it the last")
+            raise ConfigError(
+                f"The vectors of '{name}' stand in the texts of its own head, and the head in use ('{model.head_name}') reads "
+                f"texts without them, so nothing would come of them. {advice}: "
+                f"model.set_active({', '.join(map(repr, kept))})."
+            )
 
 
 def class_ids(family: Any, names: Sequence[str], template: str, specific: bool = False) -> Tensor:
@@ -130,7 +145,8 @@ def class_ids(family: Any, names: Sequence[str], template: str, specific: bool =
                 number = number + torch.arange(len(ids)).unsqueeze(1) * slots
             return torch.where(here, -1 - number, ids)
     except DataError as error:
-        raise ConfigError(f"A class name with its {slots} vectors does not fit the text tower: {error}") from error
+        what = f"A class name with its {slots} vectors" if slots else "A class name"
+        raise ConfigError(f"{what} does not fit the text tower: {error}") from error
     raise ConfigError(
         f"The vectors of '{template}' cannot be told from words by this tokenizer; choose another class position."
     )

@@ -89,12 +89,18 @@ class Headed(nn.Module):
         self.take_names(None if names is None else class_names(names, self.num_classes))
 
     def take_names(self, names: Sequence[str] | None) -> None:
-        """As `classes = names`, also where two classes share a name, as data and files may have it."""
+        """As `classes = names`, also where two classes share a name, as data and files may have it.
+
+        A head that compares with texts of the names it had writes them anew, or raises ConfigError if it cannot.
+        """
         if names is None:
             self._classes.pop(self.head_name, None)
-        else:
-            check_texts(names)
-            self._classes[self.head_name] = list(names)
+            return
+        check_texts(names)
+        head = self.head
+        if isinstance(head, Head) and head.reads_names and head.classes not in (None, [str(name) for name in names]):
+            head.name_classes(names)
+        self._classes[self.head_name] = list(names)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -116,6 +122,13 @@ class Headed(nn.Module):
     def _acting(self, names: Sequence[str]) -> Sequence[str]:
         """Those that are in use when these are attached; what another one runs itself is not."""
         return names
+
+    def name_readers(self, names: Sequence[str]) -> None:
+        """Name the classes of all heads that compare with texts of names, are of this width and have none yet."""
+        for key, head in self.heads.items():
+            reads = isinstance(head, Head) and head.reads_names and head.out_features == len(names)
+            if reads and self.classes_of(key) is None:
+                self._classes[key] = [str(name) for name in names]
 
     def classes_of(self, head: str) -> list[str] | None:
         """Names of the classes of a head, its own or those given for it."""

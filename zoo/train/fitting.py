@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo.arguments import DEVICE, FLAG, FUNCTION, NAMES, NOTHING, PATH, TEXT, typed, whole
 from zoo.data.dataset import ImageDataset
 from zoo.data.joined import matched
+from zoo.data.labels import bare
 from zoo.data.sampling import split_train_val
 from zoo.data.seeds import kept_generators
 from zoo.engine.sharded import refuse
@@ -315,7 +316,7 @@ def fit(
                     {**settings.to_json(), "backbone": model.backbone_name, "adapters": ", ".join(model.active)}
                 )
             trainer.fit()
-            if train_set.classes is not None and what.on_head:
+            if train_set.classes is not None and what.on_head and not (model.classes and bare(train_set.classes)):
                 model.take_names(train_set.classes)
             report = report_of(trainer)
             if kept is not None:
