@@ -21,13 +21,14 @@ from zoo.errors import DataError, MissingPackageError
 __all__ = ["compare", "lpips_of", "psnr", "ssim", "ssim_map"]
 
 SIDE, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
+SLACK = 1e-2  # by which what an autoencoder makes may lie outside
 
 
 def psnr(made: Tensor, original: Tensor, region: Tensor | None = None) -> float:
     """Of frames (F, C, H, W) in [0, 1]; `region` (F, 1, H, W), above 0.5 where it counts. Infinite if nothing differs.
 
     Raises:
-        DataError: other shapes, or an empty region.
+        DataError: other shapes, numbers outside of [0, 1], or an empty region.
     """
     weight = _region(made, original, region)
     error = float(((made - original).double().square() * weight).sum() / (weight.sum() * made.shape[1]))
@@ -97,6 +98,13 @@ def compare(made: Tensor, original: Tensor, mask: Tensor, perceptual: Any = None
 def _region(made: Tensor, original: Tensor, region: Tensor | None) -> Tensor:
     if made.ndim != 4 or made.shape != original.shape:
         raise DataError(f"frames are {tuple(made.shape)} and {tuple(original.shape)}; expected the same (F, C, H, W).")
+    for frames in (made, original):
+        low, high = float(frames.min()), float(frames.max())
+        if not frames.is_floating_point() or not (low >= -SLACK and high <= 1 + SLACK):
+            raise DataError(
+                f"frames hold numbers from {low:g} to {high:g} ({frames.dtype}); expected floats from 0 to 1: divide bytes by "
+                "255, and bring [-1, 1] there by x / 2 + 0.5."
+            )
     if region is None:
         return torch.ones_like(made[:, :1], dtype=torch.float64)
     expected = (len(made), 1, *made.shape[2:])

@@ -75,12 +75,12 @@ class Windows:
                 f"window is {length} frames; expected one and a multiple of {ratio}, such as {8 * ratio + 1}."
             )
         padded = frames + (1 - frames) % ratio
-        length = min(length, padded)
         step = max((length - 1) * 3 // 4 // ratio * ratio, ratio) if stride is None else stride
         if not ratio <= step <= length - 1 or step % ratio:
             raise ConfigError(
                 f"stride is {stride} frames; expected a multiple of {ratio} below {length}, so that neighbours share frames."
             )
+        length = min(length, padded)  # of a shorter video there is one window
         starts = [*range(0, padded - length + 1, step)]
         if starts[-1] != padded - length:
             starts.append(padded - length)
@@ -156,7 +156,7 @@ class InpaintingPipeline(DiffusionPipeline):
         model, family = self._checked(steps, output_type)
         clip, marks = _frames(video, "video"), (_frames(mask, "mask") > 0.5).float()
         check_mask(marks[None], clip[None])
-        windows = Windows.of(len(clip), window or family.clip_frames, stride, family.frame_ratio)
+        windows = Windows.of(len(clip), family.clip_frames if window is None else window, stride, family.frame_ratio)
         first = _frames([image] if isinstance(image, Image.Image) else image, "image") if image is not None else None
         if family.takes_image:
             if first is None and bool(marks[0].any()):
@@ -309,6 +309,15 @@ def _frames(given: Any, what: str) -> Tensor:
     if isinstance(given, Tensor):
         if given.ndim != 4:
             raise DataError(f"{what} is {tuple(given.shape)}; expected (frames, channels, height, width).")
+        if not given.numel():
+            raise DataError(f"{what} is {tuple(given.shape)}; expected some frames.")
+        low = 0.0 if what == "mask" else -1.0
+        least, most = float(given.min()), float(given.max())
+        if not (least >= low - 0.01 and most <= 1.01):
+            raise DataError(
+                f"{what} holds numbers from {least:g} to {most:g}; expected {low:g} to 1. Bytes are brought there by "
+                f"{'x / 255' if what == 'mask' else 'x / 127.5 - 1'}."
+            )
         return given.float()
     if not isinstance(given, (list, tuple)) or not given or not all(isinstance(f, Image.Image) for f in given):
         raise DataError(f"{what} is {type(given).__name__}; expected a list of PIL images, or a tensor (F, C, H, W).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,3 +65,14 @@ def test_what_is_refused() -> None:
     except ImportError:
         with pytest.raises(MissingPackageError, match="pip install lpips"):
             lpips_of(frames, frames)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: (x * 255).byte(), lambda x: x * 255, lambda x: x * 2 - 1, lambda x: x / 0]
+)
+def test_frames_of_another_range_are_refused(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Bytes were subtracted as bytes, which wrap around, and gave a ratio of -48 dB."""
+    x = torch.rand(2, 3, 12, 12)
+    for made, original in ((change(x), x), (x, change(x))):
+        with pytest.raises(DataError, match="expected floats from 0 to 1"):
+            psnr(made, original)

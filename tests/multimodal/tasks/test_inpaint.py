@@ -125,6 +125,7 @@ def test_windows() -> None:
     assert Windows.of(49, 49, None, 4).starts == (0,)
     assert Windows.of(160, 49, 48, 4) == Windows(160, 161, 49, (0, 48, 96, 112))
     assert Windows.of(20, 49, None, 4) == Windows(20, 21, 21, (0,))
+    assert Windows.of(20, 49, 24, 4).starts == (0,)  # one window, whatever stride longer videos have
     windows = Windows.of(160, 25, 16, 4)
     video = torch.rand(161, 1)
     parts = [video[s : s + 25] for s in windows.starts]
@@ -169,7 +170,11 @@ def test_the_pipeline_fills_in_a_video_of_two_windows() -> None:
     frames = pipe(pictures, marks, (text,), **options).frames[0]
     assert len(frames) == 13 and frames[0].size == (32, 32)
     with pytest.raises(DataError, match="marks something of the first frame"):
-        pipe(video, mask[0] + torch.nn.functional.one_hot(torch.tensor(0), 13).view(-1, 1, 1, 1), (text,), **options)
+        pipe(video, torch.ones_like(hole), (text,), **options)
+    with pytest.raises(DataError, match="video holds numbers from 0 to 255"):  # bytes were taken for frames in [-1, 1]
+        pipe(torch.arange(256).repeat(156).view(13, 3, 32, 32).byte(), hole, (text,), **options)
+    with pytest.raises(DataError, match="mask holds numbers from 0 to 255"):
+        pipe(video, hole * 255, (text,), **options)
     with pytest.raises(DataError, match="marks nothing"):
         pipe(video, hole * 0, (text,), **options)
     with pytest.raises(DataError, match="masks are"):
