@@ -181,8 +181,9 @@ class TransformersBackbone(Backbone):
         transformers = library("transformers", cls.extra)
         model = getattr(transformers, cls.library_classes[cls.described(source)[0]][1])
         try:
+            given = {"dtype": torch.float32, **options}
             module, report = model.from_pretrained(
-                source, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options
+                source, attn_implementation=attention, output_loading_info=True, **given
             )
         except Exception as error:  # a class of its own for each way in which network, files and shapes can fail
             raise ConfigError(

@@ -233,3 +233,13 @@ def test_counts_at_full_size(name: str, total: int, trained: int) -> None:
     model = zoo.load(name, zoo.adapter("lora", rank=8, targets="q,v"), device="meta")
     assert sum(p.numel() for p in model.backbone.parameters()) == total
     assert model.num_parameters(trainable=True) == trained
+
+
+def test_a_checkpoint_of_a_folder_is_read(tmp_path: object) -> None:
+    """In float32 or another precision, as it is or with fields of its configuration changed."""
+    model = tiny()
+    model.backbone.save_pretrained(tmp_path)  # type: ignore[operator]
+    with torch.no_grad():
+        assert torch.equal(zoo.load(f"transformers:{tmp_path}").eval()(*texts()), model(*texts()))
+    half = zoo.load(f"transformers:{tmp_path}", dtype="bfloat16", rms_norm_eps=1e-3)
+    assert half.dtype == torch.bfloat16 and half.backbone.config.rms_norm_eps == 1e-3  # type: ignore[union-attr]
