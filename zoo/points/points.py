@@ -137,9 +137,9 @@ class Points(Sequence[Point]):
                         f"with {key}={value!r}; it has {', '.join(have) or 'none'}."
                     )
             pool = [p for p in pool if getattr(p, key) in values]
-        if tower is None:
-            self._both_have(kind)
         if selector is None:
+            if tower is None:
+                self._both_have(kind)
             return list(pool)
         chosen: set[int] = set()
         texts = [selector] if isinstance(selector, str) else list(selector)
@@ -197,7 +197,7 @@ class Points(Sequence[Point]):
     def _left_out(self, what: str, lacking: str, having: str) -> None:
         raise SelectionError(
             f"the {lacking} tower of {self.backbone} has no {what}, so it would be left out while the {having} tower is adapted. "
-            f"Name the tower ('{having}.**'), or load it alone (tower='{having}')."
+            f"Name the tower ('{having}.**'), or take a backbone of it alone (of a CLIP: tower='{having}')."
         )
 
     def _reachable(self, pattern: str, match: Callable[[str], Any]) -> None:

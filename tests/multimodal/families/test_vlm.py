@@ -204,3 +204,13 @@ def test_prefixes_for_each_sample_of_several_images(name: str) -> None:
             alone = model(ids, mask, answer, *seen)
             torch.testing.assert_close(routed[i], alone[i], rtol=1e-4, atol=1e-4)
             assert not torch.allclose(routed[i - 1], alone[i - 1], atol=1e-2)  # served by another
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_prefixes_of_the_language_blocks_alone(name: str) -> None:
+    """Qwen's eyes have no place for them: that is said where no tower is named, and no obstacle where one is."""
+    with pytest.raises(zoo.ZooError, match=r"Name the tower \('text"):
+        tiny(name, "prefix")
+    model = tiny(name, zoo.adapter("prefix", targets="text.**", num_tokens=2))
+    assert {name.split(".")[0] for name, _ in model.adapters["prefix"].named_parameters()} == {"text"}
+    assert model.probe(*model.family.tiny_batch()) == []
