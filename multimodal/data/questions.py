@@ -49,7 +49,7 @@ class Question:
         image: a PIL image or encoded bytes, or (features (N, feat_dim), boxes (N, 4) or None), or a list of several images; None
             for a question about nothing.
         text: the question; None asks for a description.
-        answers: one, or those of several people.
+        answers: one, or those of several people; a text alone is one answer.
         key: names the image: questions with equal keys share it. None: it is this question's alone.
     """
 
@@ -57,6 +57,10 @@ class Question:
     text: str | None
     answers: tuple[str, ...]
     key: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.answers, str):  # one answer, not one for each of its letters
+            object.__setattr__(self, "answers", (self.answers,))
 
 
 def open_questions(source: Any, *, split: str | None = None, on_error: OnError = "raise") -> ImageDataset:
@@ -68,6 +72,8 @@ def open_questions(source: Any, *, split: str | None = None, on_error: OnError =
     if isinstance(source, ImageDataset):
         return source
     rows: Any
+    if isinstance(source, (list, tuple)) and not source:
+        raise DataError(f"The {type(source).__name__} of questions is empty; expected at least one.")
     if isinstance(source, Mapping):
         source, split = one_split(source, split, type(source).__name__), None
     if not is_paths(source) and _asks(source):
@@ -157,9 +163,13 @@ class GivenQuestions(_Rows):
             raise DataError(
                 f"{self.where(index)}: {type(item).__name__}; expected a multimodal.data.questions.Question."
             )
+        if item.text is not None and not isinstance(item.text, str):
+            raise DataError(
+                f"{self.where(index)}: the question is {item.text!r:.60}; expected a text, or None for a caption."
+            )
         if item.text is not None and not item.text.strip():
             raise DataError(f"{self.where(index)}: the question is empty.")
-        _answers(list(item.answers), self.where(index))
+        _answers(list(item.answers) if isinstance(item.answers, (list, tuple)) else item.answers, self.where(index))
         return item if item.key is not None else replace(item, key=("item", index)), index
 
     def _of_row(self, row: Mapping[str, Any], index: int) -> Question:

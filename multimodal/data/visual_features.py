@@ -152,6 +152,11 @@ def opened(image: Any, where: str) -> Image.Image:
         return colours(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode(image, where)
+    if not isinstance(image, (str, Path)):
+        raise DataError(
+            f"{where}: the image is of the type {type(image).__name__}; expected a PIL image, a path or encoded bytes. Pixels "
+            "(height, width, 3) from 0 to 255 become one by PIL.Image.fromarray."
+        )
     try:
         return decode(Path(image).read_bytes(), str(image))
     except OSError as error:

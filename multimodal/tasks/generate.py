@@ -175,6 +175,9 @@ class Generate(Task):
         Raises:
             DataError: not one image for each question.
         """
+        for what, given in (("images", images), ("questions", questions)):
+            if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+                raise DataError(f"{what} is one {type(given).__name__}; expected a list, with one for each question.")
         if len(images) != len(questions):
             raise DataError(f"{len(images)} images for {len(questions)} questions; give one for each.")
         _check_family(model)

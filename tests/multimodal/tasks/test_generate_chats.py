@@ -238,3 +238,29 @@ def test_a_processor_of_another_model_is_named() -> None:
     model.family.processor = type("Odd", (), {"chat_template": None, "tokenizer": words()})()
     with pytest.raises(ConfigError, match="no chat template"):
         Generate().answer(model, [Image.new("RGB", (8, 8))], ["what?"])
+
+
+def test_one_answer_that_is_no_tuple(model: zoo.Model) -> None:
+    """`("red")` is a text: it was learnt letter by letter."""
+    alone = Question(picture("red"), "what color?", "red")  # type: ignore[arg-type]
+    assert alone.answers == ("red",)
+    _, targets = collate([Generate().open(model, [alone], train=True)[0]])
+    expected = model.family.writer().answer("red")  # type: ignore[attr-defined]
+    assert targets[0, 0][: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "said"),
+    [
+        ([torch.zeros(3, 8, 8).numpy()], ["what?"], "item 0: the image is of the type ndarray.*fromarray"),
+        ([picture("red")], [5], "item 0: the question is 5; expected a text"),
+        (picture("red"), ["what?"], "images is one bytes; expected a list"),
+        ([picture("red")], "what?", "questions is one str; expected a list"),
+        (Image.new("RGB", (8, 8)), ["what?"], "images is one Image; expected a list"),
+        ([], [], "The list of questions is empty"),
+    ],
+    ids=["pixels", "number", "one image's bytes", "one question", "one image", "nothing"],
+)
+def test_what_is_no_question_is_refused(model: zoo.Model, images: Any, asked: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Generate().answer(model, images, asked)
