@@ -60,7 +60,7 @@ class CurrReFT(Regime):
     """Curriculum of rewards.
 
     `zoo.run(model, "curr-reft", data=exercises, test=held_out)`. `test` is measured before, between and after the stages.
-    Rewards and a judge of yours: `regime = zoo.regime("curr-reft"); regime.rewards["text"] = f; regime.judge = g`.
+    Rewards and a judge of yours: `regime = zoo.registry.regime("curr-reft"); regime.rewards["text"] = f; regime.judge = g`.
 
     Args:
         stages: levels, in this order; also several in one stage, joined by "+" ("judge+choice+open" is no curriculum).
@@ -94,6 +94,7 @@ class CurrReFT(Regime):
 
     needs_head: ClassVar[bool] = False
     opens: ClassVar[bool] = True
+    items: ClassVar[tuple[type, ...]] = (Exercise,)
     paper: ClassVar[str] = "Deng et al. 2025"
 
     def __post_init__(self) -> None:

@@ -213,6 +213,7 @@ class LlamaAdapterRegime(Regime):
 
     paper = "Gao et al. 2023"
     needs_head = False
+    items = (Question,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,6 +242,10 @@ class LlamaAdapterRegime(Regime):
             )
         if run.test is not None and not isinstance(run.test, ImageDataset):
             raise DataError("llama-adapter-v2: test= is one data set of questions.")
+        if run.test is not None and self._images(run.test, CAPTIONS) and self._images(run.test, INSTRUCTIONS):
+            raise DataError(
+                "llama-adapter-v2: some questions of test= have an image and others none; give one kind of them."
+            )
         adapter = self._adapter(run)
         fusion = "early" if self.stages == "joint" else "late"
         if adapter.fusion != fusion or (fusion == "early" and not adapter.disjoint):

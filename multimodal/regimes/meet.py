@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.data.questions import open_questions
+from multimodal.data.questions import Question, open_questions
 from multimodal.tasks.generate import Generate
 from zoo import Phase, Regime, Task
 from zoo.data import ImageDataset
@@ -201,6 +201,7 @@ class MeetRegime(Regime):
 
     paper = "Xue, Wang and Ji 2023"
     needs_head = False
+    items = (Question,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

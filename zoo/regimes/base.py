@@ -99,6 +99,7 @@ class Regime:
     paper: ClassVar[str] = ""
     needs_head: ClassVar[bool] = True  # the command line gives the model a head for the classes of the data
     opens: ClassVar[bool] = False  # the command line opens data by `read`, since they are of the regime's own kind
+    items: ClassVar[tuple[type, ...]] = ()  # a list of these is one data set; other lists are lists of data sets
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass calls `super().__post_init__()` first."""

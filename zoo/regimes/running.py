@@ -227,12 +227,15 @@ def _regime(regime: str | Regime, settings: Mapping[str, Any]) -> Regime:
 
 
 def _opened(model: Model, regime: Regime, data: Any) -> Any:
-    """Data sets in the structure in which they were given; lists and dicts are structure, everything else a source."""
+    """Data sets in the structure in which they were given; lists and dicts are structure, everything else a source.
+
+    A list of what the regime calls its `items` is a source, too.
+    """
     if data is None or isinstance(data, ImageDataset):
         return data
     if isinstance(data, Mapping):
         return {str(name): _opened(model, regime, part) for name, part in data.items()}
-    if isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple)) and not (regime.items and data and isinstance(data[0], regime.items)):
         return [_opened(model, regime, part) for part in data]
     return regime.open(model, data)
 

@@ -79,7 +79,7 @@ def test_one_after_the_other() -> None:
     named = dict(model.adapters[NAME].named_parameters())
     groups = model.adapters[NAME].groups()
     sizes = {group: sum(named[n].numel() for n in names) for group, names in groups.items()}
-    report = run(model, stages="apart", caption_epochs=1)
+    report = run(model, data={"captions": captions(), "instructions": instructions()}, stages="apart", caption_epochs=1)
     assert [p["name"] for p in report.phases] == ["captions", "instructions"]
     assert [p["parameters"] for p in report.phases] == [sizes["vision"] + sizes["prompts"], sizes["tuned"]]
 
@@ -97,6 +97,7 @@ def test_one_after_the_other() -> None:
         ({}, {"fusion": "late"}, "is of fusion='early'"),
         ({}, {"disjoint": False}, "disjoint"),
         ({"stages": "thrice"}, {}, "expected 'joint' or 'apart'"),
+        ({"test": captions() + instructions()}, {}, "give one kind of them"),
     ],
 )
 def test_what_does_not_fit_is_told_first(settings: dict[str, Any], given: dict[str, Any], message: str) -> None:

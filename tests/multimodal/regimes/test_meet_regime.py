@@ -182,3 +182,11 @@ def test_a_model_with_adapters_in_use_is_refused() -> None:
         run(network)
     with pytest.raises(DataError, match="say no quality"):
         OfQuality(Generate(), ("good", "bad")).open(network, questions(), train=True)
+
+
+def test_lists_of_questions_are_data() -> None:
+    """They need not be opened beforehand."""
+    lists = {"good": questions(), "bad": questions(wrong=True)}
+    pairs = ((lists, questions()), (data(), ready()))
+    one, other = (run(model(), data=given, test=test, stages="controls").summary for given, test in pairs)
+    assert one and one == other
