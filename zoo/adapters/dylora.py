@@ -92,7 +92,8 @@ class Nested(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, dim_in) and B (dim_out, r), this with the scale, and with zeros behind the first b columns."""
-        a, b = self.lora_a, self.lora_b
+        a: Tensor = self.lora_a
+        b: Tensor = self.lora_b
         if self.frozen:
             a, b = _learning(a, self.learns[:, None]), _learning(b, self.learns)
         return a, recomputable(torch.mul, b, self.share)
