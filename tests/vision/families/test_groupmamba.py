@@ -123,6 +123,7 @@ REFUSED = {
     "coop": "tokens points",
     "cocoop": "tokens points",
     "cpe-clip": "tokens points",
+    "mam": "attention points",
     "maple": "tokens points",
     "cones": "needs the output 'text'",
     "gram": "stands around another adapter",
