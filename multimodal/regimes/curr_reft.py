@@ -291,6 +291,8 @@ class CurrReFT(Regime):
 
 
 def _exercises(data: ImageDataset) -> list[Exercise]:
+    if not isinstance(data, ImageDataset):
+        raise DataError(f"{data!r:.60} is no data set of exercises; give a list of them, or what open_exercises takes.")
     return [data.rows.read(int(i))[0] for i in data.indices]
 
 

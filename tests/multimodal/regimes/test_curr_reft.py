@@ -403,3 +403,8 @@ def test_the_command_line(tmp_path):
     assert zoo.load(adapter=tmp_path / "out").active == ("lora",)
     result = CliRunner().invoke(app, [*words.split(), "--shots", "2", *folders[:2], "-o", str(tmp_path / "other")])
     assert result.exit_code != 0 and "--shots" in result.output
+
+
+def test_a_level_without_exercises_is_refused() -> None:
+    with pytest.raises(DataError, match="is no data set of exercises"):
+        zoo.run(zoo.load("vlm-micro", "lora"), "curr-reft", {"open": []}, improve=False)
