@@ -147,13 +147,18 @@ class CurrReFT(Regime):
         for stage, data in stages.items():
             if not len(data):
                 raise DataError(f"There is no exercise of the stage '{stage}'. Leave it out of stages, or add some.")
-        seen = getattr(run.model.family, "processor", None) is not None
-        for data in stages.values():
-            for exercise in _exercises(data):
-                if exercise.image is not None and not seen:
-                    raise DataError(
-                        f"'{run.model.backbone_name}' has no eyes, and exercise {exercise.key} has an image."
-                    )
+        seen = bool(getattr(run.model.family, "visual", ()))
+        for stage, data in stages.items():
+            exercises = _exercises(data)
+            having = [e for e in exercises if e.image is not None]
+            if having and not seen:
+                raise DataError(f"'{run.model.backbone_name}' has no eyes, and exercise {having[0].key} has an image.")
+            if having and len(having) < len(exercises):
+                other = next(e for e in exercises if e.image is None)
+                raise DataError(
+                    f"Of the stage '{stage}', exercise {other.key} has no image, and exercise {having[0].key} has one; answers "
+                    "are written for all of a batch at once. Give all of a stage an image, or none."
+                )
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """The stages, one after the other, then its own answers."""

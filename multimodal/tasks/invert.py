@@ -17,7 +17,6 @@ from torch import Tensor
 
 from multimodal.tasks.diffuse import Denoising, Diffuse
 from zoo.errors import ConfigError, MismatchError
-from zoo.registry import register_task
 from zoo.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ TAKEN = {
 }
 
 
-@register_task("invert")
 class Invert(Task):
     """Denoising of images by prompts with a new word.
 
@@ -56,7 +54,7 @@ class Invert(Task):
         options: of `multimodal.tasks.diffuse.Diffuse`, such as vae=; by default the pipeline's own autoencoder and scheduler.
     """
 
-    monitor = "loss"
+    name, monitor = "invert", "loss"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
-from zoo.errors import ConfigError, DataError, ZooError
+from zoo.errors import ConfigError, DataError, MismatchError, ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -27,9 +27,12 @@ def explained(model: Model, dataset: ImageDataset, inputs: Any) -> Iterator[None
     """
     try:
         yield
-    except (ZooError, torch.OutOfMemoryError):
-        raise
     except (AssertionError, RuntimeError, ValueError) as error:
+        ours = isinstance(error, ZooError) and not isinstance(
+            error, MismatchError
+        )  # families say so of images by that one
+        if ours or isinstance(error, torch.OutOfMemoryError):
+            raise
         wanted = model.family.data_config().get("input_size")
         if not isinstance(inputs, Tensor) or inputs.ndim < 3 or wanted is None:
             raise

@@ -370,6 +370,15 @@ def test_a_model_without_eyes_learns_from_texts_alone(rewarded):
         zoo.run(model, "curr-reft", open_exercises(exercises()[:4]), **settings)
 
 
+def test_a_stage_with_and_without_images_is_refused():
+    """Seen: a TypeError of the library while it trained."""
+    model = zoo.load("vlm-micro", "lora", pretrained=False)
+    mixed = [*exercises()[:1], Exercise(None, "is 3 even?", "no", exercises()[0].level)]
+    settings = {**SETTINGS, "stages": (mixed[0].level,), "steps": (1,), "epochs": (1,), "generations": (2,)}
+    with pytest.raises(DataError, match="has no image, and exercise"):
+        zoo.run(model, "curr-reft", open_exercises(mixed), **settings)
+
+
 def test_the_paper_s_model_with_lora_is_attached_and_counted():
     """Qwen2.5-VL-3B: 36 blocks of width 2,048, 16 heads on 2 pairs of keys and values of width 128."""
     lora = zoo.adapter("lora", rank=8, targets="text.blocks.*.attn.{q,v}")

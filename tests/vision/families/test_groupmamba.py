@@ -125,7 +125,7 @@ REFUSED = {
     "cpe-clip": "tokens points",
     "mam": "attention points",
     "maple": "tokens points",
-    "cones": "needs the output 'text'",
+    "cones": "no text tower",
     "gram": "stands around another adapter",
     "textual-inversion": "no embedding of words",
     "clip-adapter": "no text tower",
