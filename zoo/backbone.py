@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo.errors import AttachError, ConfigError, MergeError, MismatchError, nearest
 from zoo.points import Point
 from zoo.points.point import HandsOn, tokens_alone
-from zoo.points.rows import Row, find, make_point
+from zoo.points.rows import Row, block_points, find
 
 if TYPE_CHECKING:
     from zoo.data import ImageDataset
@@ -380,26 +380,8 @@ class Backbone:
         `prefix` is the block's point name, `path` its module path, `place` the block index, stage and tower, and options
         for the attention and tokens points as a dict `attention=` and `tokens=`.
         """
-        root = module
-        special = {"attention": place.pop("attention", {}), "tokens": place.pop("tokens", {})}
-        found: list[Point] = []
-        for row in place.pop("table", self.block_table):
-            part = find(root, row.path)
-            if part is None:
-                continue
-            common: dict[str, Any] = {
-                "name": f"{prefix}.{row.name}" if row.name else prefix,
-                "role": row.role,
-                "path": f"{path}.{row.path}" if row.path else path,
-                "module": part,
-                "dim_in": dim,
-                "dim_out": dim,
-                **place,
-            }
-            point = make_point(row, root, part, common, prefix, num_heads, special)
-            if point is not None:
-                found.append(point)
-        return found
+        table = place.pop("table", self.block_table)
+        return block_points(table, module, prefix, path, dim, num_heads, **place)
 
 
 def told(name: str, family: Backbone, num_classes: int) -> str:

@@ -43,7 +43,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, sensitivity, spend
@@ -52,6 +51,7 @@ from zoo import Task, damped
 from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.bottleneck import Bottleneck
+from zoo.adapters.parts.entries import index_of
 from zoo.adapters.parts.highest import highest
 from zoo.errors import ConfigError, MergeError
 from zoo.host import Host
@@ -211,7 +211,7 @@ class SPT(Adapter):
                 point.train("bias")
                 whole = False
             counts = {f"{part}_index": entries.get(f"{point.name}.{part}", 0) for part in ("weight", "bias")}
-            indices = {part: self._index(f"{point.name}.{part}", n) for part, n in counts.items() if n}
+            indices = {part: index_of(self._indices.get(f"{point.name}.{part}"), n) for part, n in counts.items() if n}
             if point.name in structured or indices or whole:
                 module = self._structured(point) if point.name in structured else None
                 point.reparametrize(Tuned(point, module, indices, whole, self.dropout, self.drop_path))
@@ -233,12 +233,6 @@ class SPT(Adapter):
             )
         return parts
 
-    def _index(self, key: str, count: int) -> Tensor:
-        known = self._indices.get(key)
-        if known is not None and len(known) == count:
-            return known.clone()
-        return torch.full((count,), -1, dtype=torch.int32)  # to be filled from a file
-
     def _structured(self, point: LinearPoint) -> nn.Module:
         if self.form == "lora":
             return LowRank(point.dim_in, point.dim_out, self.rank, 1.0)
@@ -256,12 +250,7 @@ class SPT(Adapter):
             )
         for name, module in self.named_modules():
             if isinstance(module, Tuned):
-                point = merger.points[name]
-                weight = merger.weight(point)
-                merger.set_weight(point, weight + module.change("weight", tuple(weight.shape)).to(weight.device))
-                if module.bias_delta is not None:
-                    bias = merger.bias(point)
-                    merger.set_bias(point, bias + module.change("bias", tuple(bias.shape)).to(bias.device))
+                module.fold(merger, merger.points[name])
 
 
 def _tokens(model: Host) -> tuple[list[TokensPoint], int]:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.parts.entries import Entries
+from zoo.adapters.parts.entries import Entries, index_of
 from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.moved import Slot, linear_slots, moved
 from zoo.errors import ConfigError
@@ -192,7 +192,7 @@ class LTSFT(Adapter):
         counts = self._read(points, {slot.key for slot in slots})
         for point in dict.fromkeys(slot.point for slot in slots):
             found = {f"{part}_index": counts.get(f"{point.name}.{part}", 0) for part in ("weight", "bias")}
-            indices = {part: self._index(f"{point.name}.{part}", n) for part, n in found.items() if n}
+            indices = {part: index_of(self._indices.get(f"{point.name}.{part}"), n) for part, n in found.items() if n}
             if indices:
                 point.reparametrize(Entries(point, indices))
 
@@ -211,12 +211,6 @@ class LTSFT(Adapter):
             )
         return counts
 
-    def _index(self, key: str, count: int) -> Tensor:
-        known = self._indices.get(key)
-        if known is not None and len(known) == count:
-            return known.clone()
-        return torch.full((count,), -1, dtype=torch.int32)  # to be filled from a file
-
     def extra_loss(self, model: Host, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """lambda / n sum |delta|."""
         deltas = [p for p in self.parameters() if p.requires_grad]
@@ -229,9 +223,4 @@ class LTSFT(Adapter):
         """W <- W + scatter(delta), b <- b + scatter(delta_b)."""
         for name, module in self.named_modules():
             if isinstance(module, Entries):
-                point = merger.points[name]
-                weight = merger.weight(point)
-                merger.set_weight(point, weight + module.change("weight", tuple(weight.shape)).to(weight.device))
-                if module.bias_delta is not None:
-                    bias = merger.bias(point)
-                    merger.set_bias(point, bias + module.change("bias", tuple(bias.shape)).to(bias.device))
+                module.fold(merger, merger.points[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,3 +161,32 @@ def make_point(
         return TokensPoint(**common, **special["tokens"])
     simple: dict[str, Callable[..., Point]] = {"block": BlockPoint, "condition": ConditionPoint}
     return simple[row.kind](**common)
+
+
+def block_points(
+    table: Iterable[Row], root: nn.Module, prefix: str, path: str, dim: int, num_heads: int, **place: Any
+) -> list[Point]:
+    """Points of one block by a table of rows; rows whose path the block has not are left out.
+
+    `prefix` is the block's point name, `path` its module path, `place` the block index, stage and tower, and options for the
+    attention and tokens points as a dict `attention=` and `tokens=`.
+    """
+    special = {"attention": place.pop("attention", {}), "tokens": place.pop("tokens", {})}
+    found: list[Point] = []
+    for row in table:
+        part = find(root, row.path)
+        if part is None:
+            continue
+        common: dict[str, Any] = {
+            "name": f"{prefix}.{row.name}" if row.name else prefix,
+            "role": row.role,
+            "path": f"{path}.{row.path}" if row.path else path,
+            "module": part,
+            "dim_in": dim,
+            "dim_out": dim,
+            **place,
+        }
+        point = make_point(row, root, part, common, prefix, num_heads, special)
+        if point is not None:
+            found.append(point)
+    return found

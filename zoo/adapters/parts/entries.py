@@ -21,12 +21,19 @@ from torch import Tensor, nn
 
 from zoo.engine.second_order import exact, first_order
 from zoo.errors import MismatchError
-from zoo.points import LinearPoint
+from zoo.points import LinearPoint, Merger
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "index_of"]
 
 Part = tuple["Entries", int, int]
 CHUNK = 1 << 22  # numbers in a temporary of the gradient of delta
+
+
+def index_of(known: Tensor | None, count: int) -> Tensor:
+    """A copy of the positions that were chosen; without any, `count` places for those that a file brings."""
+    if known is not None and len(known) == count:
+        return known.clone()
+    return torch.full((count,), -1, dtype=torch.int32)
 
 
 class Entries(nn.Module):
@@ -81,6 +88,14 @@ class Entries(nn.Module):
         index, delta = self.entries(name, 0)
         change = torch.zeros(math.prod(shape), device=delta.device)
         return change.index_add_(0, index, delta.detach().float()).view(shape)
+
+    def fold(self, merger: Merger, point: LinearPoint) -> None:
+        """Add the changes to the point's weight and bias."""
+        weight = merger.weight(point)
+        merger.set_weight(point, weight + self.change("weight", tuple(weight.shape)).to(weight.device))
+        if self.bias_delta is not None:
+            bias = merger.bias(point)
+            merger.set_bias(point, bias + self.change("bias", tuple(bias.shape)).to(bias.device))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, size in self.sizes.items():
