@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -34,3 +35,28 @@ def exercises() -> list[Exercise]:
     opened = [Exercise(Image.new("RGB", (32, 32), color), "what color is it?", color, key=color) for color in COLORS]
     judged = [as_judgement(e, "red") for e in opened]
     return [*judged, *(as_choice(e, [c for c in COLORS if c != e.answer][:2], draw) for e in opened), *opened]
+
+
+SETTINGS: dict[str, Any] = {
+    "steps": (1, 2, 1),
+    "prompts": 2,
+    "length": 4,
+    "lr": 0.1,
+    "system": SHORT,
+    "save_steps": 1,
+    "improve": False,
+}
+
+
+def scored_by_length(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Completions are scored by how many letters they have, since random weights write no tags; what was scored is kept."""
+    from multimodal.regimes.parts.grpo import Scores
+
+    seen: list[Any] = []
+
+    def accuracy(self: Scores, completions: Any, completion_ids: Any, row: Any, **_: Any) -> list[float]:
+        seen.append([(list(ids), i, len(c[0]["content"]) / 10) for c, ids, i in zip(completions, completion_ids, row)])
+        return [score for *_, score in seen[-1]]
+
+    monkeypatch.setattr(Scores, "accuracy", accuracy)
+    return seen
