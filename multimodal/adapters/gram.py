@@ -8,17 +8,19 @@ Points: none of its own; it stands around adapters that have attached before (`r
     (theta, s) <- (theta, s) - b grad L_Q(theta')                               `multimodal.tasks.gram`, by an ordinary fit
 
 s = 0, so it starts as MAML. After the meta-training s is frozen, and every further fit of the prompts has its gradients rewritten
-by R in front of the optimizer. The function that the model computes is never changed.
+by R in front of the optimizer; a second meta-training would leave s as it is. The function that the model computes is never
+changed.
 
     model = zoo.load("clip-micro", "coop", classes=names)
     regulate(model, "coop")
     zoo.fit(model, pairs, task=Meta("classify"), sampler=Episodes(...), batch_size=64, accumulate=4)
     zoo.fit(model, few)                                                         few examples, as ever
 
+Defaults: a = 1e-2, b = 1e-3, gradients exact to the second order (`Meta(first_order=True)`: without the term through g_S).
 Counts: d for each tensor (CoOp of CLIP ViT-B: theta 2,048 with M = 4, s 512), or with `each_entry` as many as theta.
 Source: Li et al., "Gradient-Regulated Meta-Prompt Learning for Generalizable Vision-Language Models", ICCV 2023
-(arXiv 2303.06571). There is no code of the authors; the form of R is not in what is public of the paper, and the diagonal one is
-chosen here.
+(arXiv 2303.06571). There is no code of the authors.
+Deviations: what is public of the paper has neither the form of R nor settings; the diagonal R and the defaults are ours.
 """
 
 from __future__ import annotations
