@@ -110,7 +110,17 @@ class Generate(Task):
         _check_family(model)
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Written]:
-        """inputs as `open` gives them, in batches; targets (B, 2, W)."""
+        """inputs as `open` gives them, in batches; targets (B, 2, W).
+
+        Raises:
+            DataError: targets of another form.
+        """
+        if not isinstance(targets, Tensor) or targets.ndim != 3 or targets.shape[1] != 2:
+            form = f"{tuple(targets.shape)}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+            raise DataError(
+                f"Targets are {form}; expected (B, 2, W): words to write and references, as the task's own `open` makes them of "
+                "a data set. Pass batches of that, or another task."
+            )
         labels, references = targets[:, 0, : inputs[2].shape[1]], [_text(row) for row in targets[:, 1].tolist()]
         logits = call(model, inputs).float()
         words = F.cross_entropy(

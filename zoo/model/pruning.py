@@ -255,7 +255,10 @@ def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> N
                 "that belongs to neither its point's input nor its output. Merge it, or remove it."
             )
         ready[key] = fitted
-    twin.load_state_dict(ready)
+    try:
+        twin.load_state_dict(ready)
+    except ZooError as error:  # what it learned belongs to the weights as they were
+        raise ConfigError(f"{sorry}: {error} Or merge it, or remove it.") from error
     if name in new.heads and name not in model.heads:
         raise ConfigError(f"{sorry}: the head reads its features, which are of another width now. Remove it.")
 

@@ -142,6 +142,8 @@ class DiT(DiffusersBackbone):
         Raises:
             DataError: other channels, latents that are not square or not of whole patches, a label outside the classes.
         """
+        if len(inputs) > 3:
+            raise DataError(f"{len(inputs)} inputs were given; a DiT takes three: latents, timestep and class_labels.")
         latents, steps, labels = self._named(*inputs, **kwargs)
         rest = {k: v for k, v in kwargs.items() if k not in ("timestep", "class_labels")}
         return module(latents, timestep=steps, class_labels=labels, return_dict=False, **rest)[0]

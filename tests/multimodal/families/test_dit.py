@@ -87,6 +87,8 @@ def test_labels() -> None:
     for odd in (torch.tensor([1]), torch.tensor([1.0, 2.0]), torch.tensor([[1, 2]])):
         with pytest.raises(zoo.errors.DataError, match="class_labels are"):
             model(latents, steps, odd)
+    with pytest.raises(zoo.errors.DataError, match="4 inputs were given; a DiT takes three"):
+        model(latents, steps, torch.tensor([3, 4]), torch.tensor([0, 1]))
     with pytest.raises(zoo.errors.DataError, match="not square"):
         model(torch.cat([latents, latents], dim=-1), steps, torch.tensor([3, 4]))
 

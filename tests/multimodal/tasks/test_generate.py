@@ -203,6 +203,9 @@ def test_a_question_without_features_is_refused(folder: Path) -> None:
         zoo.evaluate(network, boxes, task="generate", progress=False)
     with pytest.raises(MismatchError, match="family 'vit'"):
         zoo.evaluate(zoo.load("vit-micro", num_classes=0), folder, split="test", task="generate", progress=False)
+    sparse = network.add_adapter(zoo.adapter("lt-sft", entries=50))
+    with pytest.raises(DataError, match=r"Targets are \(2,\); expected \(B, 2, W\)"):
+        sparse.calibrate(network, [(network.family.tiny_batch(), torch.tensor([0, 1]))])
 
 
 def test_what_cannot_be_read_is_named_or_skipped(folder: Path) -> None:
