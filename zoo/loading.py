@@ -93,8 +93,9 @@ def load(
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         trust_backbone: a saved adapter may name a backbone of any repository or folder; one that is not of a source known here
             is built only with your word: True, or the backbone's name. (To name the backbone yourself is your word, too.)
-        backbone_kwargs: handed to the library's builder, e.g. `img_size=384`; and `checkpoint=` (a file of your own weights),
-            `source=` and `licence=` (where these are from, for cards).
+        backbone_kwargs: handed to the library's builder, e.g. `img_size=384` (that is also understood where the library's own
+            word is image_size, and the other way round); and `checkpoint=` (a file of your own weights), `source=` and
+            `licence=` (where these are from, for cards).
 
     Returns:
         The model in evaluation mode, as it is used after training: no dropout, also in adapters. `zoo.fit` and `zoo.run` see to
@@ -229,11 +230,13 @@ def of_file(
 
     if "~" in name:
         registry.find_backbone(name)  # says where changed backbones live
-    theirs = {k: v for k, v in options.items() if k not in given}
+    sizes = ("img_size", "image_size")  # one thing: the user's word for it stands instead of either
+    said = {*given, *sizes} if any(word in given for word in sizes) else set(given)
+    theirs = {k: v for k, v in options.items() if k not in said}
     own_words = inspect.signature(load).parameters
     check_backbone(name, theirs, where, trust)
     cls, own = registry.find_backbone(name)
-    more = {k: v for k, v in given.items() if k not in own_words}
+    more = registry.sized(cls, own, {k: v for k, v in given.items() if k not in own_words})
     own_options(cls, more)  # a checkpoint of the user's is filled in later
 
     def build(options: dict[str, Any]) -> torch.nn.Module:
@@ -266,6 +269,7 @@ def load_backbone(
             raise ConfigError(
                 f"'{option}' is no option here: weights are read as tensors only, and no repository's code is run. Leave it out."
             )
+    kwargs = registry.sized(cls, own, kwargs)
     bring = own_options(cls, kwargs)
     state = None if bring is None or bring.path is None else read_checkpoint(bring.path)
     kwargs = cls.options(num_classes, kwargs)

@@ -332,6 +332,32 @@ def find_backbone(name: str) -> tuple[type[Backbone], str]:
     )
 
 
+_SIZE = ("img_size", "image_size")  # timm's word and that of transformers and open_clip, for one thing
+
+
+def sized(cls: type[Backbone], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `zoo.load` with the size of images under the word of the family's library; either word is understood.
+
+    Raises:
+        ConfigError: both words, or a size for a family that has none to choose.
+    """
+    given = [word for word in _SIZE if word in options]
+    if not given or not cls.saved_options:
+        return options
+    if len(given) == 2:
+        raise ConfigError(
+            "img_size= and image_size= are two words for one thing, the size of images; give one of them."
+        )
+    known = [word for word in _SIZE if word in cls.saved_options]
+    if not known:
+        sizes = ", ".join(f"{word}=" for word in cls.saved_options if word.endswith("size")) or "none"
+        raise ConfigError(
+            f"'{name}' of the family '{cls.family}' has no size of images to choose ({given[0]}=). Sizes that it has: {sizes}."
+        )
+    word = known[0] if len(known) == 1 else _SIZE[name.startswith("transformers:")]
+    return {word if k in given else k: v for k, v in options.items()}
+
+
 def built(cls: type[Backbone], name: str, **options: Any) -> tuple[type[Backbone], Any]:
     """A family's network by its library's name, and the family that describes it.
 

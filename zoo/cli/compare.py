@@ -47,7 +47,9 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Times each step is measured; more is steadier.")] = 10,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
-    image_size: Annotated[int | None, typer.Option(help="Another image size than the backbone's own.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", "--img-size", help="Another size of images than the backbone's own.")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Save the adapters of the first seed, too.")] = False,
     finished: Annotated[
         bool, typer.Option("--finished", help="Train nothing; show what is finished and name what is not.")
@@ -86,10 +88,8 @@ def compare(
         rounds=rounds,
         precision=precision,
     )
-    cls, _ = registry.find_backbone(backbone)
-    options: dict[str, Any] = {}
-    if image_size is not None:
-        options["img_size" if "img_size" in cls.saved_options else "image_size"] = image_size
+    registry.find_backbone(backbone)
+    options = {} if image_size is None else {"img_size": image_size}
     names = [name.strip() for name in data.split(",") if name.strip()]
     budgets = [parse_budget(text) for text in budget.split(",")]
     chosen, beside = parse_methods(methods), parse_methods(also) if also else []

@@ -62,7 +62,9 @@ def fit(
     ] = None,
     memory: Annotated[str, model_option("What is kept for the backward pass: default, low, min or off.")] = "default",
     pretrained: Annotated[bool, model_option("With the pretrained weights, or with random ones.")] = True,
-    image_size: Annotated[int | None, model_option("Another image size than the backbone's own (ViT, CLIP).")] = None,
+    image_size: Annotated[
+        int | None, model_option("Another size of images than the backbone's own.", "--image-size", "--img-size")
+    ] = None,
     task: WhatFor = None,
     device: Device = None,
     precision: Precision = "fp32",
@@ -149,9 +151,7 @@ def fit(
     cls, _ = registry.find_backbone(backbone)
     what = registry.task(task or ("classify" if cls.pools else cls.task))
     set_truncate(what, truncate)
-    backbone_options: dict[str, Any] = {}
-    if image_size is not None:
-        backbone_options["img_size" if "img_size" in cls.saved_options else "image_size"] = image_size
+    backbone_options = {} if image_size is None else {"img_size": image_size}
 
     few = numbers_of("--shots", shots)
     repeats = folds is not None or seeds is not None or len(few) > 1
