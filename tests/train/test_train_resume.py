@@ -257,3 +257,18 @@ def test_a_method_that_grows(tmp_path: Path, stop: int) -> None:
         go(checkpoint=tmp_path, callbacks=[StopAt(stop)])
     report, final = go(checkpoint=tmp_path)
     assert numbers(report) == numbers(whole) and difference(final, expected) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 9])
+def test_steps_that_ended_in_the_middle_of_an_epoch(tmp_path: Path, steps: int) -> None:
+    """The rest of the epoch comes first: batches of 40 items are 16, 16 and 8, three to an epoch.
+
+    With a schedule that does not know where a run ends, both are the same run: weights, history, items that were seen.
+    """
+    options: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "schedule": "constant", "warmup": 0.0, "keep": "last"}
+    whole = fit(expected := build(), easy_data(40, noise=2), steps=11, **options)
+    fit(build(), easy_data(40, noise=2), steps=steps, checkpoint=tmp_path, **options)
+    report = fit(model := build(), easy_data(40, noise=2), steps=11, checkpoint=tmp_path, **options)
+    assert difference(weights(model), weights(expected)) == 0
+    assert numbers(report) == numbers(whole) and report.images == whole.images
+    assert report.settings["changes"][-1]["step"] == steps

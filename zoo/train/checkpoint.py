@@ -89,6 +89,8 @@ class Run:
     lr: Any = None
     """What a search found, and what it tried (`zoo.train.rates`)."""
     lr_search: list[dict[str, float]] = field(default_factory=list)
+    cut: dict[str, Any] = field(default_factory=dict)
+    """Of a last epoch that ended with the run's steps, in its middle: `batch`, `sums` and `epoch_seconds` at its end."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Which settings were changed on the way, and where."""
 

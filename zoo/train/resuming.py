@@ -5,7 +5,9 @@ it is asked for more epochs (or steps). Other changes are asked for by name: `zo
 
 What was trained so far, and the optimizer's state, stay. Beyond the end of a finished run a new leg begins, with a warm-up and a
 schedule of its own. In the middle of a run the schedule goes on from the part of it that is done. With another batch size the
-epoch in progress begins again. Every change stands in the report (`settings["changes"]`).
+epoch in progress begins again. A run whose steps ended in the middle of an epoch goes on there: what was left of the epoch comes
+first, and the epoch's record is that of all of it (its hooks at the end are called a second time). Every change stands in the
+report (`settings["changes"]`).
 
 `trainer` below is a `zoo.train.trainer.Trainer`.
 """
@@ -89,11 +91,15 @@ def new_leg(trainer: Any, saved: Saved, rates: Mapping[str, float]) -> None:
     run, service, changed = trainer.run, trainer.service, saved.different.keys()
     done: float = run.epoch + run.batch / max(1, run.batches)
     other_batches = changed & {"batch_size", "drop_last"}
+    if run.finished and run.cut and "steps" in changed and not other_batches:
+        run.epoch, run.batch, run.sums = run.epoch - 1, run.cut["batch"], run.cut["sums"]
+        run.epoch_seconds = run.cut["epoch_seconds"]
+        run.history.pop()
     if other_batches and run.batch:  # the batches that are left are not those of the new size
         run.batch, run.epoch_seconds, run.sums = 0, 0.0, [0.0] * len(run.sums)
         done = run.epoch
     if run.finished and changed & {"epochs", "steps", "patience"}:
-        run.leg_step, run.leg_epoch, run.begun = run.step, run.epoch, [run.epoch, run.step]
+        run.leg_step, run.leg_epoch, run.begun = run.step - run.batch, run.epoch, [run.epoch, run.step]
         run.finished, run.stopped, run.waited = False, False, 0
     elif other_batches:
         run.leg_step, run.leg_epoch = run.step, run.epoch

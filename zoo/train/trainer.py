@@ -294,11 +294,13 @@ class Trainer:
         record["seconds"] = run.epoch_seconds
         record["images_per_second"] = images / run.epoch_seconds if run.epoch_seconds else 0.0
         run.history.append(record)
+        part = {"batch": run.batch, "sums": self.stepper.sums.tolist(), "epoch_seconds": run.epoch_seconds}
+        run.cut = part if run.batch < self.plan.batches else {}
         run.epoch, run.batch, run.epoch_seconds = run.epoch + 1, 0, 0.0
         self.stepper.sums.zero_()
         if self.val is not None and self.hooks.ready():  # what has not reached its budget is not what will be exported
             self._choose(record)
-        best = run.best is not None and run.best["epoch"] == record["epoch"]
+        best = run.best is not None and run.best["step"] == record["step"]
         self.bar.line(epoch_line(record, self.epochs, best, self.items))
         for listener in self.listeners:
             getattr(listener, "log", listener)(dict(record))
