@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.lora import LowRank
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.errors import AttachError, DataError
 from zoo.points import Points
 from zoo.points.recorder import Carried, Value

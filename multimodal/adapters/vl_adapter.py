@@ -67,9 +67,9 @@ from multimodal.adapters.parts.of_task import (
 from multimodal.adapters.parts.one_task import one_task
 from multimodal.adapters.parts.vl_settings import complete
 from zoo import Adapter, LinearPoint, Merger, Points, SublayerPoint, register_adapter
-from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.hypernetwork import HyperNetwork, Projector, Stack
 from zoo.adapters.parts.kronecker import WholeKroneckerLinear
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.engine.changes import BiasDelta
 from zoo.errors import MergeError
 from zoo.host import Host

@@ -11,8 +11,8 @@ from torch import Tensor
 from train_parts import difference, easy_data, fit, tiny_model, weights
 
 import zoo
-from zoo.adapters.adalora import Triplets
 from zoo.adapters.parts.budget import Schedule, kept, steps_of
+from zoo.adapters.parts.triplets import Triplets
 from zoo.errors import ConfigError
 from zoo.train import training_hooks
 

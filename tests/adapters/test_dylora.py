@@ -12,7 +12,7 @@ from train_parts import difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.adapters.dylora import Nested
-from zoo.adapters.lora import LowRank
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.errors import ConfigError, MismatchError
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo
-from zoo.adapters.lora import DoRAWeight, LowRank, _plain
+from zoo.adapters.lora import DoRAWeight
 from zoo.adapters.parts.convolved import ConvLowRank
+from zoo.adapters.parts.low_rank import LowRank, _plain
 from zoo.errors import AttachError, ConfigError, SelectionError
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -172,8 +172,8 @@ def test_counts(name: str, expected: int) -> None:
 
 @pytest.mark.parametrize(("width", "expected"), [(768, 2.40), (3072, 0.83)])
 def test_orthogonality_at_the_start(width: int, expected: float) -> None:
-    from zoo.adapters.adalora import Triplets
     from zoo.adapters.parts.budget import distance
+    from zoo.adapters.parts.triplets import Triplets
 
     torch.manual_seed(0)
     draws = [Triplets(width, width, 12, 1.0).lora_q for _ in range(20)]

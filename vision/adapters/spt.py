@@ -49,10 +49,10 @@ from vision.adapters.parts.sensitivity import Candidate, candidates, choose, gri
 from vision.adapters.parts.tuned import Tuned
 from zoo import Task, damped
 from zoo.adapters.base import Adapter
-from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.adapters.parts.entries import index_of
 from zoo.adapters.parts.highest import highest
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.errors import ConfigError, MergeError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint

@@ -33,72 +33,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.adapters.base import Adapter
-from zoo.adapters.lora import add_low_rank
-from zoo.adapters.parts.budget import Schedule, distance, forget, kept, measure, score, steps_of, track
-from zoo.engine.memory import dropped, recomputable
+from zoo.adapters.parts.budget import Schedule, forget, kept, measure, score, steps_of, track
+from zoo.adapters.parts.triplets import NAMES, OfTriplets, Triplets
 from zoo.host import Host
 from zoo.points import Points
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
-
-NAMES = ("lora_p", "lora_e", "lora_q")
-
-
-def _scaled(e: Tensor, q: Tensor) -> Tensor:
-    """diag(e) Q (r, dim_in)."""
-    return e[:, None] * q
-
-
-class Triplets(nn.Module):
-    """`x (..., dim_in) -> scale * P diag(e) Q dropout(x) (..., dim_out)`; without any triplet left the three are None."""
-
-    lora_p: nn.Parameter | None
-    lora_e: nn.Parameter | None
-    lora_q: nn.Parameter | None
-
-    def __init__(self, dim_in: int, dim_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.lora_p = nn.Parameter(torch.randn(dim_out, rank) * 0.02)
-        self.lora_e = nn.Parameter(torch.zeros(rank))
-        self.lora_q = nn.Parameter(torch.randn(rank, dim_in) * 0.02)
-        self.dim_out, self.scale = dim_out, scale
-        self.drop = nn.Dropout(dropout)
-
-    @property
-    def rank(self) -> int:
-        """Triplets that are there."""
-        return 0 if self.lora_e is None else len(self.lora_e)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The delta alone."""
-        if self.lora_p is None or self.lora_e is None or self.lora_q is None:
-            return x.new_zeros(*x.shape[:-1], self.dim_out)
-        return self.scale * F.linear(self.lora_e * F.linear(self.drop(x), self.lora_q), self.lora_p)
-
-    def delta(self) -> Tensor:
-        """The change of W (dim_out, dim_in)."""
-        assert self.lora_p is not None and self.lora_e is not None and self.lora_q is not None
-        return self.scale * (self.lora_p @ _scaled(self.lora_e, self.lora_q))
-
-    @staticmethod
-    def add_group(parts: tuple[tuple[Triplets, int, int], ...], x: Tensor, y: Tensor) -> Tensor:
-        """`y[..., start:stop] += delta(x)` for all parts of one projection at once; y is changed in place and returned."""
-        slices: list[tuple[int, int, float]] = []
-        factors: list[Tensor] = []
-        for part, start, stop in parts:
-            if part.lora_p is not None:
-                slices.append((start, stop, part.scale))
-                factors += [recomputable(_scaled, part.lora_e, part.lora_q), part.lora_p]
-        return add_low_rank(dropped(x, parts[0][0].drop), y, tuple(slices), factors) if slices else y
 
 
 @register_adapter("adalora")
 @dataclass
-class AdaLoRA(Adapter):
+class AdaLoRA(OfTriplets):
     """Low-rank adaptation that gives each projection the rank it needs.
 
     Args:
@@ -166,27 +112,6 @@ class AdaLoRA(Adapter):
             scale = self.alpha / (self.rank + 1e-5)
             point.add(Triplets(point.dim_in, point.dim_out, self.rank, scale, self.dropout))
 
-    def parts(self) -> dict[str, Triplets]:
-        """The modules that have triplets, by their points."""
-        return {n: m for n, m in self.named_modules() if isinstance(m, Triplets) and m.rank}
-
-    def ranks(self) -> dict[str, int]:
-        """The rank of every point, 0 included."""
-        return {n: m.rank for n, m in self.named_modules() if isinstance(m, Triplets)}
-
-    def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """diag(e) Q, and P with the scale."""
-        found = {}
-        for name, part in self.parts().items():
-            p, e, q = (part.get_parameter(n).detach() for n in NAMES)
-            found[name] = (e[:, None] * q, part.scale * p)
-        return found
-
-    def merge(self, merger: Merger) -> None:
-        """W <- W + s P diag(e) Q."""
-        for name, part in self.parts().items():
-            merger.add_weight(merger.points[name], part.delta())
-
     # -- training ---------------------------------------------------------------------------------------------------
 
     def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
@@ -202,16 +127,6 @@ class AdaLoRA(Adapter):
         self.schedule = schedule
         for part in self.parts().values():
             track(part, NAMES)
-
-    def extra_loss(self, model: Host, outputs: Any, targets: Any) -> Tensor | None:
-        """gamma times the mean distance of P and Q from orthogonal ones, while they are trained."""
-        trained = any(p.requires_grad for p in self.parameters())
-        return self.orthogonality * self.distance() if self.orthogonality and trained else None
-
-    def distance(self) -> Tensor:
-        """Mean over all P and Q of ||P^T P - 1||_F and ||Q Q^T - 1||_F."""
-        parts = self.parts().values()
-        return distance([m for p in parts for m in (p.get_parameter("lora_p").T, p.get_parameter("lora_q"))])
 
     def after_step(self, model: Host, step: int) -> None:
         """Measure, and prune if it is time."""

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.lora import LowRank, add_low_rank
+from zoo.adapters.parts.low_rank import LowRank, add_low_rank
 from zoo.engine.memory import dropped, recomputable
 from zoo.errors import MismatchError
 from zoo.host import Host

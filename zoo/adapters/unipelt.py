@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.bottleneck import Bottleneck
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.adapters.parts.spread import spread
 from zoo.adapters.prefix import KeysValues
 from zoo.engine.memory import dropped, recomputable

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from zoo.adapters.lora import LoRA, LowRank
+from zoo.adapters.lora import LoRA
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.arguments import PATH
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.engine.sharded import refuse

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoo.adapters.lora import LowRank
 from zoo.adapters.parts.entries import Entries
+from zoo.adapters.parts.low_rank import LowRank
 from zoo.engine.memory import recomputable
 from zoo.points import LinearPoint
 

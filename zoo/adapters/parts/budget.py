@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 
-__all__ = ["Schedule", "distance", "forget", "kept", "measure", "score", "steps_of", "track"]
+__all__ = ["Schedule", "distance", "forget", "kept", "measure", "score", "smooth", "steps_of", "track"]
 
 
 KINDS = ("_mean", "_spread")
@@ -85,12 +85,17 @@ def forget(root: nn.Module) -> None:
 
 @torch.no_grad()
 def measure(module: nn.Module, names: Iterable[str], beta1: float, beta2: float) -> None:
-    """I = |w g|; mean <- b1 mean + (1 - b1) I; spread <- b2 spread + (1 - b2) |I - mean|."""
+    """I = |w g| of every entry of a parameter, smoothed."""
     for name in names:
         w, mean, spread = module.get_parameter(name), *(module.get_buffer(name + kind) for kind in KINDS)
-        i = torch.zeros_like(mean) if w.grad is None else (w * w.grad).abs()
-        mean.mul_(beta1).add_(i, alpha=1 - beta1)
-        spread.mul_(beta2).add_((i - mean).abs(), alpha=1 - beta2)
+        smooth(torch.zeros_like(mean) if w.grad is None else (w * w.grad).abs(), mean, spread, beta1, beta2)
+
+
+@torch.no_grad()
+def smooth(i: Tensor, mean: Tensor, spread: Tensor, beta1: float, beta2: float) -> None:
+    """mean <- b1 mean + (1 - b1) I; spread <- b2 spread + (1 - b2) |I - mean|, with the new mean; both in place."""
+    mean.mul_(beta1).add_(i, alpha=1 - beta1)
+    spread.mul_(beta2).add_((i - mean).abs(), alpha=1 - beta2)
 
 
 def score(module: nn.Module, name: str) -> Tensor:
@@ -112,15 +117,14 @@ def kept(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
 
 
 def distance(matrices: Sequence[Tensor]) -> Tensor:
-    """Mean over matrices (r, d) of ||M M^T - 1||_F; those of one shape are computed together."""
+    """Mean over matrices (r, d), or stacks (n, r, d) of them, of ||M M^T - 1||_F; those of one shape are computed together."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
-        groups.setdefault(matrix.shape, []).append(matrix)
-    total = matrices[0].new_zeros(())
+        groups.setdefault(matrix.shape[-2:], []).append(matrix if matrix.ndim == 3 else matrix[None])
+    total, count = matrices[0].new_zeros(()), 0
     with torch.autocast(total.device.type, enabled=False):
-        for shape, members in groups.items():
-            m = torch.stack(members)
-            total = (
-                total + (m @ m.mT - torch.eye(shape[0], device=m.device, dtype=m.dtype)).flatten(1).norm(dim=1).sum()
-            )
-    return total / len(matrices)
+        for (rank, _), members in groups.items():
+            m = torch.cat(members)
+            total = total + (m @ m.mT - torch.eye(rank, device=m.device, dtype=m.dtype)).flatten(1).norm(dim=1).sum()
+            count += len(m)
+    return total / count
