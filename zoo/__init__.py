@@ -68,6 +68,7 @@ _LAZY = {
     "saved_bytes": "zoo.engine.memory",
     "second_order": "zoo.engine.second_order",
     "sparsify": "zoo.model.pruning",
+    "substitute": "zoo.model.children",
     "to_onnx": "zoo.exchange.onnx",
     "to_peft": "zoo.exchange.peft",
     "training_hooks": "zoo.train",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from zoo.loading import load
     from zoo.model import Model
     from zoo.model.algebra import AdapterState, average
+    from zoo.model.children import substitute
     from zoo.model.damping import damped
     from zoo.model.probing import capture, probing
     from zoo.model.pruning import prune, quantise, sparsify

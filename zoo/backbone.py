@@ -358,6 +358,14 @@ class Backbone:
             "attention reads the projections. It is for vit and swin; zoo.sparsify and zoo.quantise work on every family."
         )
 
+    @classmethod
+    def children(cls) -> Any:
+        """What can stand in place of its blocks' attentions and MLPs (`zoo.families.children.Children`)."""
+        raise ConfigError(
+            f"Cheaper sublayers in place of its own are not described for the family '{cls.family}': it depends on how its "
+            "blocks call their attention. They are for vit, swin, decoder and vlm."
+        )
+
     # -- verbs that depend on the family's attention ----------------------------------------------------------------
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vision.families.parts.face_swin import FACE_DATA, FACE_SWIN, FaceSwin
 from vision.families.parts.timm_family import TimmBackbone
+from zoo.families.children import mixes
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, find, make_linear
 from zoo.registry import register_backbone
@@ -107,6 +108,13 @@ class Swin(TimmBackbone):
         return cutting
 
     @classmethod
+    def children(cls) -> Any:
+        """Fewer heads or neurons, one projection, nothing."""
+        from vision.families.parts.children import TimmChildren
+
+        return TimmChildren()
+
+    @classmethod
     def describes(cls, module: nn.Module) -> bool:
         """A network of timm's own class, or of a member's."""
         return type(module) in (cls.timm_class, *(network for network, _ in cls.networks.values()))
@@ -122,23 +130,26 @@ class Swin(TimmBackbone):
             self._add(found, "norm", f"stages.{s}.merge.norm", "norm", f"layers.{s}.downsample.norm", stage=s)
             self._add(found, "linear", f"stages.{s}.merge", "merge", f"layers.{s}.downsample.reduction", stage=s)
             for i, block in enumerate(stage.blocks):
-                attention = block.attn
+                attention = block.attn if mixes(block.attn) else None
+                width = 1 if attention is None else attention.qkv.out_features // 3 // attention.num_heads
                 found += self.points_of_block(
                     block,
                     f"stages.{s}.blocks.{i}",
                     f"layers.{s}.blocks.{i}",
                     block.dim,
-                    attention.num_heads,
+                    1 if attention is None else attention.num_heads,
                     block=i,
                     stage=s,
                     layout=Layout(0, tuple(block.input_resolution), tuple(block.window_size), tuple(block.shift_size)),
                     attention={
-                        "head_dim": attention.qkv.out_features // 3 // attention.num_heads,
+                        "head_dim": width,
                         "window": block.window_area,
                     },
                     tokens={"first": first},
                 )
                 first = False
+        if any(not mixes(block.attn) for stage in module.layers for block in stage.blocks):
+            found = [p for p in found if p.kind != "tokens"]  # prompts pass through all windows, or none
         self._add(found, "norm", "norm", "norm", "norm")
         self._add(found, "linear", "project", "project", "feature_layer.2")  # of a face recogniser
         return found

@@ -84,6 +84,11 @@ class SwinV2(Swin):
         """Not described."""
         return Backbone.surgery()
 
+    @classmethod
+    def children(cls) -> Any:
+        """Not described."""
+        return Backbone.children()
+
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """Prefixes, prompts and queries."""
         if verb == "query":

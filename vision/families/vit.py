@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vision.families.parts import vit_blocks
 from vision.families.parts.sequence import SequenceBackbone
 from vision.heads.distilled import DistilledHead
+from zoo.families.children import mixes
 from zoo.families.timm_parts import pool_points, stem_norms
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import find, make_linear
@@ -91,6 +92,13 @@ class ViT(SequenceBackbone):
 
         return cutting
 
+    @classmethod
+    def children(cls) -> Any:
+        """Fewer heads or neurons, one projection, nothing."""
+        from vision.families.parts.children import TimmChildren
+
+        return TimmChildren()
+
     def points(self) -> list[Point]:
         """Points of the patch embedding, of every block, and of the final norms."""
         module, dim = self.module, int(self.module.embed_dim)  # type: ignore[arg-type]
@@ -106,7 +114,9 @@ class ViT(SequenceBackbone):
             *self._norms(("patch_embed.norm", "norm_pre"), dim),
         ]
         token = "cls_token" if getattr(module, "cls_token", None) is not None else ""
-        for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
+        blocks: Any = module.blocks
+        first = next((i for i, block in enumerate(blocks) if mixes(getattr(block, "attn", None))), 0)
+        for i, block in enumerate(blocks):
             found += vit_blocks.points_of(
                 self,
                 block,
@@ -116,9 +126,9 @@ class ViT(SequenceBackbone):
                 layout=Layout(self.num_prefix, tuple(getattr(module.patch_embed, "grid_size", None) or ())),  # type: ignore[arg-type]
                 tokens={
                     "num_prefix": self.num_prefix,
-                    "first": i == 0,
+                    "first": i == first,
                     "accumulates": True,
-                    "parameter": token if i == 0 else "",
+                    "parameter": token if i == first else "",
                 },
             )
         found += self._norms(("norm",), dim)

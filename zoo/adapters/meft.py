@@ -41,7 +41,7 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.engine.blocks import sequences
 from zoo.engine.reversible import Reversible
-from zoo.errors import MergeError
+from zoo.errors import AttachError, MergeError
 from zoo.host import Host
 from zoo.points import BlockPoint, Points
 from zoo.points.merger import Merger
@@ -130,6 +130,11 @@ class MEFT(Adapter):
             run.streams = getattr(torch, self.streams)
             for block in blocks:
                 inside = points.select(f"{block.name}.*", kind="sublayer")
+                if {p.role for p in inside} < {"attn", "mlp"}:
+                    raise AttachError(
+                        f"'meft' runs a block as two halves, and '{block.name}' of {points.backbone} lacks its attention or its "
+                        "MLP. Name blocks that have both (targets=)."
+                    )
                 mlp = next(p for p in inside if p.role == "mlp")
                 mlp.parallel(self._adapter(mlp.dim_out))
                 if self.form == 3:

@@ -174,6 +174,9 @@ def apply(module: nn.Module, family: type[Backbone], points: Sequence[Point], ed
                     moved.cuts.setdefault(f"{name}.{key}", []).append(cut)
     if edit.get("blocks"):
         moved.names, moved.gone = family.surgery().cut_blocks(module, list(at.values()), edit["blocks"])
+    for name, form in edit.get("children", {}).items():
+        block, _, role = name.rpartition(".")
+        family.children().put(block, module.get_submodule(at[block].path), role, form)
     for path in edit.get("int8", ()):
         parent, _, last = path.rpartition(".")
         setattr(module.get_submodule(parent), last, Int8Linear.of(module.get_submodule(path)))  # type: ignore[arg-type]

@@ -175,7 +175,9 @@ def block_points(
     found: list[Point] = []
     for row in table:
         part = find(root, row.path)
-        if part is None:
+        if part is None or (
+            row.kind == "attention" and not getattr(part, "mixes", True)
+        ):  # a child of it has no product
             continue
         common: dict[str, Any] = {
             "name": f"{prefix}.{row.name}" if row.name else prefix,

@@ -26,6 +26,7 @@ from multimodal.data.chats import Writer
 from multimodal.families.vlm.language import LANGUAGE, LanguageSite, check_attention
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
+from zoo.families.children import mixes
 from zoo.families.transformers_family import Fields, TransformersBackbone
 from zoo.library import library
 from zoo.points import Layout, Point
@@ -196,19 +197,18 @@ class LanguageBackbone(TransformersBackbone):
         """Points of the language blocks, and of the norm behind them."""
         config, found = self.text_config, []
         for i, block in enumerate(self.language.layers):
-            attention = block.self_attn
-            width = int(attention.head_dim)
-            heads = {
-                "head_dim": width,
-                "causal": True,
-                "query_heads": attention.q_proj.out_features // width,
-            }
+            attention, few = block.self_attn, 1
+            heads: Fields = {"causal": True}
+            if mixes(attention):
+                width = int(attention.head_dim)
+                heads |= {"head_dim": width, "query_heads": attention.q_proj.out_features // width}
+                few = attention.k_proj.out_features // width
             found += self.points_of_block(
                 block,
                 f"{prefix}blocks.{i}",
                 f"{self.language_path}.layers.{i}",
                 config.hidden_size,
-                attention.k_proj.out_features // width,
+                few,
                 block=i,
                 table=LANGUAGE,
                 layout=Layout(causal=True),
@@ -216,6 +216,17 @@ class LanguageBackbone(TransformersBackbone):
                 **place,
             )
         return found + self.norm_at(f"{prefix}norm", f"{self.language_path}.norm", **place)
+
+    def packs(self, module: nn.Module) -> bool:
+        """Also of an attention that is one projection."""
+        return super().packs(module) or bool(getattr(module, "packed", False))
+
+    @classmethod
+    def children(cls) -> Any:
+        """Shared keys and values, fewer neurons, one projection, nothing."""
+        from multimodal.families.vlm.children import LanguageChildren
+
+        return LanguageChildren()
 
     def record(self, session: Recorder, point: Point, verb: str, module: nn.Module, **options: Any) -> None:
         """More keys for the language blocks."""

@@ -30,6 +30,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from zoo.errors import AttachError
+from zoo.families.children import mixes
 from zoo.points import LinearPoint, Point
 from zoo.points.rows import Row, make_linear
 
@@ -83,6 +84,7 @@ PRE_NORM = (
     Row("sublayer", "mlp", "mlp", "mlp", entry="norm2", exit="drop_path2"),
     BLOCK,
 )
+WITHOUT_ATTENTION = PRE_NORM[1:]  # no tokens see prompts there
 POST_NORM = (
     TOKENS,
     *ATTENTION,
@@ -126,6 +128,8 @@ def table_of(block: Any) -> Sequence[Row]:
         return _things(block.num_parallel)
     if isinstance(block, (ParallelScalingBlock, DiffParallelScalingBlock)):
         return SIDE_BY_SIDE
+    if isinstance(block, Block) and not mixes(block.attn):
+        return WITHOUT_ATTENTION
     return POST_NORM if isinstance(block, ResPostBlock) else PRE_NORM
 
 
@@ -136,7 +140,7 @@ def attentions(block: Any) -> list[tuple[nn.Module, Any]]:
         return [(each.norm, each.attn) for each in parts]
     if isinstance(block, ResPostBlock):
         return [(nn.Identity(), block.attn)]
-    return [(block.norm1, block.attn)] if isinstance(block, Block) else []
+    return [(block.norm1, block.attn)] if isinstance(block, Block) and mixes(block.attn) else []
 
 
 def flows(block: Any, options: dict[str, Any]) -> bool:
@@ -150,6 +154,8 @@ def flows(block: Any, options: dict[str, Any]) -> bool:
 def heads_of(block: Any) -> tuple[int, int]:
     """Number of heads, and the width of one in keys and values together (differential attention has two halves of it)."""
     inner = next((attention for _, attention in attentions(block)), block)
+    if not hasattr(inner, "num_heads"):  # what stands in place of its attention has none
+        return 1, 1
     return inner.num_heads, inner.head_dim * (2 if hasattr(inner, "sub_norm") else 1)
 
 
