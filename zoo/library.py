@@ -7,15 +7,18 @@ import importlib
 import json
 import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from zoo.errors import MissingPackageError, WeightsError
+from zoo.errors import ConfigError, MissingPackageError, WeightsError
 
 
 def library(name: str, extra: str) -> ModuleType:
@@ -67,6 +70,78 @@ def only_tensors() -> Iterator[None]:
                         os.environ[name] = value
 
 
+HELD = 20.0  # seconds for which an answer of the Hub, or that there is none, counts
+WAIT = 10.0  # seconds for a connection, as the Hub's client waits for a file's description
+_reached: tuple[float, str, str | None] = (-HELD, "", None)
+_switches: list[Callable[[], bool]] = []  # the client's own function, once for each context that is open
+
+
+def _hub_is_away() -> str | None:
+    """Why no connection to the Hub can be had; None if one can, or if that is not seen from here (a proxy).
+
+    None, too, where its user has switched the client off: that has words of its own.
+    """
+    global _reached
+    from huggingface_hub import constants
+
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    at, where, why = _reached
+    if _switches[0]() or getproxies():
+        return None
+    if time.monotonic() - at >= HELD or where != endpoint:
+        place = urlsplit(endpoint)
+        try:
+            socket.create_connection((place.hostname or "", place.port or 443), WAIT).close()
+            why = None
+        except (OSError, ValueError) as error:
+            why = f"{place.hostname}: {error}"
+        _reached = (time.monotonic(), endpoint, why)
+    return why
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """A context in which libraries look for files on the Hub: where it is away, they look into the cache alone.
+
+    They would ask for each file six times, half a minute long. By the client's own switch for that, which holds for the process;
+    it is asked in front of each request, so that what is on this disk needs no network.
+
+    Raises:
+        ConfigError: the Hub is away, and what was looked for is not in the cache.
+    """
+    from huggingface_hub import constants
+
+    with _lock:
+        if not _switches:
+            _switches.append(constants.is_offline_mode)
+            constants.is_offline_mode = lambda: _hub_is_away() is not None or _switches[0]()  # type: ignore[assignment]
+        else:
+            _switches.append(_switches[0])
+    try:
+        yield
+    except Exception as error:
+        if not _of_the_switch(error) or (why := _hub_is_away()) is None:
+            raise
+        raise ConfigError(
+            f"The Hub cannot be reached ({why}), and what was looked for is not in the cache. Check the network and "
+            "HF_ENDPOINT; a file of weights that you have is named by checkpoint=, pretrained=False gives random ones."
+        ) from error
+    finally:
+        with _lock:
+            switch = _switches.pop()
+            if not _switches:
+                constants.is_offline_mode = switch
+
+
+def _of_the_switch(error: BaseException | None) -> bool:
+    """Whether an error came of a file that is not in the cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None and not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _fetched_code(config: Any) -> str | None:
     """The entry of a configuration that has the library fetch and run code of a repository; None if there is none."""
     if isinstance(config, dict):
@@ -78,9 +153,7 @@ def _fetched_code(config: Any) -> str | None:
     return None
 
 
-HELD = (
-    20.0  # seconds for which the answer of the Hub counts: every family asks for the same file when a name is looked up
-)
+# Every family asks for the same file when a name is looked up
 _held: dict[tuple[str, str], tuple[float, dict[str, Any] | str]] = {}
 
 
@@ -107,7 +180,8 @@ def _config(source: str, file: str) -> dict[str, Any] | str:
         else:
             from huggingface_hub import hf_hub_download
 
-            text = Path(hf_hub_download(source, file)).read_text(encoding="utf-8")
+            with reaching():
+                text = Path(hf_hub_download(source, file)).read_text(encoding="utf-8")
         found = json.loads(text)
     except Exception as error:  # the Hub's client has a class of its own for each way of failing
         return f"'{file}' of '{source}' could not be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}"

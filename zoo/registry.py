@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.errors import ConfigError, ShadowError, UndescribedError, UnknownNameError, nearest
 from zoo.heads import HEADS
+from zoo.library import reaching
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -365,10 +366,12 @@ def built(cls: type[Backbone], name: str, **options: Any) -> tuple[type[Backbone
     goes to one that finds its points without knowing it.
     """
     try:
-        return cls, cls.build(name, **options)
+        with reaching() if options.get("pretrained") else contextlib.nullcontext():
+            return cls, cls.build(name, **options)
     except UndescribedError:
         other = next((c for c in described() if c.fallback and c.accepts(name) is True), None)
         if other is None:
             raise
         options = {k: v for k, v in options.items() if k != "dtype" or other.loads_in_dtype}
-        return other, other.build(name, **options)
+        with reaching() if options.get("pretrained") else contextlib.nullcontext():
+            return other, other.build(name, **options)
