@@ -144,6 +144,7 @@ def open_dense(
     *,
     split: str | None = None,
     classes: Sequence[str] | None = None,
+    least: int = 0,
     ignore: float | Sequence[float] | None = None,
     derive: str | None = None,
     image_column: str | None = None,
@@ -163,6 +164,7 @@ def open_dense(
         split: a subfolder, or the beginning of the files' names. Needed where there are several.
         classes: of maps of classes, in the order of their indices; by default `classes.json` beside the files or in the folder
             above, else as many as the maps hold.
+        least: how many classes there are at least, where they are counted: the maps of a split may lack the last ones.
         ignore: stored values that are no class or no measurement. By default 255 in maps of classes, and a last class that is
             called "unlabelled", "void" or the like; given, it replaces these.
         derive: what is made of maps of classes: "edges" (kind "edges"), or "distance" to the next edge (kind "depth").
@@ -192,7 +194,7 @@ def open_dense(
     pairs = _pairs(source, stored, split, image_column, mask_column, lenient)
     names, left_out = None, _numbers(ignore)
     if stored == "segment":
-        names, left_out = _class_names(pairs, classes, left_out, lenient)
+        names, left_out = _class_names(pairs, classes, left_out, lenient, least)
     elif classes is not None:
         raise ConfigError(f"classes are of maps of classes; '{kind}' has none.")
     outputs = names if kind == "segment" else OUTPUTS[kind]
@@ -224,14 +226,15 @@ def _numbers(ignore: Any) -> tuple[float, ...] | None:
 
 
 def _class_names(
-    pairs: Any, given: Any, ignore: tuple[float, ...] | None, lenient: bool
+    pairs: Any, given: Any, ignore: tuple[float, ...] | None, lenient: bool, least: int
 ) -> tuple[list[str], tuple[float, ...]]:
     """(names of the classes that are learnt, stored values that are none)."""
     if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Sequence)):
         raise ConfigError(f"classes is {given!r:.60}; expected a list of names.")
     names = [str(n) for n in given] if given is not None else listed_names(pairs.folders)
     if names is None:
-        names = [str(i) for i in range(_largest(pairs, (IGNORE,) if ignore is None else ignore, lenient) + 1)]
+        largest = _largest(pairs, (IGNORE,) if ignore is None else ignore, lenient)
+        names = [str(i) for i in range(max(largest + 1, least))]
     if double := [n for i, n in enumerate(names) if n in names[:i]]:
         raise DataError(f"{pairs.name}: the class '{double[0]}' is named twice.")
     if ignore is None:

@@ -35,6 +35,7 @@ from vision.data.dense_valued import check_valued
 from vision.metrics.dense import Angles, Contours, Distances, Overlap
 from vision.tasks.dense_tasks import ManyDense
 from zoo import register_task
+from zoo.data.labels import bare
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.heads import Head
 from zoo.host import Host
@@ -74,9 +75,11 @@ class Dense(Weighted):
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> DenseDataset:
         """A data set of (image, map); see `open_dense`."""
-        names = model.classes if self.outputs is None and not isinstance(data, DenseDataset) else None
-        dataset = open_dense(data, self.name, split=split)
-        if names is not None and dataset.classes != names and len(dataset.classes or ()) < len(names):
+        counted = self.outputs is None and not isinstance(data, DenseDataset)
+        names, least = (model.classes, 0 if train else model.num_classes) if counted else (None, 0)
+        dataset = open_dense(data, self.name, split=split, least=least)
+        own = dataset.classes or []
+        if names is not None and own != names and (len(own) < len(names) or (len(own) == least and bare(own))):
             dataset = open_dense(data, self.name, split=split, classes=names)  # a split that lacks the last classes
         if dataset.transform is not None:
             if train and augment not in (None, "none"):

@@ -258,3 +258,25 @@ def test_refusals() -> None:
     labels = zoo.open_dataset([(image, i % 2) for i, (image, _) in enumerate(data)])
     with pytest.raises(DataError, match="no loss in common"):
         zoo.run(dense_model(outputs=0), "multitask", {"a": labels, "b": open_dense(data)}, fit=FIT)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_maps_of_one_class_are_measured_by_the_classes_of_the_model(tmp_path: Path, named: bool) -> None:
+    """A split may lack the others; counted alone, such maps were refused."""
+    model = dense_model(outputs=2)
+    train = open_dense(pairs(6), classes=["dark", "bright"] if named else None)
+    one = [(image, np.zeros((24, 32), dtype=np.uint8)) for image, _ in pairs(3, seed=5)]
+    report = zoo.fit(model, train, one, task="segment", epochs=1, keep="last", **FIT)
+    classes = ["dark", "bright"] if named else ["0", "1"]
+    assert model.classes == classes
+    found = zoo.evaluate(model, one, task="segment", progress=False)
+    named_all = zoo.evaluate(model, open_dense(one, classes=classes), task="segment", progress=False)
+    assert {k: found[k] == named_all[k] for k in ("miou", "loss", "pixel_accuracy")} == dict.fromkeys(
+        ("miou", "loss", "pixel_accuracy"), True
+    )
+    assert report.metrics["val_miou"] == pytest.approx(found["miou"], abs=1e-6)
+    with pytest.raises(DataError, match="there is one class"):  # nothing to learn from
+        zoo.fit(dense_model(outputs=2), one, task="segment", epochs=1, **FIT)
+    more = [(image, np.full((24, 32), 3, dtype=np.uint8)) for image, _ in pairs(2)]
+    with pytest.raises(MismatchError, match="has 4 classes, the model's head 2"):
+        zoo.evaluate(model, more, task="segment", progress=False)
