@@ -25,6 +25,7 @@ class Host(Protocol):
     backbone: nn.Module
     backbone_name: str
     backbone_kwargs: dict[str, Any]
+    quantised: str
     family: Backbone
     points: Points
     adapters: nn.ModuleDict

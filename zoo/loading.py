@@ -22,6 +22,9 @@ from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, ne
 from zoo.heads.names import class_names
 from zoo.library import only_tensors
 from zoo.model import Model
+from zoo.model.pruning import quantise as quantised_copy
+from zoo.model.pruning import quantise_in_place
+from zoo.model.quantised import FORMATS
 from zoo.model.stored import is_changed, load_changed
 from zoo.wrapping import wrap
 
@@ -53,6 +56,7 @@ _ADAPTERS = Kind("a method's name, a config object (zoo.adapter), a saved adapte
     device=DEVICE | NOTHING,
     dtype=DTYPE | NOTHING,
     memory=one_of(*MEMORY_SETTINGS),
+    quantise=one_of(*FORMATS) | NOTHING,
     seed=whole(0, 2**64 - 1) | NOTHING,
     trust_backbone=FLAG | TEXT,
 )
@@ -67,6 +71,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     memory: str = "default",
+    quantise: str | None = None,
     seed: int | None = None,
     trust_backbone: bool | str = False,
     **backbone_kwargs: Any,
@@ -90,6 +95,8 @@ def load(
         dtype: precision of the backbone; large checkpoints are read in it, without a float32 copy. Adapters and heads stay in
             float32 beside a half-precision backbone.
         memory: "default", "low", "min" or "off" (`zoo.engine.memory`).
+        quantise: keep the frozen projections' weights in "int8", "int4" or "nf4" (`zoo.quantise`): less memory for the same
+            adapters, which then correct the rounded weights and are merged into no others. A saved adapter brings its own.
         seed: of the adapters' and head's initial values, and of random weights (pretrained=False).
         trust_backbone: a saved adapter may name a backbone of any repository or folder; one that is not of a source known here
             is built only with your word: True, or the backbone's name. (To name the backbone yourself is your word, too.)
@@ -107,6 +114,8 @@ def load(
         TrustError: a saved adapter names a backbone of an unknown source. Nothing of it was downloaded.
         MismatchError, ConfigError, WeightsError: a saved adapter does not fit, or is damaged.
     """
+    if "quantize" in backbone_kwargs:
+        raise ConfigError(f"It is spelled quantise here: quantise={backbone_kwargs['quantize']!r}.")
     if classes is not None:
         classes = class_names(classes)
         num_classes = len(classes) if num_classes is None else num_classes
@@ -138,6 +147,8 @@ def load(
             num_classes = 0  # saved on features, and so they come out again
     else:
         packs = {}
+    if quantise is None and packs and not (isinstance(backbone, str) and is_changed(backbone)):
+        quantise = _of_saved(next(iter(packs.values())))
     if backbone is None:
         if not packs:
             raise ConfigError(
@@ -171,9 +182,12 @@ def load(
         width = num_classes if head is None else 0
         common: dict[str, Any] = {"num_classes": width, "device": device, "dtype": dtype, "memory": memory}
         if isinstance(backbone, str):
-            model = load_backbone(backbone, pretrained=pretrained, **common, **backbone_kwargs)
+            model = load_backbone(backbone, pretrained=pretrained, quantise=quantise, **common, **backbone_kwargs)
         else:
             model = wrap(backbone, **common, **_for_wrap(backbone_kwargs))
+            if quantise is not None:  # the network is the user's, and stays as it is
+                model = quantised_copy(model, to=quantise)
+                model.quantised = quantise
         if seed is not None:
             torch.manual_seed(seed)  # the same adapter and head on random weights and on pretrained ones
             if width:
@@ -191,6 +205,19 @@ def load(
             model.classes = classes
             model.name_readers(classes)
     return model
+
+
+def _of_saved(pack: SavedAdapter) -> str | None:
+    """In what the backbone of a saved adapter is kept; None: its weights are whole.
+
+    Raises:
+        ConfigError: a format that there is not.
+    """
+    if pack.quantised and pack.quantised not in FORMATS:
+        raise ConfigError(
+            f"The adapter in '{pack.folder}' was trained on weights kept in '{pack.quantised}'. {nearest(pack.quantised, FORMATS)}"
+        )
+    return pack.quantised or None
 
 
 def _keeps_head(saved: SavedAdapter, num_classes: int | None, classes: Sequence[str] | None, head: str | None) -> bool:
@@ -255,10 +282,16 @@ def load_backbone(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     memory: str = "default",
+    quantise: str | None = None,
     **kwargs: Any,
 ) -> Model:
     """A bare model: the backbone and its head."""
     if is_changed(name):
+        if quantise is not None:
+            raise ConfigError(
+                f"'{name}' is built as its recipe says, and is not quantised on the way. Do it afterwards: "
+                f"zoo.quantise(model, to={quantise!r})."
+            )
         if kwargs:
             raise ConfigError(f"'{name}' is built as its recipe says; it takes no options ({', '.join(kwargs)}).")
         options = {"num_classes": num_classes, "pretrained": pretrained, "device": device, "dtype": dtype}
@@ -306,6 +339,8 @@ def load_backbone(
     family.own_weights = None if bring is None else bring.weights
     family.configure(**kwargs)
     model = Model(family, num_classes=num_classes, memory=memory, kwargs=kwargs)
+    if quantise is not None:  # of the numbers as they were read, whatever precision they are used in
+        quantise_in_place(model, quantise)
     if not meta and (where is not None or dtype is not None):
         model.to(device=where, dtype=dtype)
     elif dtype is not None:

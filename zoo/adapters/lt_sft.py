@@ -137,7 +137,7 @@ class LTSFT(Adapter):
         Raises:
             ConfigError: the adapter is in no model, the model has no head and the task needs one, K is none or too large, or
                 fewer than K entries moved.
-            AttachError: weights of int8. DataError: no batch, NaN or Inf. The model is as it was, then.
+            AttachError: quantised weights. DataError: no batch, NaN or Inf. The model is as it was, then.
         """
         name = next((n for n, a in model.adapters.items() if a is self), None)
         if name is None:

@@ -68,6 +68,12 @@ def check_backbone(model: Host, saved: SavedAdapter) -> None:
     if printed is not None:
         if saved.fingerprint == printed or _resampled(model, saved):
             return
+        if saved.quantised != model.quantised:
+            ours, theirs = (f"quantised to {q}" if q else "not quantised" for q in (model.quantised, saved.quantised))
+            raise MismatchError(
+                f"The adapter in '{saved.folder}' was trained on a backbone that is {theirs}, and this model's is {ours}: it "
+                f"corrects other weights. Load it on its own: zoo.load(adapter={str(saved.folder)!r})."
+            )
         wrapped = all(n.startswith(WRAPPED) for n in (saved.backbone_name, model.backbone_name))
         if wrapped or saved.backbone_name == model.backbone_name:
             seen = getattr(model.family, "known_example", True)

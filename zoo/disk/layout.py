@@ -151,9 +151,13 @@ def check_config(config: Mapping[str, Any], path: Path, *, copy: bool = False) -
     named: dict[str, tuple[type, ...]] = {"name": _TEXT, "fingerprint": _TEXT + _NONE, "kwargs": _DICT}
     if "rest" in config["backbone"]:  # left out by earlier versions, and where the weights are not known
         named["rest"] = _TEXT
+    if "quantised" in config["backbone"]:  # left out where weights are as the library has them
+        named["quantised"] = _TEXT
     _check_fields(config["backbone"], named, "backbone.", path)
     if "rest" in named and not re.fullmatch(r"r1:[0-9a-f]{24}\.[0-9a-f]{8}", config["backbone"]["rest"]):
         _wrong(path, "backbone.rest", repr(config["backbone"]["rest"])[:60], "a fingerprint, 'r1:...'")
+    if "quantised" in named and not re.fullmatch(r"[a-z0-9]{1,16}", config["backbone"]["quantised"]):
+        _wrong(path, "backbone.quantised", repr(config["backbone"]["quantised"])[:60], "a format, such as 'nf4'")
     if "encoding" in config:
         told = {"codec": _TEXT, "tensors": _DICT, **({"packed": _DICT} if "packed" in config["encoding"] else {})}
         _check_fields(config["encoding"], told, "encoding.", path)

@@ -66,6 +66,7 @@ class SavedAdapter:
     head_kind: str = "linear"
     codec: str = "plain"
     moved: frozenset[str] = frozenset()  # tensors that are changes of what attaching gives (`zoo.disk.compeft`)
+    quantised: str = ""  # in what the backbone's projections are kept (`zoo.load(quantise=...)`)
     rest: str | None = None  # the fingerprint without tables of positions
     recovered: bool = False  # the last save was cut off; this is its new state, taken from the weights file alone
 
@@ -144,6 +145,7 @@ def read(folder: str | Path) -> SavedAdapter:
         head_kind=head.get("kind", "linear") if head else "linear",
         codec=encoding["codec"] if encoding is not None else "plain",
         moved=frozenset(moved),
+        quantised=config["backbone"].get("quantised", ""),
         rest=config["backbone"].get("rest"),
         recovered=recovered,
     )

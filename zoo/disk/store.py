@@ -128,6 +128,7 @@ def save(
             "name": model.backbone_name,
             "fingerprint": printed,
             **({} if rest is None else {"rest": rest}),
+            **({"quantised": model.quantised} if model.quantised else {}),
             "kwargs": model.backbone_kwargs,
         },
         "adapters": [

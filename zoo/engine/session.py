@@ -268,9 +268,9 @@ class Session:
         for path, module, inside in found:
             if not inside:
                 continue
-            if "int8" in module._buffers:
+            if kept := getattr(module, "kept_in", ""):
                 raise AttachError(
-                    f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept in int8, which is not trained. "
+                    f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept in {kept}, which is not trained. "
                     "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
                 )
             for name, frozen in module._parameters.items():

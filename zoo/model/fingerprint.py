@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.engine.sharded import known_types, whole
 
 SAMPLES = 64
+SMALL = (torch.int8, torch.uint8)  # of buffers that are weights of `zoo.quantise`
 
 
 def fingerprint(module: nn.Module) -> str | None:
@@ -23,7 +24,7 @@ def fingerprint(module: nn.Module) -> str | None:
     """
     digest = hashlib.sha256()
     parts = []
-    rounded = [(name, b) for name, b in module.named_buffers() if b.dtype == torch.int8]  # weights of `zoo.quantise`
+    rounded = [(name, b) for name, b in module.named_buffers() if b.dtype in SMALL]
     for name, parameter in sorted([*module.named_parameters(), *rounded], key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
@@ -47,6 +48,8 @@ def at_any_resolution(module: nn.Module) -> str | None:
     """
     tables = {n: p for n, p in module.named_parameters() if POSITIONS.search(n)}
     rest = nn.Module()
+    for i, (name, b) in enumerate((n, b) for n, b in module.named_buffers() if b.dtype in SMALL):
+        rest.register_buffer(f"{i:06d}-{name}".replace(".", "/"), b)
     for i, (name, parameter) in enumerate((n, p) for n, p in module.named_parameters() if n not in tables):
         rest.register_parameter(f"{i:06d}-{name}".replace(".", "/"), parameter)
     printed = fingerprint(rest)

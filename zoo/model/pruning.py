@@ -1,8 +1,8 @@
-"""Changed backbones: heads, neurons and blocks taken out, with all attached adapters cut to fit; sparse and int8 weights.
+"""Changed backbones: heads, neurons and blocks taken out, with all attached adapters cut to fit; sparse and quantised weights.
 
     smaller = zoo.prune(model, heads={"blocks.3": [0, 2]}, neurons={"blocks.3": [5, 6]}, blocks=["blocks.5"])
     sparse = zoo.sparsify(model, "mlp", sparsity=0.5)             # zeros that merging keeps
-    small = zoo.quantise(model)                                   # int8 weights of the frozen projections
+    small = zoo.quantise(model, to="nf4")                         # frozen projections in 4 bits
     zoo.save_backbone(smaller, "smaller/");  zoo.load("smaller/", "lora", num_classes=10)
 
 Each returns a new model and leaves the given one as it is. A changed backbone is one of its own: another name and fingerprint,
@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from zoo.backbone import Backbone, Cut
 from zoo.errors import ConfigError, MismatchError, SelectionError, ZooError, nearest
 from zoo.model.model import Model
-from zoo.model.quantised import Int8Linear
-from zoo.points import LinearPoint, Point
+from zoo.model.fingerprint import Watched
+from zoo.model.quantised import FORMATS, lightened
+from zoo.points import LinearPoint, Point, Points
 
-__all__ = ["changed", "prune", "quantise", "sparsify"]
+__all__ = ["changed", "prune", "quantise", "quantise_in_place", "sparsify"]
 
 Which = Mapping[int | str, Iterable[int]]
 
@@ -69,32 +70,54 @@ def prune(
     return changed(model, edit)
 
 
-def quantise(model: Model, points: str | Sequence[str] | None = None) -> Model:
-    """A model whose frozen projections keep int8 weights, one scale for each output: a quarter of the bytes of float32.
+def quantise(model: Model, points: str | Sequence[str] | None = None, to: str = "int8") -> Model:
+    """A model whose frozen projections keep their weights in 8 or 4 bits: a quarter or an eighth of the bytes of float32.
 
-    Products are those of the rounded weights, exactly: `F.linear(x, scale * int8)`. Adapters are trained on them as on any;
-    merging into them, and training them, is refused.
+    Products are those of the rounded weights, exactly. Adapters are trained on them as on any; merging into them, and training
+    them, is refused. `zoo.load(..., quantise="nf4")` does it while loading.
 
     Args:
         points: which linear points, all slices of a fused projection or none; by default "all-linear" as far as these are
             `nn.Linear`.
+        to: "int8" (one scale for each output), "int4" (for each group of up to 128 inputs) or "nf4" (16 quantiles of a normal
+            distribution, as in QLoRA); see `zoo.model.quantised`.
 
     Raises:
-        ConfigError: a point of another kind, a part of a fused projection, or nothing to keep in int8.
+        ConfigError: a point of another kind, a part of a fused projection, nothing to quantise, or weights that are not finite.
     """
+    return changed(model, {to: _to_round(model, points, to)})
+
+
+def quantise_in_place(model: Model, to: str) -> Model:
+    """The same model without adapters, whose projections are quantised where they stand: no second copy is in memory."""
+    edit = {to: _to_round(model, None, to)}
+    memory, model.memory = model.memory, "off"  # no hook of ours is left on what goes
+    apply(model.backbone, type(model.family), model.points, edit)
+    model.points = Points(model.family.points(), model.family.name, model.family.refused)
+    model._weights = Watched(model.backbone)
+    model.memory = memory
+    model.quantised = to
+    model.recipe = {"base": model.backbone_name, "kwargs": dict(model.backbone_kwargs), "edits": [edit]}  # type: ignore[assignment]
+    return model
+
+
+def _to_round(model: Model, points: str | Sequence[str] | None, to: str) -> list[str]:
+    """Paths of the modules that are kept in few bits; raises what `quantise` does."""
+    if to not in FORMATS:
+        raise ConfigError(f"Weights cannot be kept in '{to}'. {nearest(to, FORMATS)}")
     chosen = model.points.linears(points or "all-linear")
     if points is None:
         chosen = [p for p in chosen if type(p.module) is nn.Linear] or chosen
     modules = {id(p.module): p for p in chosen}
     for point in chosen:
         if type(point.module) is not nn.Linear:
-            raise ConfigError(f"'{point.name}' is a {type(point.module).__name__}; only nn.Linear is kept in int8.")
+            raise ConfigError(f"'{point.name}' is a {type(point.module).__name__}; only nn.Linear is kept in {to}.")
         rest = [p.name for p in model.points if p.module is point.module and p not in chosen]
         if rest:
             raise ConfigError(
                 f"'{point.name}' and '{rest[0]}' are slices of one weight: quantise all of them, or none."
             )
-    return changed(model, {"int8": [p.path for p in modules.values()]})
+    return [p.path for p in modules.values()]
 
 
 def sparsify(
@@ -110,7 +133,7 @@ def sparsify(
         masks: instead of both: point -> (dim_out, dim_in), true where the weight stays.
 
     Raises:
-        ConfigError: a sparsity outside of 0 ... 1, or int8 weights. MismatchError: a mask of another shape.
+        ConfigError: a sparsity outside of 0 ... 1, or quantised weights. MismatchError: a mask of another shape.
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is {sparsity}; expected 0 <= sparsity < 1, the part that becomes zero.")
@@ -120,8 +143,9 @@ def sparsify(
         for point in chosen:
             weight = point.weight
             if "weight" not in point.module._parameters:
+                kept = getattr(point.module, "kept_in", "no")
                 raise ConfigError(
-                    f"'{point.name}' has int8 weights. Make weights sparse first (sparsify), then quantise."
+                    f"'{point.name}' has {kept} weights. Make weights sparse first (sparsify), then quantise."
                 )
             if masks is not None:
                 kept = masks[point.name].bool().to(weight.device)
@@ -177,9 +201,10 @@ def apply(module: nn.Module, family: type[Backbone], points: Sequence[Point], ed
     for name, form in edit.get("children", {}).items():
         block, _, role = name.rpartition(".")
         family.children().put(block, module.get_submodule(at[block].path), role, form)
-    for path in edit.get("int8", ()):
-        parent, _, last = path.rpartition(".")
-        setattr(module.get_submodule(parent), last, Int8Linear.of(module.get_submodule(path)))  # type: ignore[arg-type]
+    for to in FORMATS:
+        for path in edit.get(to, ()):
+            parent, _, last = path.rpartition(".")
+            setattr(module.get_submodule(parent), last, lightened(module.get_submodule(path), path, to))  # type: ignore[arg-type]
     for path in edit.get("masked", ()):
         linear: Any = module.get_submodule(path)
         if "weight_mask" not in linear._buffers:
@@ -218,7 +243,7 @@ def changed(model: Model, edit: dict[str, Any], masks: Mapping[str, Tensor] | No
     new = wrap(type(model), family, recipe, memory=model.memory, kwargs=model.backbone_kwargs)
     new.heads = copy.deepcopy(model.heads)
     new._classes = copy.deepcopy(model._classes)
-    exact = not edit.get("int8") and not edit.get("masked")
+    exact = not edit.get("masked") and not any(edit.get(to) for to in FORMATS)
     for name, adapter in model.adapters.items():
         _bring(new, name, adapter, moved, model)
     new.to(device=model.device, dtype=model.dtype)

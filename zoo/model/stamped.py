@@ -15,6 +15,7 @@ class Stamped(Contextual):
     """Base of `Model`."""
 
     backbone_name: str
+    quantised: str = ""  # in what the projections' weights are kept since it was loaded (`zoo.load(quantise=...)`)
     _weights: Watched
 
     @property

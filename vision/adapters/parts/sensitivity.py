@@ -99,7 +99,7 @@ def sensitivity(
         batches: (inputs, targets) of the task; None is what the model is for.
 
     Raises:
-        AttachError: weights of int8.
+        AttachError: quantised weights.
         DataError: no batch, labels that the head has no output for, a loss or gradients that are not finite.
     """
     slots = {(id(module), part): (module, part) for module, part in (c.slot for c in found)}

@@ -104,7 +104,7 @@ def squared_gradients(
     The model without adapters and with its own head is differentiated; nothing of it changes.
 
     Raises:
-        ConfigError: the model has no head that the task would need, or int8 weights.
+        ConfigError: the model has no head that the task would need, or quantised weights.
         DataError: no data.
     """
     if not model.num_classes and (task is None or task.on_head):
@@ -112,9 +112,10 @@ def squared_gradients(
             "init='fisher' needs the loss of a classification head; give num_classes, or use init='magnitude'."
         )
     modules: dict[str, Any] = {p.path: p.module for p in points}
-    if rounded := [p.name for p in points if "weight" not in p.module._parameters]:
+    if rounded := [p for p in points if "weight" not in p.module._parameters]:
+        kept = getattr(rounded[0].module, "kept_in", "other numbers")
         raise ConfigError(
-            f"init='fisher' needs gradients of the backbone's weights, and that of '{rounded[0]}' is kept in int8, which has "
+            f"init='fisher' needs gradients of the backbone's weights, and that of '{rounded[0].name}' is kept in {kept}, which has "
             "none; use init='magnitude', or the backbone that was not quantised."
         )
     sums = {path: torch.zeros_like(m.weight, dtype=torch.float32) for path, m in modules.items()}

@@ -92,7 +92,7 @@ def _point(
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
             refused[path] = f"{what} keeps no (out, in) matrix of floats (a quantised projection?)"
         return None
-    if weight is None and "int8" not in module._buffers:  # `zoo.quantise`: a projection, with nothing to merge into
+    if weight is None and not getattr(module, "kept_in", ""):  # `zoo.quantise`: a projection, with nothing to merge into
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
     if weight is not None and _quantised(weight):
@@ -166,6 +166,8 @@ OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, n
 def _odd(module: nn.Module) -> str:
     """Why a class does not use its weight as it stands; "" if it does. Tried once for each class, on a small copy."""
     kind = type(module)
+    if getattr(module, "kept_in", ""):  # `zoo.quantise`: F.linear with the rounded weight
+        return ""
     if module._forward_hooks and site_at(module) is None:
         return "a forward hook of the user's stands on it and changes its output before an adapter does"
     if kind in OWN or (kind.forward in {o.forward for o in OWN} and not module._forward_pre_hooks):
