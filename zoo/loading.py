@@ -215,7 +215,8 @@ def _of_saved(pack: SavedAdapter) -> str | None:
     """
     if pack.quantised and pack.quantised not in FORMATS:
         raise ConfigError(
-            f"The adapter in '{pack.folder}' was trained on weights kept in '{pack.quantised}'. {nearest(pack.quantised, FORMATS)}"
+            f"The adapter in '{pack.folder}' was trained on weights kept in '{pack.quantised}'. "
+            f"{nearest(pack.quantised, FORMATS)}"
         )
     return pack.quantised or None
 

@@ -94,6 +94,7 @@ OPTIONS: dict[str, Kind] = {
     "device": Kind("cpu, cuda, cuda:1 or mps", _device),
     "precision": one_of("fp32", "bf16", "fp16"),
     "memory": MEMORY,
+    "quantise": one_of("int8", "int4", "nf4"),
     **dict.fromkeys(("backbone", "target", "data", "regime", "repo", "source", "to", "task"), Kind("a name", _named)),
 }
 SEVERAL = {("bench", "memory"): _each(MEMORY), ("fit", "shots"): _counts(10**9)}

@@ -36,6 +36,9 @@ def run(
         model_option("A setting, e.g. rank=4 of the method, run.epochs=5 of the regime.", "--set", "-s"),
     ] = None,
     memory: Annotated[str, model_option("What is kept for the backward pass: default, low or min.")] = "default",
+    quantise: Annotated[
+        str | None, model_option("Keep the frozen projections in int8, int4 or nf4; needs less memory.")
+    ] = None,
     pretrained: Annotated[bool, model_option("With the pretrained weights, or with random ones.")] = True,
     device: Device = None,
     precision: Precision = "fp32",
@@ -104,6 +107,7 @@ def run(
         num_classes=width,
         pretrained=pretrained,
         memory=memory,
+        quantise=quantise,
         seed=seed,
     )
     options: dict[str, Any] = {"workers": workers, "device": device, "precision": precision}

@@ -61,6 +61,9 @@ def fit(
         model_option("A method's setting, e.g. rank=4; with several methods lora.rank=4.", "--set", "-s"),
     ] = None,
     memory: Annotated[str, model_option("What is kept for the backward pass: default, low, min or off.")] = "default",
+    quantise: Annotated[
+        str | None, model_option("Keep the frozen projections in int8, int4 or nf4; needs less memory.")
+    ] = None,
     pretrained: Annotated[bool, model_option("With the pretrained weights, or with random ones.")] = True,
     image_size: Annotated[
         int | None, model_option("Another size of images than the backbone's own.", "--image-size", "--img-size")
@@ -167,6 +170,7 @@ def fit(
             head=what.head if classes else None,
             pretrained=pretrained,
             memory=memory,
+            quantise=quantise,
             seed=seed,
             **backbone_options,
         )

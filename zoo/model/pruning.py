@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from zoo.backbone import Backbone, Cut
 from zoo.errors import ConfigError, MismatchError, SelectionError, ZooError, nearest
-from zoo.model.model import Model
 from zoo.model.fingerprint import Watched
+from zoo.model.model import Model
 from zoo.model.quantised import FORMATS, lightened
 from zoo.points import LinearPoint, Point, Points
 

@@ -84,14 +84,13 @@ class Rounded(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W (o, i) in the precision of its scales."""
+        """W (o, i) in the precision of its scales. Backward makes it once more instead of keeping it."""
         shape, parts = self._made()
-        return self.wide(shape, *parts)
+        return recomputable(type(self).wide, shape, *parts, constant=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (..., i) -> (..., o). Backward makes the weight once more instead of keeping it."""
-        shape, parts = self._made()
-        return F.linear(input, recomputable(type(self).wide, shape, *parts, constant=True), self.bias)
+        """x (..., i) -> (..., o)."""
+        return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """As torch's."""
@@ -204,4 +203,3 @@ def _in_pairs(numbers: Tensor) -> Tensor:
     """(rows, n) of 4 bits -> (rows, ceil(n / 2)) bytes."""
     numbers = F.pad(numbers, (0, numbers.shape[1] % 2))
     return numbers[:, ::2] << 4 | numbers[:, 1::2]
-

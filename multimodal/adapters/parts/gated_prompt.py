@@ -57,7 +57,8 @@ class GatedPrompt(nn.Module):
     def _projected(self, prompt: Tensor, which: int) -> Tensor:
         """(n, T, d) -> (n, heads, T, c)."""
         point: Any = self.places[which]
-        weight = point.module.weight[point.start : point.stop]
+        whole = point.module.weight  # held while it is used: a quantised one is made here, and not kept for backward
+        weight = whole[point.start : point.stop]
         bias = None if point.module.bias is None else point.module.bias[point.start : point.stop]
         x, own = prompt.to(weight.dtype), self.tuned[which]
         y = F.linear(x, weight, bias) if own is None else own.tuned(x, weight, bias)

@@ -115,8 +115,8 @@ def squared_gradients(
     if rounded := [p for p in points if "weight" not in p.module._parameters]:
         kept = getattr(rounded[0].module, "kept_in", "other numbers")
         raise ConfigError(
-            f"init='fisher' needs gradients of the backbone's weights, and that of '{rounded[0].name}' is kept in {kept}, which has "
-            "none; use init='magnitude', or the backbone that was not quantised."
+            f"init='fisher' needs gradients of the backbone's weights, and that of '{rounded[0].name}' is kept in {kept}, which "
+            "has none; use init='magnitude', or the backbone that was not quantised."
         )
     sums = {path: torch.zeros_like(m.weight, dtype=torch.float32) for path, m in modules.items()}
     seen = 0

@@ -58,6 +58,11 @@ def linear_slots(points: Points) -> list[Slot]:
     """
     found = [p for p in points.require("linear", "lt-sft") if p.block is not None and type(p.module) is nn.Linear]
     if not found:
+        if kept := next((k for p in points if (k := getattr(p.module, "kept_in", ""))), ""):
+            raise AttachError(
+                f"The projections of {points.backbone} are quantised (kept in {kept}): single entries of them cannot be tuned. "
+                "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
+            )
         raise AttachError(f"{points.backbone} has no projection inside of a block whose single entries could be tuned.")
     parts = ("weight", "bias")
     return [Slot(p, part) for p in found for part in parts if part == "weight" or p.holder(part) is not None]

@@ -92,7 +92,9 @@ def _point(
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
             refused[path] = f"{what} keeps no (out, in) matrix of floats (a quantised projection?)"
         return None
-    if weight is None and not getattr(module, "kept_in", ""):  # `zoo.quantise`: a projection, with nothing to merge into
+    if weight is None and not getattr(
+        module, "kept_in", ""
+    ):  # `zoo.quantise`: a projection, with nothing to merge into
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
     if weight is not None and _quantised(weight):
