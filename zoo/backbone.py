@@ -75,6 +75,9 @@ class Backbone:
     # What `outputs` can be asked for, besides what a head computes itself
     gives: ClassVar[tuple[str, ...]] = ("pooled",)
     task: ClassVar[str] = "classify"  # what `zoo.fit` trains by default, a name of `zoo.tasks`
+    beams: ClassVar[bool] = False  # it writes text, and where it does so by beams each sample has as many rows
+    # Why no graph of it can be written (`zoo.to_onnx`); "": it can be tried
+    no_graph: str = ""
     # Options of `zoo.load` that say which points there are: a saved adapter brings those that it was attached with
     point_options: ClassVar[tuple[str, ...]] = ()
     # Whether the blocks of one tower and stage are called one after another, each with what the one before gave and with the same

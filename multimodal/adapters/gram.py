@@ -8,8 +8,8 @@ Points: none of its own; it stands around adapters that have attached before (`r
     (theta, s) <- (theta, s) - b grad L_Q(theta')                               `multimodal.tasks.gram`, by an ordinary fit
 
 s = 0, so it starts as MAML. After the meta-training s is frozen, and every further fit of the prompts has its gradients rewritten
-by R in front of the optimizer; a second meta-training would leave s as it is. The function that the model computes is never
-changed.
+by R in front of the optimizer; a second meta-training is refused until `learn_again` has said that s shall go on from what it
+is. The function that the model computes is never changed.
 
     model = zoo.load("clip-micro", "coop", classes=names)
     regulate(model, "coop")
@@ -110,6 +110,17 @@ class GRAM(Adapter):
             self._meta = False
             self.plan = {**self.plan, "done": True}
             self.requires_grad_(False)
+
+    def learn_again(self) -> None:
+        """s is trained by the next meta-training, from what it is, and rewrites no gradients until that is over."""
+        if self.plan is not None:
+            self.plan = {**self.plan, "done": False}
+            self.requires_grad_(True)
+
+    @property
+    def learned(self) -> bool:
+        """Whether a meta-training is over, and s rewrites gradients."""
+        return self.plan is not None and bool(self.plan.get("done"))
 
 
 def regulate(model: Host, around: str | Sequence[str], *, each_entry: bool = False, name: str | None = None) -> GRAM:

@@ -12,8 +12,10 @@ a frozen eye through some blocks of their own (`multimodal.adapters.parts.visual
 the scales (and shifts) of the norms are trained; g = 0, so the start is the pretrained function, to the bit, with an image, too.
 
 The eye's tokens are given with the call: `model(ids, ..., context={"image": tokens})`, (B, N, eye_dim), from
-`eye_tokens(clip, images)`; a text without an image gives none. With `disjoint` a training step on images trains the visual part
-and its gate, one without images everything else: gradients of the others are dropped, so neither momentum nor decay moves them.
+`eye_tokens(clip, images)`; a text without an image gives none. Of a language model with eyes of its own the language blocks alone
+are adapted: what these eyes see stands in its text, and `fusion="none"` leaves out a second eye. With `disjoint` a training step
+on images of the eye trains the visual part and its gate, one without them everything else: gradients of the others are dropped,
+so neither momentum nor decay moves them.
 
 `form` chooses what is tuned where the settings say nothing:
 
@@ -117,6 +119,7 @@ class LlamaAdapterV2(Adapter):
 
     def attach(self, points: Points) -> None:
         """Biases and scales, norms, the prompts of late blocks and of the image."""
+        points = points.by_sample()
         attentions = self._attentions(points)
         late = attentions[1:] if self.layers is None else attentions[len(attentions) - self.layers :]
         self.check(

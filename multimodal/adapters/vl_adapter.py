@@ -52,7 +52,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from multimodal.adapters.parts import of_task
 from multimodal.adapters.parts.of_task import (
@@ -65,7 +65,7 @@ from multimodal.adapters.parts.of_task import (
     Which,
 )
 from multimodal.adapters.parts.one_task import one_task
-from multimodal.adapters.parts.vl_settings import complete
+from multimodal.adapters.parts.vl_settings import complete, read_by
 from zoo import Adapter, LinearPoint, Merger, Points, SublayerPoint, register_adapter
 from zoo.adapters.parts.hypernetwork import HyperNetwork, Projector, Stack
 from zoo.adapters.parts.kronecker import WholeKroneckerLinear
@@ -126,6 +126,11 @@ class VLAdapter(Adapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         complete(self)
+
+    @classmethod
+    def load_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Folders of before settings were refused that a form does not read may have such."""
+        return read_by(cls, config), tensors
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 

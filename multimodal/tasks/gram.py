@@ -59,7 +59,16 @@ class Meta(Task):
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None
     ) -> ImageDataset:
-        """As the inner task."""
+        """As the inner task.
+
+        Raises:
+            ConfigError: data to learn from, for a regulator that is learned and frozen.
+        """
+        if train and _regulator(model).learned:
+            raise ConfigError(
+                "The regulator is learned and frozen since its meta-training, so another one would leave it as it is. "
+                "model.adapters['gram'].learn_again() lets it go on; to tune the prompts, fit without this task."
+            )
         return self.inner.open(model, data, train=train, split=split, augment=augment)
 
     def check(self, model: Host, dataset: ImageDataset, what: str = "data set") -> None:

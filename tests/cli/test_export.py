@@ -89,3 +89,23 @@ def test_command(tmp_path: Path) -> None:
     found = runtime.InferenceSession(str(tmp_path / "out.onnx")).get_modelmeta().custom_metadata_map
     assert json.loads(found["classes"]) == ["ant", "bee"] and found["backbone"] == model.backbone_name
     assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "out.pt")]).exit_code == 1
+
+
+def test_a_network_whose_images_have_any_size_is_refused_in_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = tiny_model("vlm")
+    with pytest.raises(ConfigError, match="how much of its images is padding is read while it runs; serve it"):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir()) and capfd.readouterr().out == ""
+
+
+def test_a_failing_exporter_says_why_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch prints of a network that it cannot trace is the whole of it, line by line."""
+    model, _ = tiny_model("vlm")
+    monkeypatch.setattr(type(model.family), "no_graph", "")
+    with pytest.raises(ConfigError, match=r"GuardOnDataDependentSymNode: Could not"):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert "def forward" not in "".join(capfd.readouterr())

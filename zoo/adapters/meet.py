@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.adapters.base import Adapter
-from zoo.errors import MergeError, UnknownNameError, nearest
+from zoo.errors import AttachError, MergeError, UnknownNameError, nearest
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
 from zoo.points.merger import Merger
@@ -87,8 +87,9 @@ class Meet(Adapter):
         qualities: their names, the one that is wanted first.
         form: "prompt" or "lora".
         num_tokens: T. rank: r. alpha: numerator of the scale; None sets it to the rank.
-        targets: of "lora", roles or names of linear points, None: q and v; of "prompt", tokens points, None: those in front of
-            the first block of each tower.
+        targets: of "lora", roles or names of linear points, None: q and v (of a language model with eyes those of its language,
+            since the images of all samples stand together in its eyes); of "prompt", tokens points, None: those in front of the
+            first block of each tower.
     """
 
     qualities: tuple[str, ...] = ("default",)
@@ -140,7 +141,15 @@ class Meet(Adapter):
         return float(self.rank if self.alpha is None else self.alpha)
 
     def _linears(self, points: Points) -> list[LinearPoint]:
-        return points.linears(("q", "v") if self.targets is None else self.targets, ("q", "v"))  # type: ignore[return-value]
+        if self.targets is None:
+            return points.by_sample().linears(("q", "v"), ("q", "v"))
+        found = points.linears(self.targets)
+        if together := next((p for p in found if not p.by_sample), None):
+            raise AttachError(
+                f"'meet' has a control for each sample, and at '{together.name}' of {points.backbone} the images of all samples "
+                "stand together. Leave targets out, or name points of the language ('text.**.attn.{q,v}')."
+            )
+        return found
 
     def _tokens(self, points: Points) -> list[TokensPoint]:
         if self.targets is not None:

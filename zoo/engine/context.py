@@ -10,7 +10,8 @@ Who calls the model gives the values: `model(x, context={"quality": q})`, or `wi
 (`Task.context`). In a forward pass a `Frame` holds them, checked and on the model's device:
 
 - per-sample adapters: each adapter sees the values of the samples that it serves (narrowed once for each forward);
-- windows: a value stands once for each of the k windows of its image, since an image's windows are neighbours;
+- windows: a value stands once for each of the k windows of its image, since an image's windows are neighbours; so with the
+  beams of a text;
 - recomputation in backward: a block that runs again sees the frame of its own forward (`State.place`);
 - afterwards, also when the pass breaks off, the frame is gone.
 
@@ -47,7 +48,7 @@ class Want:
     required: bool = True
     choices: tuple[str, ...] = ()
     example: Any = None
-    windows: bool = False  # whether rows may be windows of an image
+    windows: bool = False  # whether rows may be windows of an image, or beams of a text
     made: Any = None  # of generated weights: `zoo.engine.generated.Made`
 
     @property

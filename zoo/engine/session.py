@@ -146,8 +146,8 @@ class Session:
         return Carried(self.context, want) if per == "forward" else Value(self.context, want)
 
     def _windows(self) -> bool:
-        """Whether tokens pass some points in windows of their image."""
-        return any(getattr(p, "window", None) is not None for p in self.points)
+        """Whether a sample may have several rows, one after another: windows of its image, beams of its text."""
+        return self.family.beams or any(getattr(p, "window", None) is not None for p in self.points)
 
     def generate(self, name: str, generator: nn.Module, values: Sequence[Value]) -> Made:
         """Called by `points.generate`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
 import warnings
@@ -70,6 +72,8 @@ def to_onnx(
     runtime = library("onnxruntime", EXTRA)
     if model.device.type == "meta":
         raise ConfigError("The model has no weights (device='meta'); load it with them.")
+    if model.family.no_graph:
+        raise ConfigError(f"'{model.backbone_name}' cannot be written as an ONNX graph: {model.family.no_graph}.")
     training = model.training
     model.eval()
     try:
@@ -114,7 +118,9 @@ def _exported(graph: nn.Module, model: Model, batch_size: int | None) -> Any:
     batch = _batch(model, batch_size or 2, seed=0)
     dynamic = {"inputs": tuple({0: torch.export.Dim("batch")} for _ in batch)} if batch_size is None else None
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # What the exporter prints when it fails is the whole network, line by line; its error says why
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with quiet[0], quiet[1], warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of libraries, about their own insides
             return torch.onnx.export(
                 graph,
@@ -125,10 +131,13 @@ def _exported(graph: nn.Module, model: Model, batch_size: int | None) -> Any:
                 verbose=False,
             )
     except Exception as error:  # the exporter has a class of its own for each of its steps
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        why: BaseException = error
+        while (deeper := why.__cause__ or why.__context__) is not None:
+            why = deeper
+        reason = next((line.strip() for line in str(why).splitlines() if line.strip()), "")[:300]
         hint = "" if batch_size else " A graph for batches of one size may do: batch_size=1 (--batch-size 1)."
         raise ConfigError(
-            f"'{model.backbone_name}' cannot be written as an ONNX graph ({type(error).__name__}: {reason}).{hint}"
+            f"'{model.backbone_name}' cannot be written as an ONNX graph ({type(why).__name__}: {reason}).{hint}"
         ) from error
 
 

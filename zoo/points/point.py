@@ -31,6 +31,8 @@ class Point:
     dim_in: int = 0
     dim_out: int = 0
     layout: Layout | None = field(default=None, repr=False)  # of the tokens inside of a block; None: not described
+    # Whether what passes here has a row, or as many rows, for each sample; not where images of all samples stand together
+    by_sample: bool = field(default=True, repr=False)
     # Why nothing can be folded into the weight here, though hooks reach it; "": it can
     unmergeable: str = field(default="", repr=False)
     module: nn.Module = field(repr=False)

@@ -82,6 +82,14 @@ class Points(Sequence[Point]):
         found = tuple(r for r in (*roles, "qkv") if r in have)
         return found or next((fit for c in USUAL if (fit := tuple(r for r in c if r in have))), roles)
 
+    def by_sample(self) -> Points:
+        """Those alone at which a value of each sample can act; of a language model with eyes the points of its language."""
+        if all(p.by_sample for p in self._points):
+            return self
+        found = Points([p for p in self._points if p.by_sample], self.backbone, self.refused)
+        found.session, found.num_classes = self.session, self.num_classes
+        return found
+
     def linears(self, targets: str | Sequence[str], usual: tuple[str, ...] = ()) -> list[Any]:
         """The linear points that a method's `targets` name, in forward order.
 

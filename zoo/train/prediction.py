@@ -180,11 +180,13 @@ def predict(
         DataError: no files, one that cannot be read, or none that can. ConfigError: a model without a head, or one that does not
         say what its outputs are.
     """
-    kind = "features" if features else KINDS[_task(model, task)]
     if not model.family.pools:
+        how = "".join(f"\n    {line}" for part in model.family.usage(0) for line in part)
         raise ConfigError(
-            f"'{model.backbone_name}' pools no features of an item; predicting is for networks that classify images or sounds."
+            f"'{model.backbone_name}' pools no features of an item; predicting is for networks that classify images or sounds. "
+            f"What this one does:{how}"
         )
+    kind = "features" if features else KINDS[_task(model, task)]
     processes = Processes(device, model)
     dataset = open_unlabelled(
         data,

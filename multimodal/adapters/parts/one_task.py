@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from multimodal.adapters.parts.of_task import Bare, OfTask
+from multimodal.adapters.parts.vl_settings import read_by
 from zoo import registry
 from zoo.errors import UnknownNameError, nearest
 from zoo.host import Host
@@ -24,7 +25,7 @@ def one_task(adapter: Any, model: Host, task: str, name: str | None) -> tuple[st
         raise UnknownNameError(f"'{adapter.method}' has nothing of a task '{task}'. {known}")
     hyper = adapter.form == "hyperformer"
     settings = {**adapter.config(), "sharing": "single", "tasks": [], "form": "adapter" if hyper else adapter.form}
-    single = registry.adapter(adapter.method, **settings)
+    single = registry.adapter(adapter.method, **read_by(type(adapter), settings))
     values = _made(adapter, task) if hyper else _chosen(adapter, adapter.tasks.index(task))
     with model.all_or_nothing(), torch.no_grad():
         twin = model.add_adapter(single, name or (None if task == "default" else task), activate=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from zoo.adapters.parts.bottleneck import ACTIVATIONS
@@ -13,7 +14,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 128, "alpha": 32.0, "dropout": 0.1, "unfreeze": "biases"},
     "prompt": {"hidden": 800, "unfreeze": "none"},
 }
+# Settings that are of some forms alone; what another form would not read is refused
+BOTTLENECKS = ("adapter", "compacter", "hyperformer")
+OWN: dict[str, tuple[str, ...]] = {
+    "rank": (*BOTTLENECKS, "lora"),
+    "n": ("compacter",),
+    "alpha": ("lora",),
+    "dropout": ("lora",),
+    "hidden": ("hyperformer", "prompt"),
+    "task_dim": ("hyperformer",),
+    "projected": ("hyperformer",),
+    "num_tokens": ("prompt",),
+    "activation": BOTTLENECKS,
+    "start": ("adapter", "prompt"),
+}
 SHARING = ("single", "half-up", "half-down", "multiple")
+
+
+def read_by(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a `kind` of adapter, those that its form does not read at their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    form = settings.get("form", defaults["form"])
+    return {k: defaults[k] if form not in OWN.get(k, (form,)) else v for k, v in settings.items()}
 
 
 def complete(adapter: Any) -> None:
@@ -24,6 +46,13 @@ def complete(adapter: Any) -> None:
     """
     adapter.tasks = tuple(adapter.tasks)
     adapter.check(adapter.form in PRESETS, f"form is {adapter.form!r}; expected one of {', '.join(PRESETS)}.")
+    defaults = {f.name: f.default for f in dataclasses.fields(adapter)}
+    for name, forms in OWN.items():
+        told = f"the form{'s' if len(forms) > 1 else ''} {' and '.join(map(repr, forms))}"
+        adapter.check(
+            adapter.form in forms or getattr(adapter, name) == defaults[name],
+            f"{name} is of {told}, and this is {adapter.form!r}, which does not read it. Leave it out.",
+        )
     for name, value in PRESETS[adapter.form].items():  # so that the settings that are saved are those in use
         if getattr(adapter, name) is None and not (name == "reduction" and adapter.rank is not None):
             setattr(adapter, name, value)

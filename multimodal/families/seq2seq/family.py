@@ -69,6 +69,7 @@ class Seq2Seq(Backbone):
     pools = False
     bare_sublayers = False
     task = "generate"
+    beams = True
     tiny_classes = None
     weights_folder = Path(__file__).parents[2] / "weights"
 

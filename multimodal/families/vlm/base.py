@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from multimodal.data.chats import Writer
 from multimodal.families.vlm.language import LANGUAGE, LanguageSite, check_attention
+from multimodal.families.vlm.words import NONE, check_words, places, untold
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.families.children import mixes
@@ -34,9 +35,7 @@ from zoo.points import Layout, Point
 if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
-__all__ = ["NONE", "TEXT_OPTIONS", "LanguageBackbone", "merged", "places", "untold"]
-
-NONE = -100  # where an answer has no word
+__all__ = ["TEXT_OPTIONS", "LanguageBackbone", "merged"]
 
 # What a saved adapter may say of the language network: fields of its configuration
 TEXT_OPTIONS: dict[str, Any] = {
@@ -73,21 +72,12 @@ def merged(fields: Fields, options: Fields) -> Fields:
     return found
 
 
-def untold(x: Tensor) -> bool:
-    """Whether the numbers of a tensor cannot be looked at: it is traced, or has none."""
-    return torch.compiler.is_compiling() or x.device.type == "meta"
-
-
-def places(mask: Tensor | None) -> Tensor | None:
-    """Places of the words of a mask (B, L), counted without padding; 0 where that is."""
-    return None if mask is None else (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-
-
 class LanguageBackbone(TransformersBackbone):
     """A decoder of transformers that writes text."""
 
     saved_options = {**TEXT_OPTIONS, "attn_implementation": ("eager", "sdpa")}
     task = "generate"
+    beams = True
     pools = False
     gives = ()
     tiny_classes = None
@@ -254,12 +244,13 @@ class LanguageBackbone(TransformersBackbone):
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:
         """As `features`, of a plain module."""
-        ids, mask, answer = [*inputs[:3], None, None][:3]
+        ids, mask, answer = [*inputs[:3], None, None, None][:3]
         return self._run(module, ids, mask, answer, inputs[3:], {})
 
     def _run(
         self, module: Any, ids: Tensor, mask: Tensor | None, answer: Tensor | None, seen: Sequence[Any], more: Fields
     ) -> Tensor:
+        check_words(self.name, ids, mask, answer)
         keep: Fields = {}
         if answer is not None:
             ids, mask = self.joined(ids, mask, answer)
@@ -308,6 +299,14 @@ class LanguageBackbone(TransformersBackbone):
         """
         try:
             return module(**given)
+        except IndexError as error:
+            ids, count = given["input_ids"], self.feature_dim
+            if untold(ids) or (int(ids.max()) < count and int(ids.min()) >= 0):
+                raise
+            raise DataError(
+                f"The text has words from {int(ids.min())} to {int(ids.max())}, and '{self.name}' knows {count}, counted from "
+                "0. Make them with its own tokenizer (model.family.tokenizer)."
+            ) from error
         except ValueError as error:
             if "do not match" not in str(error):
                 raise

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.data.chats import Writer
-from multimodal.families.vlm.base import TEXT_OPTIONS, LanguageBackbone, untold
+from multimodal.families.vlm.base import TEXT_OPTIONS, LanguageBackbone
 from multimodal.families.vlm.eyes import EYES, VISION_OPTIONS, Eyes, in_one_row
 from multimodal.families.vlm.micro import MICRO, NAME, micro_processor, micro_weights
 from multimodal.families.vlm.published import PUBLISHED, SHORT
+from multimodal.families.vlm.words import untold
 from zoo.engine.attention import Bias
 from zoo.errors import ConfigError, DataError
 from zoo.families.split_attention import QUERY, WIDTH, SplitAttention, named
@@ -71,6 +72,9 @@ class VisionLanguage(LanguageBackbone):
     configs = {**PUBLISHED, NAME: ("qwen2_vl", MICRO)}
     aliases = {**{short: f"transformers:{source}" for short, source in SHORT.items()}, "vlm-micro": NAME}
     layout = ("model.language_model.layers", "model.text_model.layers")
+    no_graph = (
+        "how much of its images is padding is read while it runs; serve it by transformers (model.merge()) or vLLM"
+    )
     left_out = ("*.rotary_emb.inv_freq", "*.position_ids")
     elementwise = ("mlp.act_fn", "mlp.act", "mlp.activation_fn")
     saved_options = {
@@ -196,7 +200,7 @@ class VisionLanguage(LanguageBackbone):
     def points(self) -> list[Point]:
         """The image tower, the projector, the language network, in forward order."""
         eyes, body = self.eyes, self.body_path
-        place: dict[str, Any] = {"tower": "visual"}
+        place: dict[str, Any] = {"tower": "visual", "by_sample": False}
         found = self.linear_at("visual.patch_embed", "patch", f"{body}.{eyes.patch}", **place)
         for name, path in eyes.before:
             found += self.norm_at(name, f"{body}.{path}", **place)

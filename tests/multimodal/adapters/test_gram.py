@@ -131,6 +131,8 @@ def test_meta_training_is_a_fit_and_the_regulator_acts_afterwards(tmp_path: Path
     )
     assert report.history and scale.any() and not torch.equal(theta, before)
     assert not scale.requires_grad and not torch.equal(model.eval()(x), logits)
+    with pytest.raises(ConfigError, match=r"another one would leave it as it is.*learn_again"):
+        zoo.fit(model, data, task=task, sampler=episodes, epochs=1, batch_size=8, augment="none", progress=False)
     model.save_adapter(tmp_path / "out")
     again = zoo.load(adapter=tmp_path / "out", pretrained=False, seed=0)
     assert set(again.active) == {"coop", "gram"} and torch.equal(again.eval()(x), model(x))
@@ -145,6 +147,11 @@ def test_meta_training_is_a_fit_and_the_regulator_acts_afterwards(tmp_path: Path
     zoo.fit(again, data, epochs=1, batch_size=6, weight_decay=0.0, augment="none", progress=False)
     changed = (moved != start).any(dim=0)
     assert changed[:5].all() and not changed[5:].any()  # where s is -1 nothing is learned
+    learned = scale.detach().clone()
+    model.adapters["gram"].learn_again()  # type: ignore[operator,union-attr]
+    zoo.fit(model, data, task=task, sampler=episodes, epochs=1, batch_size=8, augment="none", progress=False)
+    assert not torch.equal(scale, learned) and model.adapters["gram"].learned  # type: ignore[union-attr]
+    assert not scale.requires_grad
 
 
 def test_support_and_query_are_of_different_clusters() -> None:

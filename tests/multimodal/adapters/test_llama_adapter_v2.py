@@ -315,3 +315,39 @@ def test_what_does_not_fit_is_refused() -> None:
             zoo.adapter(NAME, **settings)
     with pytest.raises(ConfigError, match="the first one is the image's"):
         build(layers=3)
+
+
+# -- language models with eyes of their own -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["paper", "7b", "65b"])
+@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "smolvlm-256m", "llava-1.5-7b"])
+def test_the_language_alone_of_a_network_with_eyes(name: str, form: str) -> None:
+    from vlm_models import tiny
+
+    model = tiny(name)
+    batch = model.family.tiny_batch()
+    bare = model(*batch)
+    model.add_adapter(zoo.adapter(NAME, form=form, num_tokens=3, **EYE))
+    assert torch.equal(model(*batch), bare) and model.probe(*batch) == []
+    places = {key.removeprefix(f"{NAME}/").partition(".")[0] for key in model.parameters_to_train()}
+    assert places == ({"text"} if form == "65b" else {"text", "visual"})
+    assert all(key.startswith(f"{NAME}/visual.") for key in model.parameters_to_train() if "/text." not in key)
+
+
+def test_the_language_of_a_network_with_eyes_is_the_decoder_that_it_contains() -> None:
+    """LLaVA's language network is a LLaMA: with the same weights and the same adapter, the same scores of a text."""
+    from vlm_models import tiny
+
+    model = build()
+    sizes = {**SIZE, "num_key_value_heads": SIZE["num_attention_heads"], "rms_norm_eps": 1e-6}
+    seeing = tiny("llava-1.5-7b", zoo.adapter(NAME, num_tokens=3, **EYE), text_config={**sizes, "model_type": "llama"})
+    inside: Any = seeing.backbone
+    language = {k.removeprefix("model."): v for k, v in model.backbone.state_dict().items() if k != "lm_head.weight"}
+    inside.model.language_model.load_state_dict(language)
+    inside.lm_head.load_state_dict({"weight": model.backbone.state_dict()["lm_head.weight"]})
+    values = {k if k.startswith("visual.") else f"text.{k}": v for k, v in model.adapters[NAME].state_dict().items()}
+    seeing.adapters[NAME].load_state_dict(values)
+    ids = words().masked_fill(words().eq(4), 5)  # 4 is the place of an image there
+    for image in (None, eye()):
+        torch.testing.assert_close(seen(seeing, image, ids), seen(model, image, ids), rtol=1e-4, atol=1e-5)

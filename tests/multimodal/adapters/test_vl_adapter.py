@@ -320,7 +320,12 @@ def test_recomputation_serves_the_same_task(kind: str, memory: str) -> None:
         ({"rank": 0}, "rank is 0"),
         ({"form": "prompt", "targets": "mlp"}, "leave targets out"),
         ({"form": "lora", "alpha": 0.0}, "alpha is 0"),
-        ({"dropout": 1.0}, "dropout is 1"),
+        ({"form": "lora", "dropout": 1.0}, "dropout is 1"),
+        ({"dropout": 0.5}, "dropout is of the form 'lora', and this is 'adapter'"),
+        ({"form": "lora", "n": 4}, "n is of the form 'compacter'"),
+        ({"form": "compacter", "start": "linear"}, "start is of the forms 'adapter' and 'prompt'"),
+        ({"form": "prompt", "rank": 4}, "rank is of the forms"),
+        ({"num_tokens": 3}, "num_tokens is of the form 'prompt'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -336,3 +341,17 @@ def test_what_does_not_fit_the_backbone_is_refused() -> None:
     with pytest.raises(AttachError, match="needs tokens points"):
         zoo.load("convnext-t", zoo.adapter("vl-adapter", form="prompt"), device="meta", num_classes=2)
     assert not model.adapters and not vit.adapters
+
+
+def test_folders_of_before_may_have_settings_that_their_form_does_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multimodal.adapters.parts.vl_settings.OWN", {})
+    model, batch = attached("vl-t5", rank=4, hidden=128)
+    stir(model)
+    model.save_adapter(tmp_path / "a")
+    monkeypatch.undo()
+    again, _ = tiny_model("vl-t5")
+    zoo.disk.attach(again, zoo.disk.read(tmp_path / "a"))
+    assert again.adapters["vl-adapter"].config()["hidden"] is None  # type: ignore[operator,union-attr]
+    assert torch.equal(again.eval()(*batch), model(*batch))

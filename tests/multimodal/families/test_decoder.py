@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import registry
-from zoo.errors import AttachError, ConfigError
+from zoo.errors import AttachError, ConfigError, DataError
+from zoo.table import tiny_model
 
 pytest.importorskip("transformers")
 
@@ -243,3 +244,20 @@ def test_a_checkpoint_of_a_folder_is_read(tmp_path: object) -> None:
         assert torch.equal(zoo.load(f"transformers:{tmp_path}").eval()(*texts()), model(*texts()))
     half = zoo.load(f"transformers:{tmp_path}", dtype="bfloat16", rms_norm_eps=1e-3)
     assert half.dtype == torch.bfloat16 and half.backbone.config.rms_norm_eps == 1e-3  # type: ignore[union-attr]
+
+
+def test_what_is_no_text_is_refused_in_words() -> None:
+    model, (ids, mask, answer) = tiny_model("decoder")
+    for given, message in (
+        (("what is it?",), "input_ids is str; .* takes the numbers of words"),
+        ((["a", "b"],), "input_ids is list"),
+        ((torch.randn(2, 5),), r"input_ids is torch.float32 \(2, 5\)"),
+        ((ids[0],), r"input_ids is torch.int64 \(7,\)"),
+        ((ids > 3,), "input_ids is torch.bool"),
+        ((ids + 1000,), "the text has words from .* knows 60, counted from"),
+        ((ids, mask[:, :4]), r"attention_mask is \(2, 4\); expected \(2, 7\)"),
+        ((ids, mask, answer.float()), "answer is torch.float32"),
+        ((ids, mask, answer[:1]), r"answer is torch.int64 \(1, 4\)"),
+    ):
+        with pytest.raises(DataError, match=f"(?i){message}"):
+            model(*given)
