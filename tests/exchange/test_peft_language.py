@@ -55,6 +55,8 @@ def test_ours_is_loaded_by_peft_and_by_transformers(name: str, dora: bool, tmp_p
     for key, parameter in model.adapters["lora"].named_parameters():
         if "lora_b" in key:
             nn.init.normal_(parameter, std=0.2)
+        elif "magnitude" in key:  # others than those of the weight, with which it would start there
+            parameter.data.mul_(1.0 + torch.rand_like(parameter))
     zoo.to_peft(model, tmp_path / "out")
     with torch.no_grad():
         expected, before = ours(model), scores(model, plain)

@@ -179,7 +179,8 @@ def write_module(
         magnitude = module.weight.detach().norm(dim=1)  # rows without an adapter keep their length
         for point, part in members:
             magnitude[point.start : point.stop] = part.magnitude.detach()
-        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
+        # transformers' own load_adapter finds them by this name alone; peft finds them by it and by its own, without `.weight`
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector.weight"] = magnitude
     return scale
 
 

@@ -186,3 +186,22 @@ def test_it_adds_no_more_than_its_share_of_blocks() -> None:
     projection = 2 * 2 * tokens * width * width
     mask = 2 * 2 * tokens * width * (2 * 4 + 1 - 4) * 4  # channels that its patches have more
     assert 0 < counted[1] - counted[0] - projection - mask <= counted[0] / 8 * 1.25
+
+
+def test_under_torch_compile() -> None:
+    """The encoder runs beside the graph, which breaks there: the same outputs and gradients, and no graph of the whole."""
+    model, batch = build("cogvideox-5b", zoo.adapter("videopainter", blocks=1), num_layers=2)
+    stirred(model).train()
+    given = model.example_context(*batch)
+    compiled = torch.compile(model, backend="eager")
+    found = []
+    for run in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        output = run(*batch, context=given)
+        output.square().mean().backward()
+        found.append((output.detach(), {k: p.grad for k, p in model.parameters_to_train().items()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.compiler.disable"):
+        torch.compile(model, backend="eager", fullgraph=True)(*batch, context=given)
+    torch._dynamo.reset()
