@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 import zoo
 from zoo import registry
+from zoo.bench.sizes import trained
 from zoo.cli.listing import summary
 from zoo.errors import AttachError, MissingPackageError, SelectionError
 
@@ -44,7 +45,7 @@ def _trained(model: zoo.Model, name: str) -> tuple[float, str]:
         adapter = model.add_adapter(name)
     except (AttachError, SelectionError, MissingPackageError):
         return float("inf"), "on other backbones"
-    count = model.num_parameters(trainable=True, head=False)
+    count = trained(model)
     model.remove_adapter(name)
     return (1e15, "chosen") if adapter.needs_calibration else (count, f"{count:,}")
 

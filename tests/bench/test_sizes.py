@@ -79,6 +79,13 @@ def test_adalora_counts_what_it_trains_at_first() -> None:
     )
 
 
+def test_increlora_counts_what_it_has_in_the_end() -> None:
+    """If all projections grow alike: the triplets of the average rank."""
+    (found,) = plan("increlora", 5_000).chosen
+    rank = found.settings["target_rank"]
+    assert found.parameters == count("increlora") * rank <= 5_000 < count("increlora") * (rank + 1)
+
+
 def test_what_has_no_size_is_taken_as_it_is_or_left_out_with_the_reason() -> None:
     found = plan("bitfit,linear,full,coop,lora:rank=2", 5_000)
     assert {c.label: c.note for c in found.chosen} == {

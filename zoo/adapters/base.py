@@ -254,6 +254,10 @@ class Adapter(Structured):
         known = {f.name for f in dataclasses.fields(cls)}
         return next(({name: size} for name in SIZES if name in known and fits(1, hints[name])), None)
 
+    def to_come(self) -> int:
+        """How many parameters training adds to those that are there now; comparisons at one budget count them."""
+        return 0
+
     @classmethod
     def from_config(cls, config: dict[str, Any], strict: bool = False) -> Adapter:
         """A fresh, unattached adapter with these settings; `strict` wants every field to be given.

@@ -44,6 +44,14 @@ class Training(Protocol):
     def reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes that train together."""
 
+    @property
+    def parts(self) -> int:
+        """In how many a batch comes: accumulated ones, times the processes that train together."""
+
+    @property
+    def factor(self) -> float:
+        """What the gradients of this step were multiplied by since backward."""
+
 
 class _Link:
     """The fit in progress. Not copied with an adapter: a copied model is in no fit."""

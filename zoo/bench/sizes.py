@@ -165,8 +165,8 @@ def sized(backbone: str, methods: Sequence[Method], budget: int, num_classes: in
 
 
 def trained(model: Any) -> int:
-    """How many parameters a model trains, the head not counted."""
-    return int(model.num_parameters(trainable=True, head=False))
+    """How many parameters a model trains, the head not counted; of what grows, how many at the end."""
+    return int(model.num_parameters(trainable=True, head=False)) + sum(a.to_come() for a in model.adapters.values())
 
 
 def _model(backbone: str, method: Method, settings: dict[str, Any], classes: int, options: dict[str, Any]) -> Any:

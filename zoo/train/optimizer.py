@@ -69,6 +69,8 @@ class OptimizerService:
         self.reduce: Callable[[Tensor], Tensor] = lambda values: values
         """Sums a tensor over the processes that train together, in place; for scores measured on one's own batches."""
         self.parts = 1  # of a batch: accumulated ones, times the processes that train together
+        # What the gradients of this step were multiplied by since backward, for what a method measured there itself
+        self.factor = 1.0
         self.streams: Mapping[str, Any] = {}
         """Further data beside the training data, see `stream`."""
 

@@ -107,8 +107,9 @@ class Stepper:
         processes.add_gradients(parameters, totals)
         gradients = [p.grad for p in parameters if p.grad is not None]
         read = totals[0].item() if self.dataset.on_error == "skip" else planned
-        if gradients and (factor := (planned / read if read else 1.0) / self.scale.scale) != 1.0:
-            torch._foreach_mul_(gradients, factor)
+        service.factor = (planned / read if read else 1.0) / self.scale.scale
+        if gradients and service.factor != 1.0:
+            torch._foreach_mul_(gradients, service.factor)
         norm = _norm(gradients, totals)
         if self.scale.enabled:
             finite = math.isfinite(norm.item())

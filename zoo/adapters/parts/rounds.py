@@ -1,0 +1,130 @@
+"""A budget of directions that rises in rounds while a network is trained: who grows, when, and by how much."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zoo.adapters.base import Adapter
+from zoo.errors import ConfigError
+
+__all__ = ["InRounds", "Paced", "Rounds"]
+
+
+class InRounds(Adapter):
+    """Methods of which parts grow in rounds; the rounds stand in the `plan`, and so in the file."""
+
+    @property
+    def grown(self) -> list[tuple[int, dict[str, int]]]:
+        """The rounds so far: the step, and the directions that each point got in it."""
+        return [(step, dict(gains)) for step, gains in (self.plan or {}).get("grown", [])]
+
+    def note(self, step: int, gains: dict[str, int]) -> None:
+        """A round is over."""
+        self.plan = {**(self.plan or {}), "grown": [*map(list, self.grown), [step, gains]]}
+
+    def check_growth(self, rank: int, target_rank: int, added: int | None, tinit: float, interval: float) -> None:
+        """Raise ConfigError for settings with which nothing can grow."""
+        self.check(
+            1 <= rank < target_rank,
+            f"rank is {rank} and target_rank {target_rank}; expected 1 <= rank < target_rank, or there is nothing to grow (that "
+            "is 'lora').",
+        )
+        self.check(added is None or added >= 1, f"added is {added}; expected 1 or more.")
+        self.check(tinit >= 0, f"tinit is {tinit}; expected 0 or more.")
+        self.check(interval > 0, f"interval is {interval}; expected steps, or a part of the run.")
+
+    @staticmethod
+    def gains(names: list[str], scores: Tensor, count: int, added: int, left: int) -> dict[str, int]:
+        """`added` directions for the `count` highest of `scores`, while any are `left`; of equal scores the first go first."""
+        order = scores.sort(descending=True, stable=True).indices[: min(count, math.ceil(left / added))].tolist()
+        return {names[place]: min(added, left - added * number) for number, place in enumerate(order)}
+
+
+@dataclass
+class Growth:
+    """From `first` directions in all to `last`, `added` at a time, at steps t > warmup that are multiples of interval.
+
+    The last round leaves at least one step of `total` for what it added.
+    """
+
+    first: int
+    last: int
+    total: int
+    warmup: int
+    interval: int
+    added: int
+
+    def grows(self, t: int) -> bool:
+        """Whether step t is one of growth, if the budget is not met."""
+        return t > self.warmup and t % self.interval == 0
+
+    def steps(self, end: int) -> int:
+        """How many steps of growth there are up to `end`."""
+        return max(0, min(end, self.total - 2) // self.interval - self.warmup // self.interval)
+
+
+@dataclass
+class Rounds(Growth):
+    """The `top` projections grow in each round, as in IncreLoRA (Zhang et al. 2023)."""
+
+    top: int
+
+    @property
+    def needed(self) -> int:
+        """Rounds until the budget is met."""
+        return math.ceil((self.last - self.first) / (self.top * self.added))
+
+    def check(self, method: str, projections: int) -> None:
+        """Raise ConfigError if the run is over before the budget is met."""
+        possible = self.steps(self.total)
+        if self.needed > possible:
+            most = math.ceil((self.last - self.first) / (projections * self.added))
+            raise ConfigError(
+                f"{method}: growing from {self.first} to {self.last} directions takes {_rounds(self.needed)}, and between "
+                f"tinit={self.warmup} and the last step but one of {self.total} there are {possible}, one every {self.interval} "
+                f"steps. Train longer, or make tinit and interval smaller, or top_h and added larger (with top_h={projections} "
+                f"and added={self.added} it takes {_rounds(most)})."
+            )
+
+
+@dataclass
+class Paced(Growth):
+    """More projections grow the later it is and the more is left, as in TriAdaptLoRA (Liang, Wang and Zeng 2025)."""
+
+    projections: int
+    exponential: bool
+
+    def count(self, t: int, left: int) -> int:
+        """How many projections grow at step t, with `left` directions to give."""
+        part = (t - self.warmup) / (self.total - self.warmup)
+        count = int(math.exp(part * math.log(left))) if self.exponential else int(left * part)
+        return min(self.projections, max(1, count))
+
+    def rounds(self) -> list[int]:
+        """The steps of growth until the budget is met, which depend on no score; as far as there are any."""
+        found, left = [], self.last - self.first
+        for t in range(self.interval * (self.warmup // self.interval + 1), self.total - 1, self.interval):
+            if left <= 0:
+                break
+            found.append(t)
+            left -= self.count(t, left) * self.added
+        return found
+
+    def check(self, method: str) -> None:
+        """Raise ConfigError if the run is over before the budget is met."""
+        left = self.last - self.first
+        for t in self.rounds():
+            left -= self.count(t, left) * self.added
+        if left > 0:
+            raise ConfigError(
+                f"{method}: of the {self.last - self.first} directions to grow by, {left} would be missing at the last step but "
+                f"one of {self.total}, with tinit={self.warmup}, {self.added} at a time and {_rounds(self.steps(self.total))}, "
+                f"one every {self.interval} steps. Train longer, make tinit and interval smaller, or added larger."
+            )
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round" + ("" if count == 1 else "s")
