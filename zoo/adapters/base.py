@@ -133,6 +133,14 @@ class Adapter(Structured):
         """The values with which this adapter starts, of the `tensors` of a `source` whose settings in `translated` may differ."""
         return tensors
 
+    def cut(self, moved: Any, before: Points, after: Points) -> tuple[Adapter, dict[str, Tensor | None]] | None:
+        """For a backbone of which parts were taken out (`zoo.prune`): an unattached twin, and those of its tensors that are not
+        cut along their axes, by their new names (None: there is no such tensor any more). None: all are (the default).
+
+        `moved` (`zoo.model.pruning.Moved`) says what stays, of the points `before` at those `after`.
+        """
+        return None
+
     def features(self, pooled: Tensor) -> Tensor:
         """What the head sees, from the pooled features (B, d); returns (B, feature_dim(d))."""
         return pooled

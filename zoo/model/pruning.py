@@ -184,6 +184,20 @@ class Moved:
                 return new + key[len(old) :]
         return key
 
+    def entries(self, before: LinearPoint, after: LinearPoint, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of flat places (n,) in a point's weight: numbers of those that stay, and their places in the smaller weight."""
+        row, column = (index // before.dim_in).long(), (index % before.dim_in).long()
+        stays = torch.ones_like(row, dtype=torch.bool)
+        for place, was, now in ((row, before.dim_out, after.dim_out), (column, before.dim_in, after.dim_in)):
+            cuts = self.cuts.get(before.name, ())
+            kept = next((c.kept for c in cuts if (c.before, len(c.kept)) == (was, now)), None) if was != now else None
+            if kept is not None:
+                to = torch.full((was,), -1, device=index.device)
+                to[list(kept)] = torch.arange(now, device=index.device)
+                place.copy_(to[place])
+                stays &= place >= 0
+        return stays.nonzero()[:, 0], (row * after.dim_in + column)[stays].to(index.dtype)
+
 
 def apply(module: nn.Module, family: type[Backbone], points: Sequence[Point], edit: Mapping[str, Any]) -> Moved:
     """Make a change to a plain module of a family; `points` are those of the module before."""
@@ -256,25 +270,31 @@ def changed(model: Model, edit: dict[str, Any], masks: Mapping[str, Tensor] | No
 def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> None:
     """Attach an adapter to the new model, with the tensors that it has in the old one, cut to fit."""
     sorry = f"the adapter '{name}' ({adapter.method}) cannot be cut to fit"
-    if adapter.plan is not None and (moved.cuts or moved.gone):
+    own: tuple[Any, dict[str, Tensor | None]] | None = None  # what it cuts itself
+    if moved.cuts or moved.gone:
+        own = adapter.cut(moved, model.points, new.points)
+    if adapter.plan is not None and (moved.cuts or moved.gone) and own is None:
         raise ConfigError(
             f"{sorry}: its plan names single points and weights of this backbone. Merge it, or remove it."
         )
     try:
-        twin = new.add_adapter(adapter, name, num_classes=None, activate=False)
+        twin = new.add_adapter(adapter if own is None else own[0], name, num_classes=None, activate=False)
     except ZooError as error:
         raise ConfigError(f"{sorry}: {error}") from error
     old = {
         new_key: (key, value) for key, value in adapter.state_dict().items() if (new_key := moved.name(key)) is not None
     }
-    fresh = twin.state_dict()
-    if old.keys() != fresh.keys():
-        odd = sorted(old.keys() ^ fresh.keys())[0]
+    fresh, given = twin.state_dict(), {} if own is None else own[1]
+    gone = {key for key, value in given.items() if value is None}
+    if old.keys() - gone != fresh.keys():
+        odd = sorted(old.keys() - gone ^ fresh.keys())[0]
         raise ConfigError(
             f"{sorry}: attached to the smaller backbone it has other tensors ('{odd}'). Merge it, or remove it."
         )
-    ready = {}
+    ready = {key: value for key, value in given.items() if value is not None}
     for key, (before, value) in old.items():
+        if key in given:
+            continue
         cuts = [c for point, found in moved.cuts.items() if before.startswith(f"{point}.") for c in found]
         fitted = _fit(value, tuple(fresh[key].shape), cuts)
         if fitted is None:
