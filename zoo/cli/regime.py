@@ -56,7 +56,8 @@ def run(
       zoo run lae vit-micro -s run.form=prefix --data photos/train --test photos/test --sessions 5 -o run/
       zoo run curr-reft vlm-micro lora -s run.lr=1e-4 --data exercises/ --test exercises/ --test-split test -o run/
 
-    The folder then holds the adapter (zoo eval, zoo.load), report.json, report.md and report.png.
+    The folder then holds the adapter (zoo eval, zoo.load), report.json, report.md and report.png, and in backbone/ the
+    backbone, if the regime has changed it.
     """
     import zoo
     from zoo import registry
@@ -117,7 +118,10 @@ def run(
     report = zoo.run(model, procedure, given, tested, out=out, resume=not anew, fit=options)
     if int(os.environ.get("RANK", "0")):
         return  # one of several processes: the first one writes
-    model.save_adapter(out)
+    made = report.model
+    made.save_adapter(out)
+    if made is not model:  # a backbone of its own, which no name stands for
+        zoo.save_backbone(made, out / "backbone")
     if as_json:
         print_json({"out": str(out), "regime": regime, "settings": procedure.config(), "summary": report.summary})
     else:

@@ -45,6 +45,7 @@ class RunReport:
         summary: what the regime says about all of it.
         seconds: over all resumed parts.
         out: where report.json, report.md and report.png are.
+        model: what the regime made: the given model, or another one where the regime changed the backbone.
     """
 
     regime: Procedure
@@ -53,6 +54,7 @@ class RunReport:
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     out: str | None = None
+    model: Any = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> str:
         """Everything as JSON."""

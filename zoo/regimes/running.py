@@ -55,7 +55,8 @@ def run(
         settings: of the regime.
 
     Returns:
-        The report; the model is what the regime made of it, in eval mode. A run that fails leaves the model as it was.
+        The report; the model is what the regime made of it, in eval mode. A regime that changes the backbone (prunes it) goes on
+        with another model, which is `report.model`. A run that fails leaves the given model as it was.
 
     Raises:
         ConfigError: a wrong setting, a phase that trains nothing, or a folder of another run.
@@ -92,8 +93,8 @@ def run(
             ledger.withdraw()
             raise
         summary = json.loads(json.dumps(chosen.summary(this)))
-        model.eval()
-    report = RunReport(chosen, ledger.phases, ledger.values, summary, ledger.seconds)
+        this.model.eval()
+    report = RunReport(chosen, ledger.phases, ledger.values, summary, ledger.seconds, model=this.model)
     if out is not None and processes.main:
         report.save(out)
     processes.barrier()
@@ -102,7 +103,7 @@ def run(
 
 def _carry_out(this: Run, regime: Regime, processes: Processes) -> None:
     """All phases: those that are done by putting their end state back, the others by a fit."""
-    model, ledger = this.model, this.ledger
+    ledger = this.ledger
     finished = len(ledger.phases) if ledger.folder is not None else 0
     began = time.perf_counter()
     seed_everything(regime.seed, regime.name, "between", -1)
@@ -113,6 +114,7 @@ def _carry_out(this: Run, regime: Regime, processes: Processes) -> None:
                 f"The phase name '{phase.name}' of '{regime.name}' is used twice or no word of letters, digits, '-', '_', '.'."
             )
         names.add(phase.name)
+        model = this.model  # by now perhaps another one
         about = _about(model, regime, phase)
         if number < finished:
             former = ledger.phases[number]["phase"]

@@ -20,7 +20,7 @@ class Run:
     """What a regime works with.
 
     Attributes:
-        model: the model.
+        model: the model. A regime that changes the backbone puts the new one here, between two phases.
         data, test: what was given to `zoo.run`, opened, in the structure in which it was given.
         fit: arguments of `zoo.fit` that the user gave for all phases.
         done: the reports of the phases so far, as `RunReport.phases`.
