@@ -17,7 +17,7 @@ import zoo
 from zoo import disk
 from zoo.disk.budget import Budget
 from zoo.disk.layout import FLOATS, STAMP, WEIGHTS, pack
-from zoo.errors import ConfigError, MismatchError, UnknownNameError, WeightsError, ZooError
+from zoo.errors import AttachError, ConfigError, MismatchError, UnknownNameError, WeightsError, ZooError
 
 # -- types of numbers ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +145,8 @@ def test_a_user_who_asks_for_too_much() -> None:
     """His own settings are tried, and the error is one for people; the model is as before."""
     model = small_model(adapter=None)
     with pytest.raises(ConfigError, match=r"rank=1000000000000\b.*more memory than there is"):
+        model.add_adapter(zoo.adapter("adapter", rank=10**12))
+    with pytest.raises(AttachError, match=r"'lora' has rank 1000000000000, .*'blocks.0.attn.q'.*Expected 1 to "):
         model.add_adapter(zoo.adapter("lora", rank=10**12))
     assert not model.adapters
     model.add_adapter("lora")

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from vision.adapters.parts.graded import Mixing
 from vision.adapters.parts.quality import SCORES
 from zoo import Adapter, LinearPoint, Merger, Points, register_adapter
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.spread import spread
 from zoo.errors import AttachError, ContextError, MergeError
 
@@ -173,6 +174,7 @@ class PetalFace(Adapter):
         made = points.generate("mixing", mixing, *values)
         readers = {r.name: s.name for s in points if s.kind == "sublayer" for r in points.readers(s)}
         downs: dict[str, Down] = {}
+        check_rank(self, ((point, self.rank) for point in self._targets(points)))
         for point in self._targets(points):
             group = readers.get(point.name, point.name)
             if group not in downs:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.parts.budget import Schedule, forget, kept, measure, score, steps_of, track
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.triplets import NAMES, OfTriplets, Triplets
 from zoo.host import Host
 from zoo.points import Points
@@ -108,6 +109,7 @@ class AdaLoRA(OfTriplets):
     def attach(self, points: Points) -> None:
         """Add triplets at every selected linear point."""
         points.require("linear", "adalora")
+        check_rank(self, ((point, self.rank) for point in points.linears(self.targets)))
         for point in points.linears(self.targets):
             scale = self.alpha / (self.rank + 1e-5)
             point.add(Triplets(point.dim_in, point.dim_out, self.rank, scale, self.dropout))

@@ -99,6 +99,7 @@ class Adapter(Structured):
         self.initial: Initial | None = (
             None  # what it starts as, instead of its own initial values; until it is attached
         )
+        self.of_values = False  # values that are there already are put into it: its sizes are theirs, and not to choose
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             finite = not isinstance(value, float) or abs(value) <= LARGEST  # false for NaN
@@ -290,7 +291,7 @@ class Adapter(Structured):
     def fresh(self) -> Adapter:
         """An unattached adapter with the same settings and plan."""
         twin = type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        twin.plan, twin.initial = self.plan, self.initial
+        twin.plan, twin.initial, twin.of_values = self.plan, self.initial, self.of_values
         return twin
 
     def check(self, condition: bool, message: str) -> None:

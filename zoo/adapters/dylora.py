@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.parts.low_rank import LowRank, add_low_rank
+from zoo.adapters.parts.low_rank import LowRank, add_low_rank, check_rank
 from zoo.engine.memory import dropped, recomputable
 from zoo.errors import MismatchError
 from zoo.host import Host
@@ -157,6 +157,7 @@ class DyLoRA(Adapter):
         """Add nested directions at every selected linear point, at the rank that was chosen."""
         points.require("linear", "dylora")
         chosen = self.chosen
+        check_rank(self, ((point, self.rank) for point in self.selected(points)))
         for point in self.selected(points):
             part = Nested(point.dim_in, point.dim_out, self.rank, self.alpha, self.dropout, self.frozen)
             part.chosen = chosen

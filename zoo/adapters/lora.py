@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.convolved import ConvLowRank
-from zoo.adapters.parts.low_rank import LowRank
+from zoo.adapters.parts.low_rank import LowRank, check_rank
 from zoo.adapters.parts.starting import of_rank
 from zoo.engine.second_order import surrogate, whole
 from zoo.errors import AttachError
@@ -70,7 +70,8 @@ class LoRA(Adapter):
     """Low-rank adaptation.
 
     Args:
-        rank: r. alpha: numerator of the scale; None sets it to the rank, so that the scale is 1.
+        rank: r; more than the widest target's change can have is refused (but not of a saved adapter, or one of peft's).
+        alpha: numerator of the scale; None sets it to the rank, so that the scale is 1.
         targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, gate, up, down. The default is `in` on a
             backbone without attention.
         dropout: on the input, while training.
@@ -121,6 +122,7 @@ class LoRA(Adapter):
     def attach(self, points: Points) -> None:
         """Add a low-rank delta at every selected linear point."""
         points.require("linear", "lora")
+        check_rank(self, ((point, rank) for point, rank, _ in self.shapes(points)))
         for point, rank, scale in self.shapes(points):
             if is_conv(point.module) and not self.dora:
                 self.check_groups(point)

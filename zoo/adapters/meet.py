@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.errors import AttachError, MergeError, UnknownNameError, nearest
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
@@ -129,6 +130,7 @@ class Meet(Adapter):
         if count > 1:
             quality = points.context("quality", choices=self.qualities, example=self.qualities[0])
         if self.form == "lora":
+            check_rank(self, ((linear, self.rank) for linear in self._linears(points)))
             for linear in self._linears(points):
                 scale = self._alpha / self.rank
                 linear.add(ControlLowRank(count, linear.dim_in, linear.dim_out, self.rank, scale, quality))

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import Bottleneck
-from zoo.adapters.parts.low_rank import LowRank
+from zoo.adapters.parts.low_rank import LowRank, check_rank
 from zoo.adapters.parts.spread import spread
 from zoo.adapters.prefix import KeysValues
 from zoo.engine.memory import dropped, recomputable
@@ -180,6 +180,8 @@ class UniPELT(Adapter):
 
     def attach(self, points: Points) -> None:
         """Gates at every attention, prefix and LoRA behind them; an adapter behind every MLP."""
+        if "lora" in self.methods:
+            check_rank(self, ((p, self.rank) for p in points.select(kind="linear") if p.role in ("q", "v")))
         products = points.require("attention", "unipelt")
         for product in products:
             # the mean over tokens must be one over the same tokens whatever else is in the batch

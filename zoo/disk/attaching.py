@@ -42,7 +42,7 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
                 fresh = cls.from_config(config, strict=True)
             except ConfigError as error:
                 raise ConfigError(f"'{saved.folder / CONFIG}', adapters[{i}].config: {error}") from error
-            fresh.plan = entry.plan
+            fresh.plan, fresh.of_values = entry.plan, True
             fresh.check_structure(tensors)
             before = set(model.adapters)
             wanted = (own_head and last) or (head and fresh.head_kind)

@@ -331,6 +331,7 @@ def attach_saved(model: Model, saved: PeftAdapter, name: str | None) -> str:
             f"model's is {model.fingerprint}. Load the weights that it was trained on ('{saved.backbone_name}')."
         )
     lora, parts, head = translate(saved, model)
+    lora.of_values = True
     beside = extras(saved, model)
     shared = bool(model.adapters)  # then the head belongs to the new adapter alone
     before = set(model.adapters)

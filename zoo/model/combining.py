@@ -75,9 +75,9 @@ def _low_rank(model: Any, weights: Mapping[str, float], factors: Mapping[str, An
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {point: rank for point, rank in ranks.items() if rank != most}
     config: Any = adapter_class("lora")
-    added: Adapter = model.add_adapter(
-        config(rank=most, targets=tuple(order), ranks=others or None), name, activate=False
-    )
+    made: Adapter = config(rank=most, targets=tuple(order), ranks=others or None)
+    made.of_values = True  # side by side, ranks may be more than the weight has
+    added: Adapter = model.add_adapter(made, name, activate=False)
     with torch.no_grad():
         for point in order:
             part: Any = added.module_at(point)

@@ -278,7 +278,9 @@ def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> N
             f"{sorry}: its plan names single points and weights of this backbone. Merge it, or remove it."
         )
     try:
-        twin = new.add_adapter(adapter if own is None else own[0], name, num_classes=None, activate=False)
+        cut = (adapter if own is None else own[0]).fresh()
+        cut.of_values = True
+        twin = new.add_adapter(cut, name, num_classes=None, activate=False)
     except ZooError as error:
         raise ConfigError(f"{sorry}: {error}") from error
     old = {

@@ -8,19 +8,46 @@ In memory: backward needs x and the r numbers of A x.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.adapters.base import Adapter
 from zoo.engine.memory import dropped
 from zoo.engine.second_order import exact, first_order
+from zoo.errors import AttachError
+from zoo.points import LinearPoint
+from zoo.points.rows import is_conv
 
-__all__ = ["LowRank", "add_low_rank"]
+__all__ = ["LowRank", "add_low_rank", "check_rank"]
 
 Part = tuple["LowRank", int, int]
+
+
+def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]]) -> None:
+    """A fresh adapter has no more ranks than a change of the widest of its targets can have.
+
+    Where targets differ in width, the narrow ones keep a rank that the others can use, as peft's do; and what is put together
+    or was made elsewhere (a weighted sum, peft's, which asks no question) keeps those that it has.
+
+    Raises:
+        AttachError: at all points of this rank, fewer are the same changes with fewer numbers.
+    """
+    widest: dict[int, tuple[int, LinearPoint]] = {}
+    for point, rank in ranks:
+        module: Any = point.module
+        most = min(point.dim_out, math.prod(module.weight.shape[1:]) if is_conv(module) else point.dim_in)
+        if most > widest.get(rank, (0, point))[0]:
+            widest[rank] = most, point
+    for rank, (most, point) in widest.items():
+        if rank > most and not adapter.of_values:
+            raise AttachError(
+                f"'{adapter.method}' has rank {rank}, and a change of the weight of '{point.name}', the widest of its targets, "
+                f"has rank {most} at most: more are the same changes, with more numbers. Expected 1 to {most}."
+            )
 
 
 class LowRank(nn.Module):
