@@ -208,6 +208,19 @@ class SCT(Adapter):
             part.choose(plan[name])
         self.plan = {"channels": plan}
 
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings and tensors.
+
+        Raises:
+            ConfigError: no data were seen, so that nobody could say which channels the numbers are of.
+        """
+        if self.plan is None:
+            raise ConfigError(
+                "'sct' has seen no data, and does not know which channels its numbers are for: there is nothing to save. Train "
+                "it with zoo.fit, or choose the channels with zoo.calibrate(model, train)."
+            )
+        return super().saved()
+
     def merge(self, merger: Merger) -> None:
         """At "mlp" and "qkv": W_out <- (1 + M) W_out, b_out <- b_out + M b_out + m.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import zoo
+from zoo.errors import ConfigError
 
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -145,3 +146,15 @@ def test_post_norm_blocks_have_no_stream_in_front() -> None:
     for name in ("timm:swinv2_tiny_window8_256", "convnext-t"):
         with pytest.raises(zoo.ZooError, match="has none directly in front"):
             zoo.load(name, "sct", pretrained=False, num_classes=0, device="meta")
+
+
+def test_what_has_seen_no_data_is_not_saved(tmp_path: Path) -> None:
+    """Its numbers would be of channels that nobody knows."""
+    model = load(calibrated=False, shaken=False)
+    with pytest.raises(ConfigError, match=r"has seen no data.*nothing to save.*zoo.calibrate"):
+        model.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.adapters["sct"].calibrate(model, BATCHES)
+    model.save_adapter(tmp_path / "out")
+    again = zoo.load("vit-micro", tmp_path / "out", pretrained=False, seed=0, **TINY, device="meta")
+    assert again.adapters["sct"].plan == model.adapters["sct"].plan
