@@ -76,6 +76,7 @@ class ManyTexts(Task):
     noun = "questions"
     head = None
     one_task_a_batch = True
+    weights: Mapping[str, float] = {}  # of the loss in training, by task
 
     def __init__(
         self, data: Mapping[str, ImageDataset], make: Callable[[str], Any], front: Callable[[Host], Any]
@@ -120,7 +121,9 @@ class ManyTexts(Task):
 
     def loss(self, model: Host, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> tuple[Tensor, Any]:
         """(mean loss of the task of the batch, what it measures)."""
-        return self._tasks[self._of(targets)].loss(model, inputs, targets["text"], label_smoothing)
+        name = self._of(targets)
+        loss, measured = self._tasks[name].loss(model, inputs, targets["text"], label_smoothing)
+        return loss * (self.weights.get(name, 1.0) if model.training else 1.0), measured
 
     def _of(self, targets: Any) -> str:
         numbers = targets["task"].unique().tolist()

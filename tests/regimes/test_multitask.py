@@ -47,6 +47,26 @@ def test_the_loss_is_among_the_classes_of_the_task() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters_to_train().values())
 
 
+def test_weights_of_tasks_count_in_training_alone() -> None:
+    model = tiny_model("lora", num_classes=6)
+    images, targets = torch.randn(5, 3, 8, 8), torch.tensor([0, 3, 4, 5, 2])
+    plain, weighted = ManyTasks(["birds", "cars"], [4, 2]), ManyTasks(["birds", "cars"], [4, 2], {"cars": 3.0})
+    model.eval()
+    assert torch.equal(weighted.loss(model, images, targets)[0], plain.loss(model, images, targets)[0])
+    model.train()
+    each = torch.stack([plain.loss(model, images[i : i + 1], targets[i : i + 1])[0] for i in range(5)])
+    factor = torch.tensor([1.0, 1.0, 3.0, 3.0, 1.0])
+    torch.testing.assert_close(weighted.loss(model, images, targets)[0], (factor * each).mean())
+    _, report = go("lora", weights={"birds": 0.5})
+    assert report.summary["mean"] > 0.5
+    with pytest.raises(DataError, match=r"a weight for 'bird', which is no task.*'birds'"):
+        go("lora", weights={"bird": 2.0})
+    with pytest.raises(ConfigError, match="the weight of 'cars' is 0; expected more than 0"):
+        go("lora", weights={"cars": 0})
+    with pytest.raises(ConfigError, match="head='mmseg-fcn' is of tasks of maps"):
+        go("lora", head="mmseg-fcn")
+
+
 @pytest.mark.parametrize("batches", ["one", "mixed"])
 def test_any_adapter(batches: str) -> None:
     model, report = go("lora", batches=batches)

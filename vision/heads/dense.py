@@ -18,7 +18,7 @@ image is like any other, and stages of different scale weigh alike at the start.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,11 +78,19 @@ class DenseTasksHead(Head):
 
     needs = ("maps",)
     of_maps = True
+    alone: ClassVar[type[Any]] = DenseHead  # the head of one such decoder
 
     def __init__(self, in_features: int, out_features: int, *, channels: Sequence[int], **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
         self.channels, self._place = list(channels), place
         self.decoders = nn.ModuleDict()
+        self.sizes: dict[str, int] = {}  # outputs of each task
+
+    def made(self, outputs: int) -> nn.Module:
+        """A fresh decoder."""
+        decoder = Decoder(self.channels, outputs, **self._place)
+        started(decoder)
+        return decoder
 
     def name_classes(self, classes: Sequence[str]) -> None:
         """Make a decoder for each task.
@@ -98,11 +106,11 @@ class DenseTasksHead(Head):
         sizes = {task: tasks.count(task) for task in dict.fromkeys(tasks)}
         if tasks != [task for task, size in sizes.items() for _ in range(size)]:
             raise ConfigError("the classes of one task stand behind each other; they are mixed with those of others.")
+        self.sizes = sizes
         for task, size in sizes.items():
-            self.decoders[task] = decoder = Decoder(self.channels, size, **self._place)
-            started(decoder)
+            self.decoders[task] = self.made(size)
 
-    def single(self, task: str) -> DenseHead:
+    def single(self, task: str) -> Any:
         """A head of one task alone, with a copy of its decoder.
 
         Raises:
@@ -110,15 +118,20 @@ class DenseTasksHead(Head):
         """
         if task not in self.decoders:
             raise UnknownNameError(f"The head has no task '{task}'. {nearest(task, list(self.decoders))}")
-        decoder: Any = self.decoders[task]
-        place = {"device": decoder.classify.weight.device, "dtype": decoder.classify.weight.dtype}
-        found = DenseHead(self.in_features, decoder.classify.out_features, channels=self.channels, **place)
+        decoder = self.decoders[task]
+        weight = next(decoder.parameters())
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        found = self.alone(self.in_features, self.sizes[task], channels=self.channels, **place)
         found.decoder.load_state_dict(decoder.state_dict())
         return found
 
     def forward(self, outputs: Mapping[str, Any], targets: Any = None) -> Tensor:
         """ "maps" -> logits (B, K, h, w) of all tasks."""
-        return torch.cat([decoder(outputs["maps"]) for decoder in self.decoders.values()], dim=1)
+        return torch.cat([self.read(decoder, outputs["maps"]) for decoder in self.decoders.values()], dim=1)
+
+    def read(self, decoder: nn.Module, maps: Sequence[Tensor]) -> Tensor:
+        """What one decoder says."""
+        return decoder(maps)  # type: ignore[no-any-return]
 
 
 def started(decoder: nn.Module) -> None:

@@ -87,6 +87,7 @@ class ManyDense(Task):
     on_head = True
     head = "dense-tasks"
     noun = "images"
+    weights: Mapping[str, float] = {}  # of the loss of an item in training, by task
 
     def __init__(self, data: Mapping[str, DenseDataset]) -> None:
         self.names = list(data)
@@ -147,9 +148,10 @@ class ManyDense(Task):
         """(mean over items, logits of all decoders)."""
         logits = call(model, inputs)
         total: Any = 0.0
-        for _, rows, task in self._present(targets):
+        for name, rows, task in self._present(targets):
             loss, _ = task.of(model, logits[rows], task.decoded(targets["map"][rows]), label_smoothing)
-            total = total + loss * (len(rows) / len(logits))
+            weight = self.weights.get(name, 1.0) if model.training else 1.0
+            total = total + loss * (weight * len(rows) / len(logits))
         return total, logits
 
     def _present(self, targets: Any) -> list[tuple[str, Tensor, _One]]:

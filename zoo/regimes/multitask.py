@@ -7,6 +7,10 @@ Idea: every batch is of one task, drawn with probability
 and is one pass with the value `task` in the context, which adapters made for several tasks read (hyperformer); to any other
 adapter it is not said. With `batches="mixed"` each item of a batch is drawn so, and the value is one for each sample.
 
+`weights={"edges": 0.5}` says how much the loss of an item of a task counts in training (the others 1): the mean over a batch of
+
+    w_task(b) loss_b        what is measured has no weights
+
 Heads: the rows of one linear head, one group for each task; its classes are named "<task>: <class>". The loss is the cross-
 entropy over the logits of the item's own task, and so is every accuracy: the task of an item is known, also when it is used.
 
@@ -27,7 +31,7 @@ are not in a batch; heads of separate modules would stand still then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +62,12 @@ class ManyTasks(Classify):
     """Classification among the classes of the item's own task; targets count through the classes of all tasks.
 
     Args:
-        names: of the tasks. sizes: how many classes each has.
+        names: of the tasks. sizes: how many classes each has. weights: of their losses in training.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Mapping[str, float] | None = None) -> None:
         self.names, self.sizes = list(names), list(sizes)
+        self.weights = torch.tensor([float((weights or {}).get(name, 1.0)) for name in names]) if weights else None
         self.task_of_class = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -72,12 +77,14 @@ class ManyTasks(Classify):
         outputs = call(model, inputs).float()
         others = of_class[None, :] != tasks[:, None]
         logits = outputs.masked_fill(others, float("-inf"))
-        loss = F.nll_loss(logits.log_softmax(dim=-1), targets)
+        each = F.nll_loss(logits.log_softmax(dim=-1), targets, reduction="none")
         if label_smoothing:  # over the task's own classes
             own = logits.log_softmax(dim=-1).masked_fill(others, 0.0)
-            smooth = -(own.sum(-1) / (~others).sum(-1)).mean()
-            loss = (1 - label_smoothing) * loss + label_smoothing * smooth
-        return loss, logits
+            smooth = -(own.sum(-1) / (~others).sum(-1))
+            each = (1 - label_smoothing) * each + label_smoothing * smooth
+        if self.weights is not None and model.training:
+            each = self.weights.to(each)[tasks] * each
+        return each.mean(), logits
 
     def context(self, model: Host, inputs: Any, targets: Any, *, training: bool) -> dict[str, Any]:
         """`task`: the batch's, or one for each sample; for the adapters that read it."""
@@ -97,11 +104,15 @@ class MultiTask(Regime):
 
     Args:
         epochs: passes over all data. tau: of the sampling. batches: "one" task for each batch, or "mixed".
+        weights: of the loss of an item in training, by task; those that are not named have 1.
+        head: of tasks of maps, the kind of their decoders: "dense", or one of mmsegmentation's ("mmseg-segformer").
     """
 
     epochs: int = 10
     tau: float = 0.1
     batches: str = "one"
+    weights: dict[str, float] | None = None
+    head: str = "dense"
 
     paper = "Karimi Mahabadi et al. 2021"
     needs_head = False
@@ -111,6 +122,8 @@ class MultiTask(Regime):
         self.check(self.epochs >= 1, f"epochs is {self.epochs}; expected 1 or more.")
         self.check(self.tau >= 0, f"tau is {self.tau}; expected 0 or more.")
         self.check(self.batches in ("one", "mixed"), f"batches is {self.batches!r}; expected 'one' or 'mixed'.")
+        for name, weight in (self.weights or {}).items():
+            self.check(0 < weight < float("inf"), f"the weight of '{name}' is {weight}; expected more than 0.")
 
     def prepare(self, run: Run) -> None:
         """Data by name, a model without a head, adapters that know these tasks."""
@@ -128,7 +141,12 @@ class MultiTask(Regime):
             raise DataError("multitask: data= holds no task.")
         if empty := [name for name, data in run.data.items() if not len(data)]:
             raise DataError(f"multitask: the task '{empty[0]}' has no items to learn from.")
+        for name in self.weights or {}:
+            if name not in run.data:
+                raise DataError(f"multitask: a weight for '{name}', which is no task. {nearest(name, run.data)}")
         together = self._together(run)
+        if self.head != "dense" and (together is None or together.head is None):
+            raise ConfigError(f"multitask: head='{self.head}' is of tasks of maps, and these are none. Leave it out.")
         if getattr(together, "one_task_a_batch", False) and self.batches != "one":
             raise ConfigError(
                 "multitask: these tasks have answers of different lengths, so a batch is of one of them; leave batches='one'."
@@ -157,14 +175,15 @@ class MultiTask(Regime):
         """One phase on all data; each task is measured at the end."""
         sampler = OnePart(tau=self.tau) if self.batches == "one" else Mixed(tau=self.tau)
         if (many := self._together(run)) is not None:
+            many.weights = dict(self.weights or {})
             if many.head is not None:
-                run.model.reset_head(len(many.classes), many.classes, kind=many.head)
+                run.model.reset_head(len(many.classes), many.classes, kind=f"{self.head}-tasks")
             yield Phase("tasks", many.data, task=many, sampler=sampler, fit={"epochs": self.epochs})
             for name, test in (run.test or {}).items():
                 run.evaluate(test, name, task=many.single(name))
             return
         data = join(run.data)
-        what = ManyTasks(list(run.data), [len(d.classes) for d in run.data.values()])
+        what = ManyTasks(list(run.data), [len(d.classes) for d in run.data.values()], self.weights)
         run.model.grow_head(data.classes or ())
         yield Phase("tasks", data, task=what, sampler=sampler, fit={"epochs": self.epochs})
         if run.test is None:
@@ -197,8 +216,8 @@ class MultiTask(Regime):
         """Accuracy of each task, and their mean; of tasks that are measured otherwise, what each is chosen by."""
         if not run.test:
             return {}
-        if (many := self._together(run)) is not None:
-            measures = {name: many.single(name).monitor for name in run.test}
+        if hasattr(next(iter(run.data.values())).rows, "task"):
+            measures = {name: registry.task(run.data[name].rows.task).monitor for name in run.test}
             values = {name: run.values[name][measure] for name, measure in measures.items()}
             return {
                 "measures": measures,

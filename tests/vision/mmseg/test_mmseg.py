@@ -16,6 +16,7 @@ from mmseg_configs import config
 
 import zoo
 from zoo.errors import ConfigError, MismatchError, UnknownNameError
+from zoo.regimes.multitask import single_task
 
 pytest.importorskip("mmseg", reason="the extra seg is not installed")
 pytest.importorskip("mmcv._ext", reason="mmcv is not built (zoo install-mmcv)")
@@ -25,6 +26,7 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 
 import vision.mmseg
+from vision.data.dense import open_dense
 from vision.mmseg.backbone import zoo_adapters
 
 FIT: dict[str, Any] = {"progress": False, "batch_size": 4, "lr": 1e-2}
@@ -133,6 +135,27 @@ def test_heads_of_mmseg_in_our_fit(kind: str, tmp_path: Path) -> None:
     again = zoo.load(adapter=tmp_path / "out", pretrained=False, seed=0)
     assert torch.equal(again(images()), model(images()))
     assert dense_model(head=kind, outputs=1)(images()).shape[1] == 1
+
+
+@pytest.mark.parametrize("kind", ["mmseg-fcn", "mmseg-segformer", "mmseg-upernet"])
+def test_heads_of_mmseg_for_several_tasks(kind: str, tmp_path: Path) -> None:
+    def data(count: int, seed: int = 0) -> dict[str, Any]:
+        parts = open_dense(pairs(count, seed), classes=["dark", "bright"])
+        return {"parts": parts, "edges": open_dense(pairs(count, seed), "edges", derive="edges")}
+
+    model = dense_model(outputs=0)
+    settings: dict[str, Any] = {"epochs": 4, "tau": 0.0, "head": kind, "weights": {"edges": 0.5}}
+    fit = {"progress": False, "batch_size": 4, "lr": 1e-2}
+    report = zoo.run(model, "multitask", data(8), data(4, 1), fit=fit, **settings)
+    assert report.summary["values"]["parts"] > 0.6 and "edges | 8 | 1 | ods_f" in report.table()
+    model.save_adapter(tmp_path / "out")
+    batch = images()
+    again = zoo.load(adapter=tmp_path / "out", pretrained=False, seed=0)
+    assert torch.equal(again(batch), model(batch))
+    one = single_task(again, "edges")
+    assert torch.equal(one(batch), model(batch)[:, 2:3])
+    one.save_adapter(tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["head"]["kind"] == kind
 
 
 def test_losses_of_mmseg_in_our_fit() -> None:

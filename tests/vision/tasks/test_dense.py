@@ -15,6 +15,7 @@ import zoo
 from vision.data.dense import IGNORE, open_dense
 from vision.metrics.dense import Angles, Contours, Distances, Overlap
 from vision.tasks.dense import Depth, Edges, Normals, Segment
+from vision.tasks.dense_tasks import ManyDense
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.regimes.multitask import single_task
 
@@ -206,6 +207,25 @@ def test_several_tasks_at_once(batches: str, tmp_path: Path) -> None:
     assert edges.classes == ["edge"] and torch.equal(edges(batch), logits[:, 2:3])
     value = zoo.evaluate(edges, many(4, 1)["edges"], task="edges", progress=False)["ods_f"]
     assert value == pytest.approx(report.summary["values"]["edges"])
+
+
+def test_losses_of_several_tasks_are_weighed() -> None:
+    """By what an item of a task counts; measured without weights."""
+    found = {name: part._like() for name, part in many(2).items()}
+    plain, weighed = ManyDense(found), ManyDense(found)
+    weighed.weights = {"edges": 0.25, "far": 4.0}
+    model = dense_model(outputs=0)
+    model.reset_head(4, plain.classes, kind="dense-tasks")
+    data = plain.open(model, plain.data, train=False)
+    items = [data[i] for i in range(6)]
+    x = torch.stack([image for image, _ in items])
+    y = {k: torch.stack([target[k] for _, target in items]) for k in ("task", "map")}
+    model.train()
+    each = [plain.loss(model, x[i : i + 1], {k: v[i : i + 1] for k, v in y.items()})[0] for i in range(6)]
+    factor = torch.tensor([1, 1, 0.25, 0.25, 4, 4])
+    torch.testing.assert_close(weighed.loss(model, x, y)[0], (factor * torch.stack(each)).mean())
+    model.eval()
+    assert torch.equal(weighed.loss(model, x, y)[0], plain.loss(model, x, y)[0])
 
 
 def test_several_tasks_reach_adapters_made_for_them(tmp_path: Path) -> None:
