@@ -22,6 +22,8 @@ Feature selection (their second stage, which shrinks the head): train the head a
     model.set_active("vqt", train=()); vqt.lasso = 1e-4; model.reset_head(K); ...train...
     vqt.select(model, 0.7); vqt.lasso = 0.0; ...train...
 
+As one procedure with all of its fits: `zoo.run(model, "vqt-select", data)`.
+
 Source: Tu, Mai, Chao, "Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
 Efficient Transfer Learning", CVPR 2023; andytu28/VQT.
 Deviations: the authors concatenate queries and tokens into one sequence, which builds the graph through the whole backbone;
@@ -205,15 +207,27 @@ class VQT(Adapter):
         """
         number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
         self.check(number and 0 < fraction <= 1, f"fraction is {fraction!r}; expected 0 < fraction <= 1.")
+        order = self.order(model)
+        return self.keep(model, order[: max(1, int(fraction * len(order)))])
+
+    def order(self, model: Any) -> list[int]:
+        """Positions of the features now in use among all, by falling length of the head's columns.
+
+        Raises:
+            ConfigError: the head reads something else.
+        """
         head = model.head
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim(model.family.feature_dim):
             raise ConfigError("the model's head is not a linear one on this adapter's features; train one first.")
         lengths = head.weight.detach().float().norm(dim=0)
-        best = lengths.topk(max(1, int(fraction * len(lengths)))).indices.tolist()
-        before = self._kept()
-        self.plan = {"features": best if before is None else [before[i] for i in best]}
-        model.reset_head(head.out_features, model.classes)
-        return self.plan["features"]
+        best, before = lengths.argsort(descending=True, stable=True).tolist(), self._kept()
+        return best if before is None else [before[i] for i in best]
+
+    def keep(self, model: Any, positions: list[int]) -> list[int]:
+        """Use these features alone, and give the model a new head to train on them."""
+        self.plan = {"features": positions}
+        model.reset_head(model.num_classes, model.classes)
+        return positions
 
     def merge(self, merger: Merger) -> None:
         """Refused.
