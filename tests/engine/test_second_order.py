@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from method_models import METHODS as METHODS_OF_ALL
 from method_models import both, each
 from method_models import build as method_model
 from torch import Tensor
@@ -84,10 +85,26 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         assert float((f - e).detach().abs().max()) < tolerance * max(1.0, scale)
 
 
+def refuses_second_derivatives(model: zoo.Model) -> None:
+    """What is trained straight through has no second derivative: inside, and in torch's transforms, there is no pass at all."""
+    with zoo.second_order(model), pytest.raises(zoo.ZooError, match="trained by a gradient that is handed straight"):
+        loss_of(model)
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(zoo.ZooError, match="trained by a gradient that is handed straight"):
+        torch.func.grad(lambda w: F.cross_entropy(functional_call(model, w, (images(),)), torch.tensor([0, 2])))(names)
+    with zoo.second_order(model), torch.no_grad():
+        torch.testing.assert_close(model(images()), model(images()))
+    loss_of(model).backward()  # first derivatives as ever
+    assert all(p.grad is not None for p in model.parameters_to_train().values())
+
+
 @both
 @each
 def test_every_method_is_exact_inside(family: str, method: str) -> None:
     model = shaken(method_model(family, method))
+    if METHODS_OF_ALL[method].straight_through:
+        refuses_second_derivatives(model)
+        return
     with zoo.second_order(model):
         loss = loss_of(model)
     assert_same(product(model, loss), by_differences(model, lambda: loss_of(model)), 1e-4)
@@ -98,6 +115,10 @@ def test_every_method_is_exact_inside(family: str, method: str) -> None:
 def test_every_method_is_exact_or_refused_outside(family: str, method: str) -> None:
     """Inside is the truth (see above); outside a product equals it, or there is none."""
     model = shaken(method_model(family, method))
+    if METHODS_OF_ALL[method].straight_through:
+        with pytest.raises(zoo.ZooError, match="handed straight through its step: it is the gradient of no function"):
+            product(model, loss_of(model))
+        return
     with zoo.second_order(model):
         expected = product(model, loss_of(model))
     try:

@@ -79,6 +79,8 @@ class Adapter(Structured):
     identity: ClassVar[bool] = True  # starts as the pretrained function, to the bit
     # Whether what it changes is linear in its parameters, from where they change nothing: weighted sums are exact then
     sums: ClassVar[bool] = False
+    # Its gradient is handed straight through a step and is that of no function: second derivatives are refused (`straight`)
+    straight_through: ClassVar[bool] = False
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
     trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
     trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points

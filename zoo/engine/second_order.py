@@ -10,6 +10,9 @@ gradient penalties, meta-learning) would silently lack a part. Two things make t
   mode), which follow no backward written by hand and no saved-tensor hooks. No recipe is kept then and no block is checkpointed;
   the context also has attention formed in the open, since no fused product has a second derivative.
 
+A gradient that is handed straight through a step (a mask that is learned, rounding) is that of no function and has no derivative
+at all. `straight` refuses it in both places, and the method says so in `Adapter.straight_through`.
+
 Numbers: the plain operations give what the fast ones give to the last few bits, and keep more for backward.
 """
 
@@ -34,6 +37,11 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 ADVICE = (
     "Run the forward pass inside `with zoo.second_order(model):`, where every op is made of operations that torch "
     "differentiates any number of times. For first derivatives leave create_graph=True out."
+)
+STRAIGHT = (
+    "that is handed straight through its step: it is the gradient of no function, and has no derivative, neither inside of "
+    "`with zoo.second_order(model):` nor in torch's transforms. First derivatives are those of loss.backward(); for more, switch "
+    "this method off, or merge it."
 )
 
 
@@ -62,6 +70,16 @@ def whole(what: str) -> bool:
             "torch does not say which one it takes. Inside `with zoo.second_order(model):` it is differentiated like all else."
         )
     return exact()
+
+
+def straight(what: str) -> None:
+    """To be called by an op whose gradient is handed straight through a step: it has a first derivative only.
+
+    Raises:
+        DerivativeError: inside of `second_order`, or of one of torch's transforms, while gradients are recorded.
+    """
+    if exact() and torch.is_grad_enabled() and not torch._C._is_tracing():
+        raise DerivativeError(f"{what} is trained by a gradient {STRAIGHT}")
 
 
 @contextmanager
@@ -106,6 +124,8 @@ def first_order(backward: Backward) -> Backward:
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             name = type(ctx).__name__.removesuffix("Backward").lstrip("_")
+            if getattr(ctx, "straight", False):
+                raise DerivativeError(f"the backward of '{name}' gives a gradient {STRAIGHT}")
             raise DerivativeError(f"the backward of '{name}' gives numbers and no graph (create_graph=True). {ADVICE}")
         return backward(ctx, *grads)
 

@@ -1,4 +1,4 @@
-"""The smallest of many scores that lie in several tensors, for pruning."""
+"""The smallest of many scores, in one tensor or in several, for pruning; equal ones go in their order, on every device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["lowest"]
+__all__ = ["lowest", "smallest"]
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """True for the `count` smallest scores; shaped like `scores`. By the `count`-th score, without an order of all of them."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    last = scores.flatten().kthvalue(count).values
+    below = scores < last
+    equal = (scores == last).flatten().nonzero()[:, 0]
+    below.view(-1)[equal[: count - int(below.sum())]] = True
+    return below
 
 
 def lowest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -18,13 +29,6 @@ def lowest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     if not scores:
         return {}
     pool = torch.cat([s.detach().float().flatten() for s in scores.values()])
-    gone = round(share * len(pool))
-    stays = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
-    if gone:
-        floor = pool.kthvalue(gone).values
-        below = pool < floor
-        stays[below] = False
-        equal = (pool == floor).nonzero()[:, 0]
-        stays[equal[: gone - int(below.sum())]] = False
+    stays = ~smallest(pool, round(share * len(pool)))
     pieces = stays.split([s.numel() for s in scores.values()])
     return {name: piece.view_as(score) for (name, score), piece in zip(scores.items(), pieces)}
