@@ -75,6 +75,9 @@ class Structured(nn.Module):
     def _init_structure(self) -> None:
         self.name = ""  # under which a model holds it; set when it is attached
         self.stand_ins = set()  # parameters that stand in for ones of the backbone: their shapes are not ours
+        # Parameters whose entries this step has put into another order (where each stood before, -1: it is new), with the
+        # state of the optimizer: for what else follows them entry by entry
+        self.rearranged: dict[str, Tensor] = {}
         self._link = _Link()
 
     @property

@@ -3,7 +3,8 @@
 After every optimizer step `average <- a average + (1 - a) trained`, for every trained parameter of the active adapters and of the
 head, with a = min(ema, (1 + n) / (10 + n)) at step n, so that a short run is no average of its beginning. Epochs are measured and
 chosen by the averages, and the model holds them afterwards; training itself goes on with what is trained. They are in the
-checkpoints. A parameter that changes its shape on the way begins its average anew.
+checkpoints. A parameter that changes its shape on the way begins its average anew, and so do entries of one that are new in it
+(`Adapter.rearranged`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,15 @@ class Ema:
         rate = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
         trained = self.model.parameters_to_train()
+        adapters: Any = self.model.adapters
+        moved = {f"{name}/{n}": source for name, a in adapters.items() for n, source in a.rearranged.items()}
         with torch.no_grad():
             for name, parameter in trained.items():
                 value = self.values.get(name)
+                if value is not None and name in moved:
+                    source = moved[name]
+                    value = torch.where(source >= 0, value[source.clamp(min=0)], parameter.to(value))
+                    self.values[name] = value
                 if value is None or value.shape != parameter.shape:
                     self.values[name] = parameter.detach().float().clone()
                 else:
