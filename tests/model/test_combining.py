@@ -12,7 +12,14 @@ from torch import Tensor
 
 import zoo
 
-SUMS = [m for m, cls in METHODS.items() if cls.sums] + ["lora", "adalora", "increlora", "vera", "dylora"]
+SUMS = [m for m, cls in METHODS.items() if cls.sums] + [
+    "lora",
+    "adalora",
+    "increlora",
+    "triadaptlora",
+    "vera",
+    "dylora",
+]
 WEIGHTS = {"a": 0.7, "b": -0.4}
 
 

@@ -28,6 +28,7 @@ METHODS: dict[str, Any] = {
     "hyperformer": {"rank": 4, "task_dim": 4, "hidden": 8, "projected": 8},
     "adalora": {"rank": 3, "target_rank": 2},
     "increlora": {"target_rank": 2},
+    "triadaptlora": {"target_rank": 2, "added": 2},
     "spt": {"budget": 0.002, "rank": 2, "dropout": 0.0, "drop_path": 0.0, "num_batches": 3},
 }
 SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 1e-2, "progress": False, "device": "cpu"}
