@@ -21,6 +21,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.adapters.parts", "zoo.disk", "zoo.families", "zoo.hub", "zoo.tasks"),
     ("zoo.model",),
     ("zoo.train",),
+    ("zoo.puzzle",),
     ("zoo.regimes",),
     ("zoo.loading", "zoo.starting", "zoo.wrapping"),
     ("zoo.adapters",),  # methods

@@ -207,6 +207,23 @@ def test_writing_with_a_cache_is_writing_without(form: Any) -> None:
     )
 
 
+def test_changed_language_models_have_their_words() -> None:
+    """Those of the weights that they come of, and those that were set."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    model = zoo.load(
+        "vlm-micro", pretrained=False, seed=0, text_config=sizes, vision_config={"depth": 1, "hidden_size": 32}
+    )
+    small = zoo.substitute(model, {"text.blocks.0.mlp": "linear"})
+    assert small.family.writer().name == small.backbone_name  # type: ignore[attr-defined]
+    model.family.tokenizer = words = object()  # type: ignore[attr-defined]
+    assert zoo.substitute(model, {"text.blocks.0.mlp": "linear"}).family.tokenizer is words  # type: ignore[attr-defined]
+
+
 def test_trained_weights_become_the_backbone() -> None:
     """`baked`: what full tuning moved is the network's own, its head too; weights of a child go where they belong."""
     small = zoo.substitute(model_of("vit"), ALL["vit"])

@@ -216,8 +216,9 @@ class TransformersBackbone(Backbone):
 
     @property
     def source(self) -> str:
-        """The repository or folder that the weights are of."""
-        return self.aliases.get(self.name, self.name).removeprefix("transformers:")
+        """The repository or folder that the weights are of, or were of before the backbone was changed."""
+        name = self.name.partition("~")[0]  # `zoo.model.pruning`
+        return self.aliases.get(name, name).removeprefix("transformers:")
 
     @property
     def model_type(self) -> str:

@@ -92,6 +92,14 @@ class LanguageBackbone(TransformersBackbone):
         super().__init__(module, name)
         self._tokenizer: Any = None
 
+    def again(self, module: nn.Module, name: str) -> LanguageBackbone:
+        """With the same words, where they were set."""
+        made: Any = super().again(module, name)
+        for part in ("_tokenizer", "_processor"):
+            if hasattr(self, part):
+                setattr(made, part, getattr(self, part))
+        return made  # type: ignore[no-any-return]
+
     # -- building ---------------------------------------------------------------------------------------------------
 
     @classmethod
