@@ -101,6 +101,11 @@ def run_one(
     }
 
 
+def cells(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Which method was run at which sparsity."""
+    return list(dict.fromkeys((r["method"], r["sparsity"]) for r in rows))
+
+
 def summary(rows: list[dict[str, Any]], label: str, sparsity: float) -> tuple[float, float] | None:
     """Mean and deviation of the accuracy over the seeds, in %."""
     values = [100 * r["accuracy"] for r in rows if (r["method"], r["sparsity"]) == (label, sparsity)]
@@ -111,14 +116,14 @@ def summary(rows: list[dict[str, Any]], label: str, sparsity: float) -> tuple[fl
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One row for each method, one column for each sparsity."""
-    found = [0.0, *SPARSITIES]
-    lines = ["| trained | numbers | dense | " + " | ".join(f"{s:.0%} zeros" for s in SPARSITIES) + " |"]
-    lines.append("| --- | --- | --- |" + " --- |" * len(SPARSITIES))
+    found = sorted({sparsity for _, sparsity in cells(rows)})
+    lines = ["| trained | numbers | " + " | ".join(f"{s:.0%} zeros" if s else "dense" for s in found) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(found))
     for label in [*DENSE, *METHODS]:
-        cells = [summary(rows, label, s) for s in found]
-        if any(cells):
+        means = [summary(rows, label, s) for s in found]
+        if any(means):
             count = next(r["parameters"] for r in rows if r["method"] == label)
-            texts = [f"{c[0]:.1f} ± {c[1]:.1f}" if c else "" for c in cells]
+            texts = [f"{m[0]:.1f} ± {m[1]:.1f}" if m else "" for m in means]
             lines.append(f"| {label} | {count:,} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
@@ -162,6 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ZOO_TEST_DATA", "../shared/data")))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=[*DENSE, *METHODS], help="rows, by their first column")
+    parser.add_argument("--sparsities", type=float, nargs="*", default=[0.0, *SPARSITIES], help="0: dense")
     parser.add_argument("--shots", type=int, default=50, help="images of each class")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--test", type=int, default=500, help="test images, the first of the shuffled split")
@@ -182,7 +189,7 @@ def main() -> None:
     if record["settings"] != settings:
         raise SystemExit(f"{args.rows} is of other settings, {record['settings']}; name another file by --rows")
     done = {(r["method"], r["sparsity"], r["seed"]) for r in record["rows"]}
-    wanted = [("head alone", 0.0), *itertools.product(METHODS, SPARSITIES), ("LoRA", 0.0)]
+    wanted = [(label, s) for s in args.sparsities for label in (METHODS if s else DENSE) if label in args.methods]
     for (label, sparsity), seed in itertools.product(wanted, range(args.seeds)):
         if (label, sparsity, seed) not in done:
             row = run_one(label, sparsity, few_shot(pool, args.shots, seed=seed), test, seed, args.epochs)
