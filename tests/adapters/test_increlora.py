@@ -171,11 +171,12 @@ def test_fits_of_every_length(steps: int) -> None:
     assert len(ranks) == 12 and sum(ranks.values()) == 36 and min(ranks.values()) >= 1
     assert report.parameters == model.num_parameters(trainable=True) == sum(p.numel() for p in weights(model).values())
     assert not list(adapter.named_buffers()) and all(p.sink is None for p in adapter.growing().values())
-    gains = dict.fromkeys(ranks, 1)
-    for _, round_ in adapter.grown:
-        for name, gain in round_.items():
-            gains[name] += gain
-    assert gains == ranks
+    history = adapter.history()
+    assert {name: column[0] for name, column in history.items()} == dict.fromkeys(ranks, 1)
+    assert {name: column[-1] for name, column in history.items()} == ranks
+    for number, (_, gains) in enumerate(adapter.grown):
+        assert {n: c[number + 1] - c[number] for n, c in history.items() if c[number + 1] != c[number]} == gains
+    assert adapter.picture().startswith(b"\x89PNG")
 
 
 def test_ties_grow_no_more_than_the_round(monkeypatch: pytest.MonkeyPatch) -> None:

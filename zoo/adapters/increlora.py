@@ -32,7 +32,8 @@ left, ties go to the first, and the sum is the budget. What waits is dropped the
 regularised for ever. Without `advance` nothing waits, where theirs holds constants that count in the mean above.
 
 In memory: as LoRA, x and r numbers of a token. While it grows backward also forms the gradient of one W at a time, as a full
-fine-tuning does; where a batch comes in parts, those of all.
+fine-tuning does; where a batch comes in parts, those of all. A step of ViT-B/16 (batch 8, one core) then takes 1.45 times LoRA's,
+before and after as long as LoRA's: with the defaults 1.18 times over a run (`benchmarks/growth_speed.py`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,39 @@ class InRounds(Adapter):
     def note(self, step: int, gains: dict[str, int]) -> None:
         """A round is over."""
         self.plan = {**(self.plan or {}), "grown": [*map(list, self.grown), [step, gains]]}
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every point."""
+        raise TypeError(f"{type(self).__name__} does not implement ranks().")
+
+    def history(self) -> dict[str, list[int]]:
+        """The rank of every point at the start, and after each round."""
+        found = {}
+        for name, rank in self.ranks().items():
+            gains = [gained.get(name, 0) for _, gained in self.grown]
+            found[name] = [rank - sum(gains[n:]) for n in range(len(gains) + 1)]
+        return found
+
+    def picture(self) -> bytes:
+        """The ranks of all points (rows) after every round (columns, by their steps) as colours, as PNG bytes."""
+        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+        history, steps = self.history(), ["start", *(str(step) for step, _ in self.grown)]
+        figure = Figure(
+            figsize=(max(4.0, 2.6 + 0.16 * len(steps)), max(2.0, 0.9 + 0.13 * len(history))), layout="constrained"
+        )
+        axes = figure.add_subplot()
+        image = axes.imshow(list(history.values()), cmap="viridis", aspect="auto", interpolation="nearest", vmin=0)
+        axes.set_yticks(range(len(history)), list(history), fontsize=6)
+        shown = range(0, len(steps), max(1, len(steps) // 12))
+        axes.set_xticks(shown, [steps[n] for n in shown], fontsize=6, rotation=90)
+        axes.set_xlabel("grown at step", fontsize=7)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label("rank", fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
 
     def check_growth(self, rank: int, target_rank: int, added: int | None, tinit: float, interval: float) -> None:
         """Raise ConfigError for settings with which nothing can grow."""
