@@ -79,7 +79,9 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
                 f"'{points[0].name}' is a {type(module).__name__}; it can be written in peft's format only where the library "
                 "has an nn.Linear. Save this adapter with model.save_adapter."
             )
-        scale = write_module(tensors, path, module, [(p, lora.module_at(p)) for p in points])
+        # transformers' own load_adapter finds lengths by this name alone; peft by it and by its own, without `.weight`
+        members = [(p, lora.module_at(p)) for p in points]
+        scale = write_module(tensors, path, module, members, "lora_magnitude_vector.weight")
         ranks[path] = len(tensors[f"{PREFIX}{path}.lora_A.weight"])
         alphas[path] = scale * ranks[path]
     own_head = name if name in model.heads else "default"
@@ -162,9 +164,16 @@ def by_module(points: Iterable[LinearPoint]) -> dict[str, list[LinearPoint]]:
 
 
 def write_module(
-    tensors: dict[str, Tensor], path: str, module: nn.Linear, members: list[tuple[LinearPoint, Any]]
+    tensors: dict[str, Tensor],
+    path: str,
+    module: nn.Linear,
+    members: list[tuple[LinearPoint, Any]],
+    lengths: str = "lora_magnitude_vector",
 ) -> float:
-    """Add A (R, in), B (out, R) and, for DoRA, the magnitudes (out,) of one module to `tensors`; returns its scale."""
+    """Add A (R, in), B (out, R) and, for DoRA, the magnitudes (out,) of one module to `tensors`; returns its scale.
+
+    `lengths`: what the magnitudes are called in the file.
+    """
     scale = max((float(part.scale) for _, part in members), key=abs)
     a = torch.cat([part.lora_a.detach() for _, part in members])
     b = a.new_zeros(module.out_features, len(a))
@@ -179,8 +188,7 @@ def write_module(
         magnitude = module.weight.detach().norm(dim=1)  # rows without an adapter keep their length
         for point, part in members:
             magnitude[point.start : point.stop] = part.magnitude.detach()
-        # transformers' own load_adapter finds them by this name alone; peft finds them by it and by its own, without `.weight`
-        tensors[f"{PREFIX}{path}.lora_magnitude_vector.weight"] = magnitude
+        tensors[f"{PREFIX}{path}.{lengths}"] = magnitude
     return scale
 
 
