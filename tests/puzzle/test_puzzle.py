@@ -70,7 +70,8 @@ def test_the_network_and_its_parent(found: tuple[Any, Any, Path]) -> None:
     fresh = parent()
     assert model.fingerprint == fresh.fingerprint and not model.adapters
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
-    network = zoo.load(out / "network", out / "head").eval()
+    network = zoo.load(out / "backbone", out / "head").eval()
+    assert report.model.fingerprint == network.fingerprint and report.model is not model
     share = network.num_parameters() / model.num_parameters()
     assert share == pytest.approx(report.summary["parameters"]) and share <= 0.6
     assert report.summary["added_up"]["parameters"] == pytest.approx(share)
@@ -81,7 +82,7 @@ def test_the_network_and_its_parent(found: tuple[Any, Any, Path]) -> None:
     assert zoo.evaluate(model, data(1), progress=False)["loss"] == pytest.approx(
         report.summary["parent_loss"], rel=1e-5
     )
-    adapted = zoo.load(out / "network", "lora", num_classes=3)
+    adapted = zoo.load(out / "backbone", "lora", num_classes=3)
     assert adapted.train().probe(torch.randn(2, 3, 8, 8)) == []
     assert (out / "report.png").stat().st_size > 5000 and "| blocks.1 |" in (out / "report.md").read_text()
     history = report.values["imitation"]["history"]
@@ -269,9 +270,9 @@ def test_goes_on_where_it_was_killed(
     assert ("library blocks.0" in state, "library blocks.1" in state) == (True, where == "imitation")
     report = go(tmp_path / "run", test=data(1))
     assert report.summary["chosen"] == whole.summary["chosen"] and report.values["scores"] == whole.values["scores"]
-    for file in ("network/backbone.safetensors", "head/adapter_model.safetensors", "library/blocks.1.safetensors"):
+    for file in ("backbone/backbone.safetensors", "head/adapter_model.safetensors", "library/blocks.1.safetensors"):
         assert (tmp_path / "run" / file).read_bytes()[:64] == (out / file).read_bytes()[:64]
-    one, other = zoo.load(out / "network"), zoo.load(tmp_path / "run" / "network")
+    one, other = zoo.load(out / "backbone"), zoo.load(tmp_path / "run" / "backbone")
     assert one.fingerprint == other.fingerprint
     assert report.summary["network_loss"] == whole.summary["network_loss"]
 
@@ -321,7 +322,7 @@ def test_language_model(objective: str, tmp_path: Path) -> None:
     report = zoo.run(model, "puzzle", open_questions(asked), out=out, fit=FIT, **options)
     assert report.summary["memory"] <= 0.7
     assert {n.rpartition(".")[0] for n in report.summary["chosen"]} == {"text.blocks.0", "text.blocks.1"}
-    network = zoo.load(out / "network").eval()
+    network = zoo.load(out / "backbone").eval()
     inputs = network.example_batch(2)
     assert network(*inputs).shape == model(*inputs).shape
 
@@ -332,7 +333,7 @@ def test_data_of_other_classes(tmp_path: Path) -> None:
     report = zoo.run(
         parent(), "puzzle", other, out=tmp_path / "run", fit=FIT, **{**SETTINGS, "local_steps": 0, "epochs": 1}
     )
-    assert zoo.load(tmp_path / "run" / "network", tmp_path / "run" / "head").num_classes == 4
+    assert zoo.load(tmp_path / "run" / "backbone", tmp_path / "run" / "head").num_classes == 4
     assert report.summary["parameters"] <= 0.6
 
 

@@ -38,15 +38,16 @@ def draw(figure: Any, chosen: Mapping[str, str], scores: Scores) -> None:
     for place, (role, title) in enumerate(ROLES.items()):
         axes = figure.add_subplot(1, 2, place + 1)
         names = [name for name in scores if name.endswith(f".{role}")]
+        size = 420 if len(names) <= 12 else 120
         height = max((len(scores[name]) for name in names), default=1)
         for column, name in enumerate(names):
             for row, (form, value) in enumerate(scores[name].items()):
-                picked = chosen[name] == form
                 image = axes.scatter(
-                    [column], [row], c=[max(value, norm.vmin or 1e-6)], norm=norm, cmap="viridis_r", marker="s", s=150,
-                    edgecolors="#d1242f" if picked else "none", linewidths=1.8,
+                    [column], [row], c=[max(value, norm.vmin or 1e-6)], norm=norm, cmap="viridis_r", marker="s", s=size,
+                    edgecolors="#d1242f" if chosen[name] == form else "none", linewidths=1.8,
                 )  # fmt: skip
-                axes.annotate(form, (column, row), fontsize=5.5, ha="center", va="center", color="white")
+                ink = "black" if value < 3e-2 * (norm.vmax or 1.0) else "white"
+                axes.annotate(form, (column, row), fontsize=5, ha="center", va="center", color=ink)
         axes.set_xticks(range(len(names)), [n.rpartition(".")[0] for n in names], rotation=60, fontsize=6, ha="right")
         axes.set_yticks([])
         axes.set_ylim(height - 0.4, -0.6)

@@ -9,9 +9,9 @@
     choice     one child of each sublayer: minimise sum s, so that sum c_k + rest_k <= budget_k (`zoo.puzzle.solver`)
     imitation  the chosen network as a whole learns to pass on and to answer what the parent does (`zoo.puzzle.imitate`)
 
-The chosen network is a backbone of its own (`zoo.model.children`), in the folder of the run: `network/`, and its head, if the
-parent has one, in `head/`. `zoo.load("run/network", "lora", num_classes=10)` adapts it like any other;
-`zoo.load("run/network", "run/head")` is the whole network. The model that was given stays as it is.
+The chosen network is a backbone of its own (`zoo.model.children`), in the folder of the run: `backbone/`, and its head, if the
+parent has one, in `head/`. `zoo.load("run/backbone", "lora", num_classes=10)` adapts it like any other;
+`zoo.load("run/backbone", "run/head")` is the whole network, as is `report.model`. The model that was given stays as it is.
 
 Defaults: heads of a ViT {all, 3/4, 1/2, 1/4}, neurons {all, 3/4, 1/2, 1/4, 1/10}; 200 steps of AdamW at 1e-3 for each block;
 256 scored items. Sublayers that are equal in all their numbers are measured once.
@@ -196,6 +196,7 @@ class Puzzle(Regime):
         if run.test is not None:
             run.evaluate(run.test, "parent on test")
             run.once("network on test", lambda: self._measured(run))
+        run.model = self.network(run)
         yield from ()
 
     @property
@@ -322,7 +323,7 @@ class Puzzle(Regime):
             )
             entry = {"history": report.history, "steps": report.steps, "seconds": report.seconds}
             network = baked(network)
-        save_backbone(network, folder / "network")
+        save_backbone(network, folder / "backbone")
         if network.num_classes:
             network.save_adapter(folder / "head")
         return entry
@@ -331,7 +332,7 @@ class Puzzle(Regime):
         """The chosen network, with its head."""
         folder = run.ledger.folder
         assert folder is not None
-        model = load_changed(folder / "network", device=run.model.device)
+        model = load_changed(folder / "backbone", device=run.model.device)
         if run.model.num_classes:
             from zoo.disk import attach, read
 
