@@ -12,7 +12,7 @@ import pytest
 import torch
 from method_models import METHODS, attach, bare, images
 from torch import Tensor, nn
-from vlm_models import tiny
+from vlm_models import TINY, tiny
 
 import zoo
 from zoo import registry
@@ -204,6 +204,23 @@ def test_writing_with_a_cache_is_writing_without(form: Any) -> None:
     cache = network(ids, attention_mask=mask, use_cache=True)["cache"].layers
     assert (
         cache[0].keys.shape[1:] == ((1, 6, 1) if isinstance(form, str) else (1, 6, 8)) and cache[1].keys.shape[1] == 2
+    )
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@torch.no_grad()
+def test_language_networks_of_all_models_with_eyes(name: str) -> None:
+    model = tiny(name)
+    forms = {
+        "text.blocks.0.attn": "none",
+        "text.blocks.0.mlp": 20,
+        "text.blocks.1.attn": 1,
+        "text.blocks.1.mlp": "linear",
+    }
+    small = zoo.substitute(model, forms)
+    inputs = model.example_batch(2)
+    assert small(*inputs).shape == model(*inputs).shape and not torch.allclose(
+        small(*inputs), model(*inputs), atol=1e-3
     )
 
 

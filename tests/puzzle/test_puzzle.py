@@ -87,6 +87,7 @@ def test_the_network_and_its_parent(found: tuple[Any, Any, Path]) -> None:
     assert (out / "report.png").stat().st_size > 5000 and "| blocks.1 |" in (out / "report.md").read_text()
     history = report.values["imitation"]["history"]
     assert history[-1]["loss"] < history[0]["loss"] and report.phases == []
+    assert not (out / "imitation").exists()
 
 
 def test_scores_are_what_one_replacement_loses(found: tuple[Any, Any, Path]) -> None:

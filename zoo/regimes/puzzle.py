@@ -192,6 +192,7 @@ class Puzzle(Regime):
         scores = run.once("scores", lambda: self._scores(run, forms, order, batches))
         chosen = run.once("choice", lambda: self._choose(scores, costs, budget))
         run.once("imitation", lambda: self._imitate(run, chosen, forms, order, imitation))
+        run.ledger._empty(self._folder(run) / "imitation")  # its checkpoints
         run.once("network", lambda: totals(self.network(run), example, self.repeats, *self._cache))
         if run.test is not None:
             run.evaluate(run.test, "parent on test")
@@ -263,9 +264,12 @@ class Puzzle(Regime):
         write_file(self._file(run, block), dump_safetensors(tensors))
         return losses
 
+    def _folder(self, run: Run) -> Path:
+        assert run.ledger.folder is not None  # `prepare` has seen to it
+        return run.ledger.folder
+
     def _file(self, run: Run, block: str) -> Path:
-        assert run.ledger.folder is not None
-        return run.ledger.folder / "library" / f"{block}.safetensors"
+        return self._folder(run) / "library" / f"{block}.safetensors"
 
     def weights(self, run: Run, name: str, form: Form) -> dict[str, Tensor]:
         """The tensors of a trained child.
@@ -304,8 +308,7 @@ class Puzzle(Regime):
 
     def _imitate(self, run: Run, chosen: Mapping[str, str], forms: Any, order: Any, task: Any) -> dict[str, Any]:
         """Make the network, train it as a whole, and write it."""
-        folder = run.ledger.folder
-        assert folder is not None
+        folder = self._folder(run)
         children = {name: _form(forms[name], text) for name, text in chosen.items() if text != text_of(forms[name][0])}
         if not children:
             raise ConfigError("The whole parent fits into the budget: nothing is to be replaced. Allow less.")
@@ -330,8 +333,7 @@ class Puzzle(Regime):
 
     def network(self, run: Run) -> Model:
         """The chosen network, with its head."""
-        folder = run.ledger.folder
-        assert folder is not None
+        folder = self._folder(run)
         model = load_changed(folder / "backbone", device=run.model.device)
         if run.model.num_classes:
             from zoo.disk import attach, read
