@@ -55,7 +55,7 @@ _LAZY = {
     "predict": "zoo.train.prediction",
     "probing": "zoo.model.probing",
     "prune": "zoo.model.pruning",
-    "quantise": "zoo.model.pruning",
+    "quantise": "zoo.model.lighter",
     "recomputable": "zoo.engine.memory",
     "register_adapter": "zoo.registry",
     "register_backbone": "zoo.registry",
@@ -67,7 +67,7 @@ _LAZY = {
     "save_backbone": "zoo.model.stored",
     "saved_bytes": "zoo.engine.memory",
     "second_order": "zoo.engine.second_order",
-    "sparsify": "zoo.model.pruning",
+    "sparsify": "zoo.model.lighter",
     "substitute": "zoo.model.children",
     "to_onnx": "zoo.exchange.onnx",
     "to_peft": "zoo.exchange.peft",
@@ -90,8 +90,9 @@ if TYPE_CHECKING:
     from zoo.model.algebra import AdapterState, average
     from zoo.model.children import substitute
     from zoo.model.damping import damped
+    from zoo.model.lighter import quantise, sparsify
     from zoo.model.probing import capture, probing
-    from zoo.model.pruning import prune, quantise, sparsify
+    from zoo.model.pruning import prune
     from zoo.model.stored import save_backbone
     from zoo.points import (
         AttentionPoint,

@@ -22,8 +22,8 @@ from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, ne
 from zoo.heads.names import class_names
 from zoo.library import only_tensors
 from zoo.model import Model
-from zoo.model.pruning import quantise as quantised_copy
-from zoo.model.pruning import quantise_in_place
+from zoo.model.lighter import quantise as quantised_copy
+from zoo.model.lighter import quantise_in_place
 from zoo.model.quantised import FORMATS
 from zoo.model.stored import is_changed, load_changed
 from zoo.wrapping import wrap

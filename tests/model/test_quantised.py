@@ -142,7 +142,7 @@ def test_every_method(method: str) -> None:
     try:
         attach(small, method)
     except AttachError as error:
-        assert "quantised" in str(error) and method not in ADDS
+        assert "quantis" in str(error) and method not in ADDS
         small.remove_adapter(method) if method in small.adapters else None  # refused by its calibration
         assert torch.equal(small(images()), before) and not small.adapters
         return

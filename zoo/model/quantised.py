@@ -193,10 +193,10 @@ def lightened(linear: nn.Linear, path: str, to: str) -> Rounded:
     return FORMATS[to].of(linear)
 
 
-def group_of(columns: int) -> int:
-    """How many inputs share a scale in int4: the largest number up to 128 that divides them, all where that is below 16."""
-    largest = next(n for n in range(min(GROUP, columns), 0, -1) if columns % n == 0)
-    return largest if largest >= 16 else columns
+def group_of(columns: int, most: int = GROUP) -> int:
+    """How many inputs share a scale: the largest number up to `most` that divides them, all where that is below 16 and `most`."""
+    largest = next(n for n in range(min(most, columns), 0, -1) if columns % n == 0)
+    return largest if largest >= min(16, most) else columns
 
 
 def _in_pairs(numbers: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError
-from zoo.model.pruning import prune, sparsify
+from zoo.model.lighter import sparsify
+from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.work import Run
 from zoo.registry import adapter, register_regime
