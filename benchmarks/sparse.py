@@ -144,7 +144,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for label in DENSE:
         if (found := summary(rows, label, 0.0)) is not None:
             axis.axhline(found[0], color="#d0d7de", zorder=0)
-            axis.annotate(f"dense, {label}", (50, found[0]), color="#57606a", va="bottom", fontsize=9)
+            axis.annotate(f"dense, {label}", (90, found[0]), color="#57606a", va="bottom", ha="right", fontsize=9)
     axis.set_xticks([100 * s for s in SPARSITIES])
     axis.set_xlabel("zeros in every projection, %")
     axis.set_ylabel("CIFAR-10 test accuracy, %")
