@@ -48,9 +48,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import Adapter, Merger, Points, SublayerPoint, register_adapter
-from zoo.engine.memory import recomputable
-from zoo.errors import AttachError, ConfigError, MergeError
+from audio.adapters.parts.whole import check_whole
+from zoo import Adapter, Points, SublayerPoint, register_adapter
+from zoo.adapters.parts.bottleneck import width_at
+from zoo.engine.memory import in_backward, recomputable
+from zoo.errors import ConfigError
 
 MOMENTUM = 0.1
 
@@ -78,7 +80,7 @@ class Moments(nn.Module):
         """
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         # Run again in backward (memory="low", "min"), it is no further pass, and what is trained may have changed since.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        again = not torch.compiler.is_compiling() and in_backward()
         if again:
             held = self.was_held
         elif not torch.compiler.is_compiling():
@@ -163,6 +165,10 @@ class Conformer(Adapter):
     paper = "Cappellazzo et al. 2024"
     taxonomy = "additive"
     merges = False
+    unmerged = (
+        "it mixes tokens, which no weight of the backbone does. Keep the model as it is, or use a method that can be merged: "
+        "lora, ssf, ia3, bitfit."
+    )
     trial = {"reduction": 24.0, "kernel": 5}
 
     def __post_init__(self) -> None:
@@ -190,7 +196,7 @@ class Conformer(Adapter):
 
     def rank_at(self, dim: int) -> int:
         """c at a point of width `dim`."""
-        return self.rank if self.rank is not None else max(1, round(dim / self.reduction))
+        return width_at(dim, self.rank, self.reduction)
 
     def attach(self, points: Points) -> None:
         """One module at every selected sublayer.
@@ -201,14 +207,7 @@ class Conformer(Adapter):
         points.require("sublayer", "conformer")
         chosen: list[SublayerPoint] = points.select(self.targets, kind="sublayer")
         for point in chosen:
-            if point.layout is None or point.layout.causal:
-                why = (
-                    "how its tokens are laid out is not described" if point.layout is None else "its tokens are causal"
-                )
-                raise AttachError(
-                    f"'conformer' mixes each token with those around it, and at '{point.name}' of {points.backbone} that may not "
-                    f"be: {why}. Leave the point out of its targets, or use 'adapter', which treats each token alone."
-                )
+            check_whole(point, "'conformer' mixes each token with those around it", "'adapter'")
             module = Convolution(
                 point.dim_out,
                 self.rank_at(point.dim_out),
@@ -234,15 +233,4 @@ class Conformer(Adapter):
             not self.batch_norm or optimizer.parts == 1 or not _trained(self),
             f"it normalises over the batch, which here comes in {optimizer.parts} parts (accumulate, processes), each with "
             "statistics of its own. Train in one process without accumulate, or set batch_norm=False.",
-        )
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'conformer' cannot be merged: it mixes tokens, which no weight of the backbone does. Keep the model as it is, or "
-            "use a method that can be merged: lora, ssf, ia3, bitfit."
         )

@@ -34,8 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import Adapter, Merger, Points, SublayerPoint, register_adapter
-from zoo.errors import AttachError, MergeError
+from audio.adapters.parts.whole import check_whole
+from zoo import Adapter, Points, SublayerPoint, register_adapter
+from zoo.adapters.parts.bottleneck import width_at
 
 
 class Experts(nn.Module):
@@ -108,6 +109,10 @@ class MixtureOfAdapters(Adapter):
     paper = "Cappellazzo et al. 2024"
     taxonomy = "additive"
     merges = False
+    unmerged = (
+        "how much each adapter has to say depends on the tokens. Keep the model as it is, or use a method that can be merged: "
+        "lora, ssf, ia3, bitfit."
+    )
     trial = {"experts": 2, "rank": 2}
 
     def __post_init__(self) -> None:
@@ -121,7 +126,7 @@ class MixtureOfAdapters(Adapter):
 
     def rank_at(self, dim: int) -> int:
         """r at a point of width `dim`."""
-        return self.rank if self.rank is not None else max(1, round(dim / self.reduction))
+        return width_at(dim, self.rank, self.reduction)
 
     def attach(self, points: Points) -> None:
         """One mixture beside every selected sublayer.
@@ -132,25 +137,8 @@ class MixtureOfAdapters(Adapter):
         points.require("sublayer", "moa")
         chosen: list[SublayerPoint] = points.select(self.targets, kind="sublayer")
         for point in chosen:
-            if self.form == "soft" and (point.layout is None or point.layout.causal):
-                why = (
-                    "how its tokens are laid out is not described" if point.layout is None else "its tokens are causal"
-                )
-                raise AttachError(
-                    f"'moa' averages all tokens of a sequence, and at '{point.name}' that may not be: {why}. Leave the point out "
-                    "of its targets, or use form='dense', which treats each token alone."
-                )
+            if self.form == "soft":
+                check_whole(point, "'moa' averages all tokens of a sequence", "form='dense'")
             dim, rank = point.dim_out, self.rank_at(point.dim_out)
             soft = self.form == "soft"
             point.parallel(Soft(dim, rank, self.experts, self.slots) if soft else Dense(dim, rank, self.experts))
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'moa' cannot be merged: how much each adapter has to say depends on the tokens. Keep the model as it is, or use a "
-            "method that can be merged: lora, ssf, ia3, bitfit."
-        )

@@ -46,10 +46,9 @@ from multimodal.adapters.parts.gated_prompt import GatedPrompt
 from multimodal.adapters.parts.tuned_linear import TUNED
 from multimodal.adapters.parts.visual_prompt import VisualPrompt
 from zoo import Adapter, Points, register_adapter
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError
 from zoo.host import Host
 from zoo.points import AttentionPoint
-from zoo.points.merger import Merger
 
 __all__ = ["LlamaAdapterV2", "eye_tokens"]
 
@@ -94,6 +93,9 @@ class LlamaAdapterV2(Adapter):
     paper = "Gao et al. 2023"
     taxonomy = "hybrid"
     merges = False
+    unmerged = (
+        "gated prompts are a second attention, and no weight of the backbone stands for them. Keep the model as it is."
+    )
     trial = {"num_tokens": 3, "fusion": "none"}
     large = True
 
@@ -206,17 +208,6 @@ class LlamaAdapterV2(Adapter):
         else:
             for name in groups["vision"]:  # the gate of a text alone
                 named[name].grad = None
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'llama-adapter-v2' cannot be merged: gated prompts are a second attention, and no weight of the backbone stands for "
-            "them. Keep the model as it is."
-        )
 
 
 @torch.no_grad()

@@ -31,16 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision.adapters.parts.patches import Patches, patches_at
-from zoo import Adapter, Merger, Points, register_adapter
+from zoo import Adapter, Points, register_adapter
+from zoo.adapters.parts.bottleneck import quick_gelu
 from zoo.engine.memory import dropped, recomputable
-from zoo.errors import MergeError
-
-SLOPE = 1.702
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """z sigmoid(1.702 z), by one function that keeps one tensor."""
-    return F.silu(SLOPE * x) / SLOPE
 
 
 class Bypass(nn.Module):
@@ -98,6 +91,10 @@ class Convpass(Adapter):
     paper = "Jie and Deng 2022"
     taxonomy = "additive"
     merges = False
+    unmerged = (
+        "its convolutions are a network of their own beside the sublayers, not a change of the weights. Keep the model as it "
+        "is, or use a method that can be merged: lora, fact, repadapter, ssf."
+    )
     trial = {"rank": 2, "dropout": 0.0}
 
     def __post_init__(self) -> None:
@@ -110,20 +107,6 @@ class Convpass(Adapter):
     def attach(self, points: Points) -> None:
         """A bypass beside every selected sublayer."""
         points.require("sublayer", "convpass")
-        targets = self.targets
-        if targets == Convpass.targets:  # a backbone may have only one of them, or a mixer in the attention's place
-            targets = tuple(r for r in ("attn", "mixer", "mlp") if r in points.roles("sublayer")) or targets
-        for point in points.select(targets, kind="sublayer"):
+        for point in points.sublayers(self.targets, Convpass.targets):  # type: ignore[arg-type]
             patches = patches_at(points, "convpass", point.name, point.layout)
             point.parallel(Bypass(point.dim_out, self.rank, patches, self.scale, self.dropout).start(self.conv))
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'convpass' cannot be merged: its convolutions are a network of their own beside the sublayers, not a change of the "
-            "weights. Keep the model as it is, or use a method that can be merged: lora, fact, repadapter, ssf."
-        )

@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision.adapters.parts.patches import Patches, patches_at
-from zoo import Adapter, BlockPoint, Merger, Points, register_adapter
+from zoo import Adapter, BlockPoint, Points, register_adapter
 from zoo.adapters.parts.rungs import Step, one_stream
 from zoo.engine.memory import recomputable
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError
 from zoo.points.recorder import Carried
 
 
@@ -145,6 +145,10 @@ class DTL(Adapter):
     paper = "Fu, Zhu and Wu 2024"
     taxonomy = "additive"
     merges = False
+    unmerged = (
+        "its side path is a network of its own beside the blocks. Keep the model as it is, or use a method that can be merged: "
+        "lora, fact, repadapter, ssf."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,17 +217,6 @@ class DTL(Adapter):
             f"block {idle[:1]} collects for none of its stage that gives back; mend `layers`.",
         )
         return [i for i in collect if i not in idle], give
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            f"'{self.method}' cannot be merged: its side path is a network of its own beside the blocks. Keep the model as it "
-            "is, or use a method that can be merged: lora, fact, repadapter, ssf."
-        )
 
 
 @register_adapter("dtl+")

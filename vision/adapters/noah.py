@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision.adapters.parts.subnets import Sizes, Space, depths_of
 from zoo import Adapter, Points, recomputable, register_adapter
+from zoo.adapters.parts.bottleneck import quick_gelu
 from zoo.adapters.parts.spread import spread
-from zoo.adapters.parts.subnets import Sizes, Space, depths_of
 from zoo.host import Host
 
 PARTS = ("prompts", "lora", "adapter")
@@ -113,11 +114,6 @@ class LowRankOfThree(Sliced):
             return y
         hidden = first.down(x)
         return spread(y, ((start, stop, F.linear(hidden, p.lora_b[:, : p.now])) for p, start, stop in parts))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 class Bottleneck(Sliced):

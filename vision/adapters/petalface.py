@@ -40,10 +40,10 @@ from torch import Tensor, nn
 
 from vision.adapters.parts.graded import Mixing
 from vision.adapters.parts.quality import SCORES
-from zoo import Adapter, LinearPoint, Merger, Points, register_adapter
+from zoo import Adapter, LinearPoint, Points, register_adapter
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.spread import spread
-from zoo.errors import AttachError, ContextError, MergeError
+from zoo.errors import AttachError, ContextError
 
 TARGETS = ("q", "k", "v")
 
@@ -140,6 +140,10 @@ class PetalFace(Adapter):
     paper = "Narayan et al. 2025"
     taxonomy = "reparametrised"
     merges = False
+    unmerged = (
+        "what it adds depends on the quality of each image, so there is no one weight. Keep the model as it is, or save the "
+        "adapter with model.save_adapter(folder)."
+    )
     trial = {"rank": 2, "dropout": 0.0}
 
     def __post_init__(self) -> None:
@@ -223,10 +227,3 @@ class PetalFace(Adapter):
             )
         self.plan = {"threshold": float(scores.mean())}
         mixing.threshold = self.plan["threshold"]
-
-    def merge(self, merger: Merger) -> None:
-        """Refused: there is no one weight for all images."""
-        raise MergeError(
-            "'petalface' cannot be merged: what it adds depends on the quality of each image, so there is no one weight. "
-            "Keep the model as it is, or save the adapter with model.save_adapter(folder)."
-        )

@@ -115,10 +115,7 @@ class RepAdapter(Adapter):
 
     def selected(self, points: Points) -> list:  # type: ignore[type-arg]
         """The target points; by default attn and mlp, or what there is of them."""
-        targets = self.targets
-        if targets == RepAdapter.targets:
-            targets = tuple(r for r in ("attn", "mixer", "mlp") if r in points.roles("sublayer")) or targets
-        return points.select(targets, kind="sublayer")
+        return points.sublayers(self.targets, RepAdapter.targets)  # type: ignore[arg-type]
 
     def merge(self, merger: Merger) -> None:
         """W <- W + s W B A and c <- c + s W (B a + b) in what reads each sublayer's input."""

@@ -44,9 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.errors import ConfigError, MergeError
+from zoo.errors import ConfigError
 from zoo.points import Points
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 COMBINE = ("concat", "mean", "weighted")
@@ -127,6 +126,10 @@ class VQT(Adapter):
     taxonomy = "additive"
     identity = False
     merges = False
+    unmerged = (
+        "its queries are tokens beside the backbone's own, and its head reads features that the plain backbone does not have. "
+        "Keep the model as it is, or save the adapter with model.save_adapter(folder)."
+    )
     trial = {"dropout": 0.0}
 
     def __post_init__(self) -> None:
@@ -228,14 +231,3 @@ class VQT(Adapter):
         self.plan = {"features": positions}
         model.reset_head(model.num_classes, model.classes)
         return positions
-
-    def merge(self, merger: Merger) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'vqt' cannot be merged: its queries are tokens beside the backbone's own, and its head reads features that the "
-            "plain backbone does not have. Keep the model as it is, or save the adapter with model.save_adapter(folder)."
-        )

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zoo.adapters.base import Adapter
-from zoo.adapters.parts.bottleneck import ACTIVATIONS, Bottleneck
+from zoo.adapters.parts.bottleneck import ACTIVATIONS, Bottleneck, width_at
 from zoo.errors import MergeError
 from zoo.points import Points, SublayerPoint
 from zoo.points.merger import Merger
@@ -137,7 +137,7 @@ class BottleneckAdapter(Adapter):
 
     def rank_at(self, dim: int) -> int:
         """r at a point of width `dim`."""
-        return self.rank if self.rank is not None else max(1, round(dim / (self.reduction or 1)))
+        return width_at(dim, self.rank, self.reduction)
 
     def attach(self, points: Points) -> None:
         """One bottleneck at every selected sublayer."""

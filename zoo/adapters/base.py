@@ -82,6 +82,11 @@ class Adapter(Structured):
     # Its gradient is handed straight through a step and is that of no function: second derivatives are refused (`straight`)
     straight_through: ClassVar[bool] = False
     merges: ClassVar[bool] = True  # folds into the weights; false: is refused
+    # Why it never does, and what to do instead: what follows "cannot be merged: "
+    unmerged: ClassVar[str] = (
+        "what it adds is not a change of the weights. Keep the model as it is, or save the adapter with "
+        "model.save_adapter(folder)."
+    )
     trial: ClassVar[dict[str, Any]] = {}  # small settings without dropout, with which it is tried
     trial_families: ClassVar[tuple[str, ...]] = ("vit", "swin")  # of these, those that have its points
     large: ClassVar[bool] = (
@@ -123,10 +128,7 @@ class Adapter(Structured):
         Raises:
             MergeError: the mathematics does not allow it (the default).
         """
-        raise MergeError(
-            f"'{self.method}' cannot be merged: what it adds is not a change of the weights. Keep the model as it is, or "
-            "save the adapter with model.save_adapter(folder)."
-        )
+        raise MergeError(f"'{self.method}' cannot be merged: {self.unmerged}")
 
     def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
         """A (r, i) and B (o, r) of each point's change `B A` of its weight, by name; None: it is none (the default)."""

@@ -39,9 +39,8 @@ from torch import Tensor, nn
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import ACTIVATIONS, bend
 from zoo.adapters.parts.kronecker import KroneckerLinear, Rule
-from zoo.errors import ConfigError, MergeError
+from zoo.errors import ConfigError
 from zoo.points import Points, SublayerPoint
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 
@@ -90,6 +89,10 @@ class Compacter(Adapter):
     taxonomy = "additive"
     identity = False
     merges = False
+    unmerged = (
+        "it is a network of its own behind the sublayer, not a change of the weights. Keep the model as it is, or use a method "
+        "that can be merged: lora, ssf, ia3, bitfit."
+    )
     trial = {"bottleneck": 8, "init_std": 0.3}
 
     def __post_init__(self) -> None:
@@ -149,14 +152,3 @@ class Compacter(Adapter):
         if self.form == "compacter++":
             roles = [r for r in roles if r == "mlp"] or roles
         return points.select(kind="sublayer", role=roles)
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'compacter' cannot be merged: it is a network of its own behind the sublayer, not a change of the weights. Keep the "
-            "model as it is, or use a method that can be merged: lora, ssf, ia3, bitfit."
-        )

@@ -43,9 +43,9 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.cut import cut_blocks, squared_gradients
 from zoo.adapters.parts.rungs import Rung, Top, one_stream
 from zoo.adapters.parts.side import Merge, SideBlock
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError
 from zoo.host import Host
-from zoo.points import Merger, Point, Points
+from zoo.points import Point, Points
 from zoo.points.recorder import Carried
 from zoo.registry import register_adapter
 from zoo.tasks import Task
@@ -83,6 +83,10 @@ class Ladder(Adapter):
 
     side_network = True
     identity, merges = False, False
+    unmerged = (
+        "it is a network of its own beside the backbone. Keep the model as it is, or save the adapter with "
+        "model.save_adapter(folder)."
+    )
     trial = {"reduction": 4}
     paper = "Sung, Cho and Bansal 2022"
     taxonomy = "additive"
@@ -168,17 +172,6 @@ class Ladder(Adapter):
         except AttributeError:
             return None
         return rung.side if isinstance(rung, Rung) else None
-
-    def merge(self, merger: Merger) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'ladder' cannot be merged: it is a network of its own beside the backbone. Keep the model as it is, or save the "
-            "adapter with model.save_adapter(folder)."
-        )
 
 
 def _check_rows(points: Points, *blocks: Point) -> None:

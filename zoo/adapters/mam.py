@@ -33,9 +33,7 @@ from torch import Tensor, nn
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.adapters.prefix import Hidden, KeysValues, MadeKeysValues
-from zoo.errors import MergeError
 from zoo.points import AttentionPoint, Points, SublayerPoint
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 
@@ -64,6 +62,10 @@ class MAM(Adapter):
     taxonomy = "hybrid"
     identity = False
     merges = False
+    unmerged = (
+        "it adds keys and values to the attention and a network of its own beside the MLP, and no weight of the backbone "
+        "stands for them. Keep the model as it is, or use a method that can be merged: lora, ssf, ia3."
+    )
     trial = {"num_tokens": 3, "rank": 2}
 
     def __post_init__(self) -> None:
@@ -113,14 +115,3 @@ class MAM(Adapter):
         for name, module in made.items():
             state[f"{name}.keys"], state[f"{name}.values"] = (rows.detach().clone() for rows in module.rows())
         return {**self.config(), "mlp": None}, state
-
-    def merge(self, merger: Merger) -> None:
-        """Refused: neither a key nor a bottleneck is a change of a weight.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'mam' cannot be merged: it adds keys and values to the attention and a network of its own beside the MLP, and no "
-            "weight of the backbone stands for them. Keep the model as it is, or use a method that can be merged: lora, ssf, ia3."
-        )

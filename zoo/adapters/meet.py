@@ -34,10 +34,9 @@ from torch import Tensor, nn
 from zoo import registry
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.low_rank import check_rank
-from zoo.errors import AttachError, MergeError, UnknownNameError, nearest
+from zoo.errors import AttachError, UnknownNameError, nearest
 from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 STD = 0.02
@@ -105,6 +104,10 @@ class Meet(Adapter):
     taxonomy = "additive"
     identity = False
     merges = False
+    unmerged = (
+        "which control acts is decided for each sample. Take one out as a plain adapter, model.adapters['meet'].extract(model, "
+        "'good'), and use that; one of the form 'lora' can be merged."
+    )
     trial = {"num_tokens": 3}
 
     def __post_init__(self) -> None:
@@ -180,14 +183,3 @@ class Meet(Adapter):
             for key, parameter in twin.named_parameters():
                 parameter.copy_(mine[key][row])
         return next(n for n, one in model.adapters.items() if one is twin)
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'meet' cannot be merged: which control acts is decided for each sample. Take one out as a plain adapter, "
-            "model.adapters['meet'].extract(model, 'good'), and use that; one of the form 'lora' can be merged."
-        )

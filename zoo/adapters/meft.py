@@ -41,10 +41,9 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import Bottleneck
 from zoo.engine.blocks import sequences
 from zoo.engine.reversible import Reversible
-from zoo.errors import AttachError, MergeError
+from zoo.errors import AttachError
 from zoo.host import Host
 from zoo.points import BlockPoint, Points
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 FORMS = {1: ("block", "module", 0.1, 1.0), 2: ("module", "block", 1.0, 0.1), 3: ("attn", "mlp", 0.1, 0.1)}
@@ -94,6 +93,10 @@ class MEFT(Adapter):
     taxonomy = "system"
     identity = False
     merges = False
+    unmerged = (
+        "two streams through the blocks are another network. Keep the model as it is, or use a method that can be merged: "
+        "lora, ssf, ia3, bitfit."
+    )
     trial = {"rank": 2}
 
     def __post_init__(self) -> None:
@@ -176,14 +179,3 @@ class MEFT(Adapter):
             for _, run in self._runs:
                 run.reported = None
         return found
-
-    def merge(self, merger: Merger) -> None:
-        """Never.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'meft' cannot be merged: two streams through the blocks are another network. Keep the model as it is, or use a "
-            "method that can be merged: lora, ssf, ia3, bitfit."
-        )

@@ -40,9 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
-from zoo.errors import MergeError
 from zoo.points import AttentionPoint, Points
-from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 
 
@@ -145,6 +143,10 @@ class Prefix(Adapter):
     taxonomy = "additive"
     identity = False
     merges = False
+    unmerged = (
+        "it adds keys and values to the attention, and no weight of the backbone stands for them. Keep the model as it is; in "
+        "evaluation they cost next to nothing."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,14 +182,3 @@ class Prefix(Adapter):
             if isinstance(module, MadeKeysValues):
                 state[f"{name}.keys"], state[f"{name}.values"] = (rows.detach().clone() for rows in module.rows())
         return {**self.config(), "mlp": None}, state
-
-    def merge(self, merger: Merger) -> None:
-        """Refused: a key is no change of a weight.
-
-        Raises:
-            MergeError: always.
-        """
-        raise MergeError(
-            "'prefix' cannot be merged: it adds keys and values to the attention, and no weight of the backbone stands for them. "
-            "Keep the model as it is; in evaluation they cost next to nothing."
-        )

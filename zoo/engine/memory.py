@@ -230,6 +230,11 @@ def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     return [tensor.values().untyped_storage(), tensor.indices().untyped_storage()]
 
 
+def in_backward() -> bool:
+    """Whether what runs now is computed once more for a backward pass (or belongs to one)."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def saved_bytes(run: Callable[[], Any], ignore: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward of any torch code: the sum of distinct storages.
 

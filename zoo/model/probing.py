@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zoo.data.seeds import kept_generators
+from zoo.engine.memory import in_backward
 from zoo.engine.sites import Site
 from zoo.errors import ConfigError, DataError, SelectionError, nearest
 from zoo.model.answering import kept_buffers
@@ -303,7 +304,7 @@ class _Tap:
 
     def _live(self) -> bool:
         """Not while prompts pass on their own, and not while backward computes something once more."""
-        return not self.model._state.aside and torch._C._current_graph_task_id() == -1
+        return not self.model._state.aside and not in_backward()
 
     def _add(self, x: Tensor, sliced: bool = False) -> None:
         point = self.point

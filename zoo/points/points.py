@@ -114,6 +114,15 @@ class Points(Sequence[Point]):
             return self.select(kind="linear", role=chosen)
         return self.select(self.usual(usual) if targets == usual else targets, kind="linear")
 
+    def sublayers(self, targets: str | Sequence[str], usual: tuple[str, ...]) -> list[Any]:
+        """The sublayers that a method's `targets` name, in forward order.
+
+        Its default, `usual`, stands for what the backbone has of attention (or a mixer in its place) and MLP.
+        """
+        if targets == usual:
+            targets = tuple(r for r in ("attn", "mixer", "mlp") if r in self.roles("sublayer")) or targets
+        return self.select(targets, kind="sublayer")
+
     def select(
         self,
         selector: str | Sequence[str] | None = None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.adapters.parts.subnets import Space
+from vision.adapters.parts.subnets import Space
 from zoo.errors import ConfigError
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 8, "patch_size": 4}

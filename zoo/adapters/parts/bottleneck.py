@@ -23,6 +23,19 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
 }
 
 
+SLOPE = 1.702
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """z sigmoid(1.702 z), by one function that keeps one tensor."""
+    return F.silu(SLOPE * x) / SLOPE
+
+
+def width_at(dim: int, rank: int | None, reduction: float | None) -> int:
+    """Of a bottleneck at a point of width `dim`: the rank that is given, or the width over the reduction."""
+    return rank if rank is not None else max(1, round(dim / (reduction or 1)))
+
+
 def bend(hidden: Tensor, activation: str) -> Tensor:
     """`f(hidden)`; backward keeps one tensor of its size, whichever it needs."""
     fn, keeps_input = ACTIVATIONS[activation]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.adapters.base import Adapter
-from zoo.adapters.parts.bottleneck import ACTIVATIONS, bottleneck
+from zoo.adapters.parts.bottleneck import ACTIVATIONS, bottleneck, width_at
 from zoo.adapters.parts.hypernetwork import HyperNetwork, Weights, normed
 from zoo.errors import MergeError, UnknownNameError, nearest
 from zoo.host import Host
@@ -73,7 +73,7 @@ class OfTasks(Adapter):
 
     def bottleneck_at(self, dim: int) -> int:
         """b at a point of width `dim`."""
-        return self.rank if self.rank is not None else max(1, round(dim / (self.reduction or 1)))
+        return width_at(dim, self.rank, self.reduction)
 
     def chosen(self, points: Points, roles: Sequence[str] | None = None) -> list[SublayerPoint]:
         """The sublayers of `targets`; None takes all but cross-attention, of `roles` only where the backbone has one of them."""
