@@ -42,6 +42,12 @@ class Run:
         """What was measured between the phases."""
         return self.ledger.values
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """What the user gave for all phases that `zoo.evaluate` takes, too."""
+        known = ("batch_size", "precision", "workers", "device", "progress")
+        return {k: v for k, v in self.fit.items() if k in known}
+
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of `compute()`, which a run that goes on does not compute again but reads back.
 
@@ -65,6 +71,5 @@ class Run:
 
     def evaluate(self, data: Any, name: str, **options: Any) -> dict[str, Any]:
         """`zoo.evaluate`, recorded under a name; options as there."""
-        known = ("batch_size", "precision", "workers", "device", "progress")
-        given = {k: v for k, v in self.fit.items() if k in known}
-        return self.once(name, lambda: evaluate(self.model, data, **{"record": "", **given, **options}))  # type: ignore[no-any-return]
+        given = {"record": "", **self.measuring, **options}
+        return self.once(name, lambda: evaluate(self.model, data, **given))  # type: ignore[no-any-return]

@@ -80,7 +80,7 @@ def test_sub_networks_are_measured_in_the_supernet(monkeypatch: pytest.MonkeyPat
             seen.append((supernet.evaluated, metrics["accuracy"], right))
         return metrics
 
-    monkeypatch.setattr("zoo.regimes.noah.evaluate", watched)
+    monkeypatch.setattr("vision.regimes.noah.evaluate", watched)
     go(generations=1, epochs=1)
     assert len(seen) == 6 and all(abs(a - b) < 1e-6 for _, a, b in seen)
     assert len({str(sizes) for sizes, _, _ in seen}) == 6
@@ -100,7 +100,7 @@ def test_goes_on_in_the_middle_of_the_search(
             raise KeyboardInterrupt
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("zoo.regimes.noah.evaluate", broken)
+    monkeypatch.setattr("vision.regimes.noah.evaluate", broken)
     with pytest.raises(KeyboardInterrupt):
         go(out=tmp_path)
     count = 100

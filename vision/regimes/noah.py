@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from zoo.adapters.parts.subnets import Sizes, Space
+from vision.adapters.parts.subnets import Sizes, Space
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
 from zoo.errors import ConfigError, DataError
@@ -195,12 +195,11 @@ class NeuralPromptSearch(Regime):
         return found
 
     def _measure(self, run: Run, supernet: Any, wanted: list[Sizes], val: Any) -> list[dict[str, Any]]:
-        known = ("batch_size", "precision", "workers", "device", "progress")
-        options = {k: v for k, v in run.fit.items() if k in known}
+        options = {"record": "", "batch_size": self.batch_size, **run.measuring}
         found = []
         for sizes in wanted:
             supernet.choose(sizes)
-            metrics = evaluate(run.model, val, **{"record": "", "batch_size": self.batch_size, **options})
+            metrics = evaluate(run.model, val, **options)
             cost = supernet.cost(sizes)
             found.append({"sizes": sizes, "accuracy": metrics["accuracy"], "parameters": cost})
         return found
