@@ -25,12 +25,23 @@ from zoo.engine.memory import saved_bytes
 from zoo.errors import ConfigError
 from zoo.loading import load
 from zoo.model import Model
+from zoo.train.evaluation import autocast
 
-__all__ = ["REFERENCE", "beside_full", "best_device", "head_width", "machine", "measure", "revision", "versions"]
+__all__ = [
+    "COSTS",
+    "REFERENCE",
+    "beside_full",
+    "best_device",
+    "head_width",
+    "machine",
+    "measure",
+    "revision",
+    "versions",
+]
 
 REFERENCE = "library"  # every weight trained, in the library's own module without anything of ours
 PACKAGES = ("torch", "timm", "transformers", "numpy")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COSTS = ("saved_bytes", "saved_ratio", "step_seconds", "step_ratio")  # of a row, what `beside_full` says of a model
 Say = Callable[[str], object]
 
 
@@ -106,8 +117,7 @@ def measure(
         UnknownNameError: an unknown backbone or method. AttachError: a method that this backbone refuses.
         ConfigError: an unknown precision, or a method that has nothing to train.
     """
-    if precision not in DTYPES:
-        raise ConfigError(f"precision '{precision}' is unknown; expected fp32, bf16 or fp16.")
+    autocast(torch.device("cpu"), precision)  # refuses an unknown one, before models are built
     where, width = best_device(device), head_width(backbone, num_classes)
     variants = [(m, level) for m in methods for level in levels]
     runs: list[_Run] = []
@@ -133,7 +143,7 @@ def beside_full(model: Model, batch_size: int, rounds: int, precision: str = "fp
     plain = _plain(model)
     full = _Run(REFERENCE, "", plain, partial(model.family.run, plain), batch, targets, precision)
     row = _in_turns([full, _Run("", "", model, model, batch, targets, precision)], rounds)[1]
-    return {name: row[name] for name in ("saved_bytes", "saved_ratio", "step_seconds", "step_ratio")}
+    return {name: row[name] for name in COSTS}
 
 
 def _in_turns(runs: Sequence[_Run], rounds: int, say: Say = lambda text: None) -> list[dict[str, Any]]:
@@ -183,14 +193,14 @@ class _Run:
     ) -> None:
         self.method, self.level, self.call = method, level, call
         self.batch, self.targets, self.device = batch, targets, batch[0].device
-        self.dtype = DTYPES[precision]
+        self.precision = precision
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError(f"'{method}' has nothing to train here: it trains a head, and this backbone has none.")
         self.trainable = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(self.device, self.precision):
             if isinstance(model, Model):
                 self.saved_bytes = model.saved_bytes(*batch)
             else:
@@ -202,7 +212,7 @@ class _Run:
         if cuda:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(self.device, self.precision):
             output = self.call(*self.batch).float()
             if self.targets is None:
                 loss = output.square().mean()

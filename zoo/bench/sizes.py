@@ -67,7 +67,6 @@ class Sized:
 class Plan:
     """Which methods meet a budget, and why others do not."""
 
-    budget: int
     chosen: list[Sized] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -135,7 +134,7 @@ def sized(backbone: str, methods: Sequence[Method], budget: int, num_classes: in
             f"The budget of {budget:,} parameters is above the whole of {backbone}, which has {size:,}. Name a smaller one; full "
             "fine-tuning is the method 'full'."
         )
-    plan, least = Plan(budget), dict[str, int]()
+    plan, least = Plan(), dict[str, int]()
 
     def count(method: Method, settings: dict[str, Any]) -> int:
         return trained(_model(backbone, method, settings, num_classes, options))
@@ -162,6 +161,15 @@ def sized(backbone: str, methods: Sequence[Method], budget: int, num_classes: in
             f"{least[cheapest]:,} at least."
         )
     return plan
+
+
+def own_size(backbone: str, methods: Sequence[Method], num_classes: int, **options: Any) -> list[Sized]:
+    """Every method as its settings make it."""
+    found = []
+    for method in methods:
+        model = _model(backbone, method, method.settings, num_classes, options)
+        found.append(Sized(method.label, method.name, dict(method.settings), trained(model), "at its own size"))
+    return found
 
 
 def trained(model: Any) -> int:

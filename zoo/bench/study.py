@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo import registry
-from zoo.bench.costs import beside_full, best_device, machine, revision, versions
+from zoo.bench.costs import COSTS, beside_full, best_device, machine, revision, versions
 from zoo.bench.journal import Journal
 from zoo.bench.sets import Sets, named_sets, ready
-from zoo.bench.sizes import Method, Sized, sized, trained
+from zoo.bench.sizes import Method, Sized, own_size, sized, trained
 from zoo.errors import ConfigError, ZooError
 from zoo.loading import load
 from zoo.train.evaluation import evaluate
@@ -42,7 +42,6 @@ __all__ = ["Protocol", "Study", "compare", "factors"]
 HEAD_RATE = 1e-2
 SEARCH_SEED = 1000  # of the search's runs; no final run has it
 FACTORS = {1: (1.0,), 2: (1.0, 3.0), 3: (1 / 3, 1.0, 3.0), 4: (1 / 3, 1.0, 3.0, 10.0), 5: (0.1, 1 / 3, 1.0, 3.0, 10.0)}
-COSTS = ("saved_bytes", "saved_ratio", "step_seconds", "step_ratio")
 Tell = Callable[[str, int, int], object]
 
 
@@ -157,11 +156,13 @@ def compare(
             plan = sized(backbone, methods, budget, len(sets.classes), **options)
             study.left_out.update({(budget, label): why for label, why in plan.left_out.items()})
             jobs += [(sets, budget, method) for method in plan.chosen]
-        jobs += [(sets, None, m) for m in _own_size(backbone, also, len(sets.classes), options)]
-    runs = _Runs(backbone, protocol, Journal(out / "rows.jsonl"), best_device(device), options, tell)
-    runs.total = len(jobs) * (protocol.rates + len(protocol.seeds))
-    runs.folder = out / "adapters" if keep else None
-    runs.finished = finished
+        jobs += [(sets, None, m) for m in own_size(backbone, also, len(sets.classes), **options)]
+    runs = _Runs(
+        *(backbone, protocol, Journal(out / "rows.jsonl"), best_device(device), options, tell),
+        total=len(jobs) * (protocol.rates + len(protocol.seeds)),
+        folder=out / "adapters" if keep else None,
+        finished=finished,
+    )
     for sets, size, method in jobs:
         try:
             line = runs.line(sets, method)
@@ -185,15 +186,6 @@ def compare(
     return study
 
 
-def _own_size(backbone: str, also: Sequence[Method], classes: int, options: dict[str, Any]) -> list[Sized]:
-    found = []
-    for method in also:
-        adapter = registry.adapter(method.name, **method.settings)
-        model = load(backbone, adapter=adapter, num_classes=classes, pretrained=False, device="meta", **options)
-        found.append(Sized(method.label, method.name, dict(method.settings), trained(model), "at its own size"))
-    return found
-
-
 def _lacking(sets: Sets, size: int | None, method: Sized, search: bool, seeds: Sequence[int]) -> dict[str, Any]:
     return {"data": sets.name, "budget": size, "method": method.label, "search": search, "seeds": list(seeds)}
 
@@ -207,17 +199,27 @@ class _Unfinished(Exception):
 
 
 class _Runs:
-    """The trainings of one comparison, those in the journal skipped."""
+    """The trainings of one comparison, those in the journal skipped.
 
-    folder: Path | None = None
-    finished = False
-    total = 0
+    `total`: how many there are. `folder`: of the adapters that are kept; None keeps none. `finished`: nothing is trained.
+    """
 
     def __init__(
-        self, backbone: str, protocol: Protocol, journal: Journal, device: str, options: dict[str, Any], tell: Tell
+        self,
+        backbone: str,
+        protocol: Protocol,
+        journal: Journal,
+        device: str,
+        options: dict[str, Any],
+        tell: Tell,
+        *,
+        total: int,
+        folder: Path | None,
+        finished: bool,
     ) -> None:
         self.backbone, self.protocol, self.journal = backbone, protocol, journal
         self.device, self.options, self.tell = device, options, tell
+        self.total, self.folder, self.finished = total, folder, finished
         self.done = 0
         self.revisions: set[str] = set()
         self.sets: Sets | None = None

@@ -32,6 +32,21 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
+def bars(where: Console, disable: bool = False) -> Any:
+    """A progress bar: what is done, how many, the time it took and what it will take."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=where, disable=disable)
+
+
 def show_error(error: ZooError) -> None:
     """One panel on stderr: the kind of error as its title, the message as its text."""
     kind = type(error).__name__

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from zoo.cli.common import JSON_HELP, console, print_json, table
+from zoo.cli.common import JSON_HELP, bars, console, print_json, table
+from zoo.cli.repeated import numbers_of
 from zoo.errors import ConfigError, SaveError, ZooError
 
 
@@ -73,10 +74,9 @@ def compare(
     from zoo import registry
     from zoo.bench.report import COLUMNS, cells, groups, lacking, lost, read, write
     from zoo.bench.sizes import parse_budget, parse_methods
-    from zoo.bench.study import Protocol, factors
+    from zoo.bench.study import Protocol
     from zoo.bench.study import compare as run
 
-    factors(rates)
     protocol = Protocol(
         steps=steps,
         search_steps=search_steps or max(1, steps // 2),
@@ -89,7 +89,7 @@ def compare(
         precision=precision,
     )
     registry.find_backbone(backbone)
-    options = {} if image_size is None else {"img_size": image_size}
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     names = [name.strip() for name in data.split(",") if name.strip()]
     budgets = [parse_budget(text) for text in budget.split(",")]
     chosen, beside = parse_methods(methods), parse_methods(also) if also else []
@@ -142,10 +142,7 @@ def _why(study: Any) -> list[str]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        found = ()
+    found = tuple(numbers_of("--seeds", text))
     if not found or any(not 0 <= seed < 2**31 for seed in found):
         raise ConfigError(f"--seeds is '{text}'; expected whole numbers with commas: 0,1,2.")
     return found
@@ -160,26 +157,9 @@ def _bar(quiet: bool) -> Any:
 
 class _Bar:
     def __enter__(self) -> Any:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         self.console = console(stderr=True)
         self.last = ""
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.progress = bars(self.console, disable=not self.console.is_terminal)
         self.progress.start()
         self.task = self.progress.add_task("", total=None)
         return self.tell

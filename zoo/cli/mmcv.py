@@ -16,13 +16,14 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from zoo.cli.common import console
+from zoo.cli.common import bars, console
 from zoo.errors import MissingPackageError, SaveError, ZooError
 
 VERSION = "2.1.0"  # the newest that mmsegmentation 1.2 takes
@@ -166,28 +167,12 @@ def build(kept: Path, jobs: int) -> Path:
     Raises:
         BuildError: pip or the compiler failed; the log is named. SaveError: the folder cannot be made.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     try:
         kept.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"'{kept}' cannot be made: {error.strerror}. Name another folder with --wheels.") from error
     log = kept / "build.log"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with tempfile.TemporaryDirectory() as temporary, Progress(*columns, console=console(stderr=True)) as bar:
+    with tempfile.TemporaryDirectory() as temporary, bars(console(stderr=True)) as bar:
         task = bar.add_task(f"getting mmcv {VERSION} and what builds it", total=None)
         place, pip = Path(temporary), [sys.executable, "-m", "pip", "--disable-pip-version-check"]
         tools = place / "tools"
@@ -257,7 +242,7 @@ def run(
         BuildError: it failed; with the line that says why, and where the log is.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    lines: deque[str] = deque(maxlen=2001)
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -267,7 +252,7 @@ def run(
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            lines = [*lines[-2000:], line]
+            lines.append(line)
             if seen is not None:
                 seen(line)
     if process.returncode:

@@ -154,7 +154,7 @@ def fit(
     cls, _ = registry.find_backbone(backbone)
     what = registry.task(task or ("classify" if cls.pools else cls.task))
     set_truncate(what, truncate)
-    backbone_options = {} if image_size is None else {"img_size": image_size}
+    backbone_options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
 
     few = numbers_of("--shots", shots)
     repeats = folds is not None or seeds is not None or len(few) > 1
