@@ -110,3 +110,5 @@ def test_counts_on_vit_b16() -> None:
     assert block.attn.qkv.out_features == 3 * 512 and block.attn.proj.in_features == 512
     part = small.adapters["light-peft"].module_at("blocks.0.attn.o")  # type: ignore[operator]
     assert part.lora_a.shape == (8, 512) and part.gate.shape == (8,)
+    third = zoo.prune(small, neurons={n: range(1024) for n in range(12)})
+    assert sum(p.numel() for p in third.backbone.parameters()) == 57_465_600

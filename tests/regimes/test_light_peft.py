@@ -174,3 +174,29 @@ def test_one_head_and_one_neuron_stay() -> None:
     found = adapter.decisions(model, neurons=0.5)
     assert len(found["neurons"]["blocks.0"]) == 191 and 7 not in found["neurons"]["blocks.0"]
     assert found["heads"]["blocks.0"] == [1, 2]
+
+
+def test_command_line(tmp_path: Path, image_folder: Path) -> None:
+    """The backbone is a folder of its own, beside the adapter."""
+    from typer.testing import CliRunner
+
+    from zoo.cli import app
+
+    line = [
+        "run",
+        "light-peft",
+        "vit-micro",
+        "--data",
+        str(image_folder),
+        "--split",
+        "train",
+        "--test-split",
+        "test",
+        "-q",
+    ]
+    line += ["-s", "run.steps=2", "-s", "run.epochs=1", "-s", "run.batch_size=4", "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    again = zoo.load(str(tmp_path / "run" / "backbone"), tmp_path / "run")
+    assert list(again.adapters) == ["lora"] and again.num_classes > 1
+    assert (tmp_path / "run" / "report.png").stat().st_size > 1000

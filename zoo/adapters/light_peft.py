@@ -187,6 +187,12 @@ class LightPEFT(Adapter):
             "ranks": self._ranks({n: p for n, p in parts.items() if p.low_rank}, modules, ranks),
         }
 
+    def sizes(self, model: Host) -> dict[str, dict[str, int]]:
+        """How many "heads" and "neurons" each block has."""
+        found = zip(("heads", "neurons"), readers(model.points, self.method), strict=True)
+        parts = self.parts()
+        return {kind: {block_of(model.points, p): len(parts[p.name].gate) for p in read} for kind, read in found}
+
     def _gone(self, gates: Mapping[str, Tensor], q: float, what: str, each: bool) -> dict[str, list[int]]:
         """The indices that are not above the quantile, of their block or of all blocks."""
         if not q or not gates:

@@ -7,7 +7,7 @@ a schedule of its own. That network is another model, `report.model`, with a bac
 model is left as it was estimated. Test data are measured behind both, and choose nothing.
 
 Defaults: 800 steps of 32 samples at 3e-4, then 10 epochs at 3e-4; a third of heads and neurons go, 3/4 of the modules, and half
-of the ranks.
+of the ranks. ViT-B/16 without a third of both: 57.5 of 85.8 M parameters, 0.67 x the operations.
 Source: Gu et al., Findings of ACL 2024 (gccnlp/Light-PEFT, scripts/).
 Deviations: see `zoo.adapters.light_peft`.
 """
@@ -24,6 +24,7 @@ from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
+from zoo.regimes.report import style
 from zoo.regimes.work import Run
 from zoo.registry import adapter, register_regime
 
@@ -103,8 +104,9 @@ class EarlyPruning(Regime):
             "decisions",
             lambda: estimated.decisions(run.model, self.heads, self.neurons, self.modules, self.ranks),
         )
+        parts = {"whole": estimated.sizes(run.model), "places": [n for n, p in estimated.parts().items() if p.low_rank]}
         run.model = smaller(run.model, decisions)
-        run.once("sizes", lambda: {"before": before, "after": _counts(run.model)})
+        run.once("sizes", lambda: {"before": before, "after": _counts(run.model), **parts})
         yield Phase("train", run.data, fit={**common, "epochs": self.epochs})
         if run.test is not None:
             run.evaluate(run.test, "test")
@@ -136,6 +138,41 @@ class EarlyPruning(Regime):
             [name, s[key]["backbone"], s[key]["adapter"], s.get(f"{stage}_accuracy", "")] for name, key, stage in rows
         ]
         return ["phase", "parameters of the backbone", "of the low-rank change", "accuracy"], cells
+
+    def draw(self, figure: Any, report: Any) -> None:
+        """Ranks that stay at each projection, and heads and neurons that go, by block."""
+        s = report.summary
+        names = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in s["places"]]
+        blocks = list(dict.fromkeys(_block(s, name) for name in s["places"]))
+        roles = list(dict.fromkeys(role for _, role in names))
+        grid = [[0] * len(blocks) for _ in roles]
+        for place, (_, role) in zip(s["places"], names, strict=True):
+            grid[roles.index(role)][blocks.index(_block(s, place))] += s["ranks"].get(place, 0)
+        axes = figure.add_subplot(1, 2, 1)
+        axes.imshow(grid, cmap="Blues", vmin=0, vmax=max(1, self.rank), aspect="auto")
+        for y, row in enumerate(grid):
+            for x, count in enumerate(row):
+                colour = "white" if count > self.rank / 2 else "black"
+                axes.text(x, y, str(count or "."), ha="center", va="center", fontsize=7, color=colour)
+        axes.set_yticks(range(len(roles)), roles)
+        axes.set_xticks(range(len(blocks)), range(len(blocks)))
+        style(axes, f"ranks that stay, of {self.rank}")
+        axes.grid(False)
+        axes = figure.add_subplot(1, 2, 2)
+        for key, shift, label in (("heads", -0.2, "heads"), ("neurons", 0.2, "neurons")):
+            shares = [100 * s[f"{key}_gone"].get(b, 0) / max(1, s["whole"][key].get(b, 0)) for b in blocks]
+            axes.bar([i + shift for i in range(len(blocks))], shares, width=0.38, label=label)
+        axes.set_xticks(range(len(blocks)), range(len(blocks)))
+        axes.set_xlabel("block", fontsize=9)
+        axes.set_axisbelow(True)
+        style(axes, "taken out, %")
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _block(summary: Any, place: str) -> str:
+    """The block of a point, of those that have heads or neurons; else the point's own parent."""
+    known = [b for kind in summary["whole"].values() for b in kind if place.startswith(f"{b}.")]
+    return max(known, key=len) if known else place.rpartition(".")[0]
 
 
 def smaller(model: Any, decisions: Any) -> Any:
