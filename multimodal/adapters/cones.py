@@ -2,8 +2,8 @@
 
 Idea: what a text encoder would say of a class or a prompt is a vector (or a few) in the space that a frozen model reads; search
 that vector directly. It starts as what the encoder says of a name or a coarse prompt, which is then not needed any more.
-Points: the classes of a model of two towers (head `concepts`, `zoo.heads.concepts`), or a `condition` of a diffusion transformer:
-the rows of its class embedding (verb `replace`), or the text that it reads (verb `before`).
+Points: the classes of a model of two towers (head `concepts`, `zoo.heads.concepts`), or a `condition` of a diffusion model: the
+rows of a transformer's class embedding (verb `replace`), or the text that a transformer or UNet reads (verb `before`).
 
     classes     logits(x)_k = exp(a) <I(x) / |I(x)|, E_k / |E_k|> + b          E_k = t_k + S_k,  S (K, n, d)
                 n vectors of a class: log 1/n sum_j exp(exp(a) <I(x) / |I(x)|, E_kj / |E_kj|>) + b
@@ -38,7 +38,7 @@ Deviations and choices: S is trained and saved rather than E (the gradients are 
 is averaged or restored). Several vectors of a class are joined by the mean of exponentials, so that equal ones are one. With
 classes this is a cosine classifier that starts from texts; compare it with the linear probe. diffusers' DiT has a table of
 classes in each block: S is added to all, which for converted checkpoints, whose tables are equal, is one row. The authors search
-in detectors as well; those are not here. UNets, whose text enters each attention apart, have no such point.
+in detectors as well; those are not here.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class ConES(Adapter):
     # -- where ------------------------------------------------------------------------------------------------------
 
     def attach(self, points: Points) -> None:
-        """The rows of a class embedding, the text of a diffusion transformer, or the classes of the model's head."""
+        """The rows of a class embedding, the text of a diffusion model, or the classes of the model's head."""
         conditions = [p for p in points if p.kind == "condition"]
         rows = [p for p in conditions if p.role == "class" and hasattr(p.module, "num_classes")]
         text = [p for p in conditions if p.role == "text"]
@@ -130,7 +130,7 @@ class ConES(Adapter):
             what = "the model no classes" if "text" in points.gives else "no text tower beside its images"
             if "text" not in points.gives or not ((self.plan or {}).get("classes") or points.num_classes):
                 raise AttachError(
-                    "'cones' searches the embeddings of classes, or those that condition a diffusion transformer: "
+                    "'cones' searches the embeddings of classes, or those that condition a diffusion model: "
                     f"{points.backbone} has no such condition, and {what}. Load a CLIP with num_classes= and data that names its "
                     "classes, or with classes=[...]."
                 )

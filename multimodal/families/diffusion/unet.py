@@ -7,8 +7,9 @@ pre-norm blocks on the grid of latents:
 
 Points: `blocks.i` are the transformers' blocks, in forward order (down, middle, up); what is around them has the library's path
 as its name. Convolutions have the role `conv`, and take what is trained or rescaled, not low-rank changes. Group norms are norm
-points whose channels come first. SDXL also takes the pooled text and the image's size (`condition.pooled`); the text enters every
-cross attention as its encoder made it, so it is no condition point of the network.
+points whose channels come first. SDXL also takes the pooled text and the image's size (`condition.pooled`). The text enters every
+cross attention as its encoder made it, and the library's network has no module that it passes on the way: it is led through one
+of ours, which has no parameters and hands it on (`condition.text`), and which a merged network does not have.
 
 Count: 859,520,964 parameters for SD 1.5 and 2,567,463,684 for SDXL. LoRA of rank 4 on q, k, v and o of SD 1.5: 797,184.
 """
@@ -25,7 +26,7 @@ from multimodal.families.diffusion.described import of_heads
 from multimodal.families.diffusion.family import OPTIONS, DiffusersBackbone, embedder, pixel_config, timesteps
 from multimodal.families.diffusion.tables import BLOCK, attention, branch, mlp, norms
 from zoo.errors import DataError
-from zoo.points import AttentionPoint, NormPoint, Point
+from zoo.points import AttentionPoint, ConditionPoint, NormPoint, Point
 from zoo.points.rows import make_linear
 from zoo.registry import register_backbone
 
@@ -57,6 +58,25 @@ XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+
+class TextEntry(nn.Module):
+    """What the text of a call passes before it is read: a place for what changes it."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        """As it is."""
+        return text
+
+
+def _through(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the network, its text led through the entry."""
+    if kwargs.get("encoder_hidden_states") is not None:
+        return args, {**kwargs, "encoder_hidden_states": module.text_entry(kwargs["encoder_hidden_states"])}
+    if len(args) > 2 and args[2] is not None:
+        return (*args[:2], module.text_entry(args[2]), *args[3:]), kwargs
+    return args, kwargs
+
+
 _SIZES = ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "addition_time_embed_dim")
 
 
@@ -102,6 +122,21 @@ class UNet(DiffusersBackbone):
         },
     )
 
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        if "text_entry" not in module._modules:
+            module.text_entry = TextEntry()
+            module.register_forward_pre_hook(_through, with_kwargs=True)
+
+    def restore(self, module: nn.Module) -> nn.Module:
+        """The library's network as it was, without the entry."""
+        hooks = module._forward_pre_hooks
+        for number in [n for n, hook in hooks.items() if hook is _through]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+        module._modules.pop("text_entry", None)
+        return super().restore(module)
+
     @property
     def pipeline_class(self) -> str:  # type: ignore[override]
         """SDXL's, or that of the first."""
@@ -124,7 +159,13 @@ class UNet(DiffusersBackbone):
 
     def points(self) -> list[Point]:
         """Points of the embeddings, of convolutions and transformers in forward order, and of the last convolution."""
-        found = [p for line in self.front for p in self.outside(0, *line)]
+        text: Any = self.module.text_entry
+        width = int(self.config.cross_attention_dim)
+        sizes: dict[str, Any] = {"dim_in": width, "dim_out": width}
+        found: list[Point] = [
+            ConditionPoint(name="condition.text", role="text", path="text_entry", module=text, **sizes)
+        ]
+        found += [p for line in self.front for p in self.outside(0, *line)]
         index = 0
         for path, module in self._parts():
             if type(module).__name__ != "Transformer2DModel":

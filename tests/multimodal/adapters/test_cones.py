@@ -253,8 +253,8 @@ def test_what_is_refused() -> None:
         zoo.load("clip-micro", "cones", num_classes=0, **CLIP)
     with pytest.raises(AttachError, match="no such condition, and no text tower"):
         zoo.load("vit-micro", "cones", num_classes=3, pretrained=False)
-    with pytest.raises(AttachError, match="sd15 has no such condition"):
-        zoo.load("sd15", "cones", device="meta")
+    with pytest.raises(AttachError, match="swin-t has no such condition"):
+        zoo.load("swin-t", "cones", device="meta")
     with pytest.raises(ConfigError, match="'a photo' has no place"):
         zoo.adapter("cones", templates="a photo")
     with pytest.raises(ConfigError, match="twice"):

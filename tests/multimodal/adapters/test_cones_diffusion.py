@@ -79,20 +79,21 @@ def test_a_row_is_learned_by_the_denoising_loss() -> None:
     assert zoo.evaluate(model, data, task=task, progress=False)["loss"] < before
 
 
-def text_model(**settings: Any) -> tuple[zoo.Model, tuple[Tensor, ...]]:
-    """A tiny CogVideoX that knows the contexts of its batch, the second of which is another one."""
-    model, batch = tiny_model("cogvideox")
+def text_model(family: str = "cogvideox", **settings: Any) -> tuple[zoo.Model, tuple[Tensor, ...]]:
+    """A tiny model that knows the contexts of its batch, the second of which is another one."""
+    model, batch = tiny_model(family)
     adapter: Any = model.add_adapter(zoo.adapter("cones", **settings))
     adapter.calibrate(model, [((batch[0], batch[2]), None)], "diffuse")
     return model, batch
 
 
 @pytest.mark.parametrize("tokens", [(), (0, 2)])
-def test_the_text_context(tokens: tuple[int, ...], tmp_path: Path) -> None:
-    bare, (latents, steps, text) = tiny_model("cogvideox")
+@pytest.mark.parametrize("family", ["cogvideox", "unet"])
+def test_the_text_context(family: str, tokens: tuple[int, ...], tmp_path: Path) -> None:
+    bare, (latents, steps, text) = tiny_model(family)
     with torch.no_grad():
         before = bare(latents, steps, text)
-    model, _ = text_model(tokens=tokens)
+    model, _ = text_model(family, tokens=tokens)
     length, width = text.shape[1:]
     shift = model.parameters_to_train()["cones/condition.text.shift"]
     assert shift.shape == (2, len(tokens) or length, width)
@@ -116,7 +117,7 @@ def test_the_text_context(tokens: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="a text is no weight"):
         model.merge()
     model.save_adapter(tmp_path / "out")
-    again, _ = tiny_model("cogvideox")
+    again, _ = tiny_model(family)
     from zoo.disk import attach, read
 
     attach(again, read(tmp_path / "out"))
@@ -155,3 +156,33 @@ def test_the_text_is_found_by_a_fit() -> None:
     adapter: Any = model.adapters["cones"]
     assert adapter.plan == {"contexts": 1, "length": text.shape[1]}
     assert not torch.equal(adapter.embeddings()[0], text[0])
+
+
+def test_a_unets_own_pipeline_reads_the_searched_text() -> None:
+    """By keyword, as pipelines call it; SD 1.5's whole context is 77 x 768. The merged network is the library's own again."""
+    import diffusers
+
+    model, (latents, steps, text) = text_model("unet")
+    shift = model.parameters_to_train()["cones/condition.text.shift"]
+    with torch.no_grad():
+        shift.normal_()
+        wanted = model(latents, steps, text)
+        network: Any = model.backbone
+        called = model.passing(
+            lambda: network(sample=latents, timestep=steps, encoder_hidden_states=text).sample, latents, steps, text
+        )
+        assert torch.equal(called, wanted)
+        model.remove_adapter("cones")
+        plain: Any = model.merge()
+    assert type(plain) is diffusers.UNet2DConditionModel and not hasattr(plain, "text_entry")
+    assert not plain._forward_pre_hooks and not plain._forward_pre_hooks_with_kwargs
+    with torch.no_grad():
+        assert torch.equal(plain(latents, steps, text).sample, model(latents, steps, text))
+        assert not torch.allclose(wanted, model(latents, steps, text), atol=1e-3)
+    whole = zoo.load("sd15", device="meta")
+    point = whole.points["condition.text"]
+    assert (whole.family.text_tokens, point.dim_in) == (77, 768)  # type: ignore[attr-defined]
+    adapter = zoo.adapter("cones")
+    adapter.plan = {"contexts": 1, "length": 77}
+    whole.add_adapter(adapter)
+    assert whole.num_parameters(trainable=True) == 59_136
