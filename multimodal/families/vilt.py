@@ -194,7 +194,7 @@ class ViLT(TransformersBackbone):
         return module.classifier(self._pooled(module, *inputs))  # type: ignore[no-any-return]
 
     def _pooled(self, module: Any, pixels: Any, ids: Any = None, mask: Any = None, pixel_mask: Any = None) -> Tensor:
-        check_words(self.name, ids, mask, None)
+        check_words(self.name, ids, mask, None, " Its processor makes texts and images ready together.")
         self._check(ids, pixels, pixel_mask)
         mask = torch.ones_like(ids) if mask is None else mask
         tokens, there = self._patches(module.vilt.embeddings, pixels, pixel_mask)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from zoo.errors import DataError
 
+ASKED = " multimodal.tasks.generate.Generate().answer(model, images, questions) asks and answers in words."
+
 __all__ = ["NONE", "check_words", "places", "untold"]
 
 NONE = -100  # where an answer has no word
@@ -24,7 +26,7 @@ def places(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def check_words(name: str, ids: Any, mask: Any, answer: Any) -> None:
+def check_words(name: str, ids: Any, mask: Any, answer: Any, more: str = ASKED) -> None:
     """Raise DataError unless text, mask and answer are whole numbers (B, L), (B, L) and (B, T)."""
     for what, given in (("input_ids", ids), ("answer", answer)):
         if what == "answer" and given is None:
@@ -33,9 +35,8 @@ def check_words(name: str, ids: Any, mask: Any, answer: Any) -> None:
         if not whole or given.dim() != 2 or given.dtype == torch.bool or len(given) != len(ids):
             told = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
             raise DataError(
-                f"{what} is {told}; '{name}' takes the numbers of words, (B, L): model.family.tokenizer(texts, padding=True, "
-                "return_tensors='pt') makes them of texts. multimodal.tasks.generate.Generate().answer(model, images, "
-                "questions) asks and answers in words."
+                f"{what} is {told}; '{name}' takes the numbers of words, (B, L): its tokenizer makes them of "
+                f"texts (padding=True, return_tensors='pt').{more}"
             )
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         told = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
