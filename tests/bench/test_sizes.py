@@ -103,6 +103,11 @@ def test_what_takes_a_budget_is_given_it() -> None:
     assert found.settings == {"budget": 0.005} and found.parameters == 5_000
 
 
+def test_entries_that_are_chosen_on_the_data_are_counted_beforehand() -> None:
+    (found,) = plan("lt-sft", 5_900).chosen
+    assert found.settings == {"entries": 5_000} and found.parameters == 5_000
+
+
 def test_budgets_that_no_method_can_meet() -> None:
     with pytest.raises(ConfigError, match=r"below the cheapest unit .* 'lora' trains 384 at least"):
         plan("lora,full", 100)  # rank 1 on q and v of two blocks: 2 * 2 * (48 + 48)

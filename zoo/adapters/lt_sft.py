@@ -101,6 +101,10 @@ class LTSFT(Adapter):
         """`size` thousands of entries."""
         return {"entries": 1000 * size}
 
+    def to_come(self) -> int:
+        """K, before phase 1 has chosen which."""
+        return self.entries or 0 if self.plan is None else 0
+
     def fresh(self) -> Adapter:
         """An unattached adapter with the same settings, plan and index lists."""
         twin = super().fresh()
