@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.report import means, picture, read, tables
+from zoo.bench.report import broken_off, left_out, means, picture, read, tables
 from zoo.bench.study import Study
 from zoo.disk import write_file
 from zoo.loading import embedded_adapters
@@ -79,12 +79,10 @@ def section(name: str, study: Study) -> list[str]:
     text += heads(study) + plain(study)
     if study.left_out:
         text += ["Not compared:", ""]
-        text += [f"- `{label}` at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
+        text += [*(f"- {line}" for line in left_out(study, "`")), ""]
     if study.failed:
         text += ["Broke off:", ""]
-        text += [f"- `{f['method']}` on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed] + [
-            ""
-        ]
+        text += [*(f"- {line}" for line in broken_off(study, "`")), ""]
     return text
 
 

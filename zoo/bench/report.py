@@ -16,9 +16,11 @@ from zoo.regimes.report import style
 
 __all__ = [
     "COLUMNS",
+    "broken_off",
     "cells",
     "groups",
     "lacking",
+    "left_out",
     "lost",
     "markdown",
     "mean_and_deviation",
@@ -99,12 +101,12 @@ def markdown(study: Study) -> str:
     p, text = study.protocol, tables(study)
     if study.left_out:
         text += ["## Not compared", ""]
-        text += [f"- {label} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()] + [""]
+        text += [*(f"- {line}" for line in left_out(study)), ""]
     if study.missing:
         text += ["## Not finished", "", *(f"- {line}" for line in lacking(study)), ""]
     if study.failed:
         text += ["## Broken off", ""]
-        text += [f"- {f['method']} on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed] + [""]
+        text += [*(f"- {line}" for line in broken_off(study)), ""]
     text += [
         f"Accuracy: mean and standard deviation over the seeds {', '.join(map(str, p.seeds))}, the weights of the last of "
         f"{p.steps} steps of {p.batch_size} items. The learning rate is the best of {p.rates} on validation items, each tried "
@@ -115,6 +117,16 @@ def markdown(study: Study) -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def left_out(study: Study, mark: str = "") -> list[str]:
+    """What is not compared, and why; `mark` stands around the names."""
+    return [f"{mark}{label}{mark} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()]
+
+
+def broken_off(study: Study, mark: str = "") -> list[str]:
+    """What broke off, with the last line of why."""
+    return [f"{mark}{f['method']}{mark} on {f['data']}: {f['error'].strip().splitlines()[-1]}" for f in study.failed]
 
 
 def lacking(study: Study) -> list[str]:

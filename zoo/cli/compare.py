@@ -72,7 +72,7 @@ def compare(
       zoo bench compare --backbone ast-micro --data fsdd,esc10 --methods lora,adapter,prefix
     """
     from zoo import registry
-    from zoo.bench.report import COLUMNS, cells, groups, lacking, lost, read, write
+    from zoo.bench.report import COLUMNS, cells, groups, lacking, left_out, lost, read, write
     from zoo.bench.sizes import parse_budget, parse_methods
     from zoo.bench.study import Protocol
     from zoo.bench.study import compare as run
@@ -108,7 +108,7 @@ def compare(
     broken = "\n".join(f"{f['method']} on {f['data']}: {f['error']}" for f in study.failed)
     before = out / "comparison.json"
     if not study.lines:
-        rest = [f"left out: {line}" for line in _why(study)] + [f"not finished: {line}" for line in lacking(study)]
+        rest = [f"left out: {line}" for line in left_out(study)] + [f"not finished: {line}" for line in lacking(study)]
         kept = f" What {out} held is as it was." if before.exists() else ""
         raise ZooError("\n".join([f"There is nothing to show, and no table is written.{kept}", *rest, broken]).strip())
     gone: list[str] = []
@@ -119,14 +119,14 @@ def compare(
             gone = [f"whatever {before} was: it could not be read"]
     write(study, out)
     if as_json:
-        document = {"out": str(out), "lines": study.lines, "failed": study.failed, "left_out": _why(study)}
+        document = {"out": str(out), "lines": study.lines, "failed": study.failed, "left_out": left_out(study)}
         print_json({**document, "missing": study.missing, "no_longer_shown": gone})
     else:
         shown = console()
         for (name, size), lines in groups(study).items():
             title = f"{backbone} on {name}" + (f", {size:,} parameters" if size else "")
             shown.print(table(COLUMNS, [cells(line) for line in lines], title=title, right=COLUMNS[2:]))
-        for line in _why(study):
+        for line in left_out(study):
             shown.print(f"left out: {line}", markup=False, soft_wrap=True)
         for line in lacking(study):
             shown.print(f"not finished: {line}", markup=False, soft_wrap=True)
@@ -135,10 +135,6 @@ def compare(
         shown.print(f"saved in {out}: rows.jsonl, comparison.md, comparison.json, comparison.png")
     if study.failed:
         raise ZooError(f"{len(study.failed)} of the comparisons broke off; the others are saved.\n{broken}")
-
-
-def _why(study: Any) -> list[str]:
-    return [f"{label} at {budget:,}: {why}" for (budget, label), why in study.left_out.items()]
 
 
 def _seeds(text: str) -> tuple[int, ...]:
