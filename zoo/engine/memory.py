@@ -155,6 +155,8 @@ class Saver:
         return Recipe(_view, (entry.recipe, tensor.size(), tensor.stride(), offset), self._autocast)
 
     def _pack(self, tensor: Tensor) -> Any:
+        if _foreign(tensor):
+            return tensor
         entry = self._entries.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None
         if entry is not None and entry.version == tensor._version:
             source = entry.ref()
@@ -224,7 +226,14 @@ class _Recording:
             self._saver._entries.clear()
 
 
+def _foreign(tensor: Tensor) -> bool:
+    """Whether it is a frozen weight that torchao has quantised: several tensors in one, without memory of its own."""
+    return type(tensor).__module__.startswith("torchao.") or type(tensor.data).__module__.startswith("torchao.")
+
+
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    if _foreign(tensor):
+        return []
     if tensor.layout == torch.strided:
         return [tensor.untyped_storage()]
     return [tensor.values().untyped_storage(), tensor.indices().untyped_storage()]

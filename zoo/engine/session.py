@@ -24,6 +24,7 @@ from zoo.engine.sites import BlockSite, LinearSite, Op, Site, parts
 from zoo.engine.swaps import Swap
 from zoo.errors import AttachError, CombinationError
 from zoo.points import LinearPoint, Point, Points, TokensPoint
+from zoo.points.foreign import kept_by
 from zoo.points.point import is_pointwise
 
 if TYPE_CHECKING:
@@ -268,9 +269,10 @@ class Session:
         for path, module, inside in found:
             if not inside:
                 continue
-            if kept := getattr(module, "kept_in", ""):
+            if kept := getattr(module, "kept_in", "") or kept_by(module):
+                how = kept if kept.startswith("as ") else f"in {kept}"
                 raise AttachError(
-                    f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept in {kept}, which is not trained. "
+                    f"'{self.owner}' trains every parameter, and the weight of '{path}' is kept {how}, which is not trained. "
                     "Use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
                 )
             for name, frozen in module._parameters.items():
@@ -324,6 +326,8 @@ class Session:
         frozen = module._parameters.get(held)
         if frozen is None:
             raise AttachError(f"point '{point.name}' has no parameter '{name}' to train.")
+        if name == "weight" and (kept := kept_by(module)):
+            raise AttachError(f"the weight of point '{point.name}' is kept {kept}, and is not trained.")
         whole, key = True, point.name
         if points and isinstance(point, LinearPoint) and not point.whole:
             rows = sum(p.stop - p.start for p in points)  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from zoo.errors import AttachError
+from zoo.points.foreign import kept_by
 from zoo.points.point import Point, is_pointwise
 
 KINDS = ("linear", "sublayer", "attention", "tokens", "norm", "block", "condition")
@@ -55,7 +56,16 @@ class LinearPoint(Point):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (dim_out, dim_in), a view; a convolution's is flattened."""
+        """The frozen weight (dim_out, dim_in), a view; a convolution's is flattened.
+
+        Raises:
+            AttachError: another library has quantised it.
+        """
+        if kept := kept_by(self.module):
+            raise AttachError(
+                f"The weight of point '{self.name}' is kept {kept}, and is not read here. Use a method that adds to the output, "
+                "such as lora, or weights that are quantised here: zoo.load(..., quantise='nf4')."
+            )
         weight: Tensor = self.module.weight.detach()  # type: ignore[operator,union-attr,assignment]
         return (weight.T if self.transposed else weight)[self.start : self.stop].flatten(1)
 
@@ -98,6 +108,11 @@ class LinearPoint(Point):
         the whole W and b; it returns what it makes of `run(x, W', b')`, which is `F.linear` unless another adapter follows.
         """
         self._tokens_only("another weight matrix")
+        if kept := kept_by(self.module):
+            raise AttachError(
+                f"The weight of point '{self.name}' is kept {kept}, so another one cannot take its place. Use a method that adds "
+                "to the output, such as lora."
+            )
         if self.unmergeable:
             raise AttachError(
                 f"point '{self.name}' is a {type(self.module).__name__}: {self.unmergeable}, so another weight cannot take its "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import MergeError
+from zoo.points.foreign import kept_by
 from zoo.points.kinds import LinearPoint, SublayerPoint
 from zoo.points.point import Point
 
@@ -91,6 +92,7 @@ class Merger:
             raise MergeError(
                 f"point '{point.name}' cannot take a change of its {name}: {point.unmergeable}. Keep the adapter live."
             )
+        self._readable(point)
         parameter, rows = self._held(point, name)
         if parameter is None:
             raise MergeError(
@@ -125,12 +127,21 @@ class Merger:
         with self._edit(point, "bias") as bias:
             bias.copy_(value.detach())
 
+    def _readable(self, point: Point) -> None:
+        """Raise MergeError where another library has quantised the weight."""
+        if kept := kept_by(self.module(point)):
+            raise MergeError(
+                f"point '{point.name}' keeps its weight {kept}, into which nothing can be folded. Keep the adapter live, or "
+                "merge it into the backbone that was not quantised."
+            )
+
     def bias(self, point: LinearPoint) -> Tensor:
         """The copy's present bias at a point (dim_out,), with what was merged before."""
         return self.module(point).bias.data[point.start : point.stop]  # type: ignore[operator,union-attr,index]
 
     def weight(self, point: LinearPoint) -> Tensor:
         """The copy's present weight at a point (dim_out, dim_in), with what was merged before."""
+        self._readable(point)
         weight: Tensor = self.module(point).weight.data  # type: ignore[operator,union-attr,assignment]
         return (weight.T if point.transposed else weight)[point.start : point.stop].flatten(1)
 

@@ -20,6 +20,7 @@ from zoo.engine.sites import site_at
 from zoo.families.generic.roles import is_norm, linear_role
 from zoo.families.generic.watch import Pass
 from zoo.points import BlockPoint, ConditionPoint, NormPoint, Point, SublayerPoint
+from zoo.points.foreign import kept_by
 from zoo.points.rows import is_conv, is_transposed, make_linear
 
 SUBLAYERS = {
@@ -97,7 +98,8 @@ def _point(
     ):  # `zoo.quantise`: a projection, with nothing to merge into
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
-    if weight is not None and _quantised(weight):
+    kept = kept_by(module)
+    if weight is not None and not kept and _quantised(weight):
         if weight.is_complex():
             refused[path] = (
                 f"the weight of this {what} is of complex numbers ({str(weight.dtype).removeprefix('torch.')})"
@@ -127,7 +129,7 @@ def _point(
     role = linear_role(path, module, siblings)
     point = make_linear(module, None, "", 0, {**common, "role": role})
     assert point is not None
-    point.unmergeable = _odd(module)
+    point.unmergeable = f"its weight is kept {kept}" if kept else _odd(module)
     return point
 
 

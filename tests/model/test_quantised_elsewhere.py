@@ -1,0 +1,82 @@
+"""Backbones whose weights torchao has quantised: methods that add to outputs work on them, what needs the weight says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from zoo.errors import AttachError, MergeError
+
+ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128), nn.Linear(128, 3))
+    if kind == "nf4":
+        for i in (1, 3):
+            linear: Any = made[i]
+            linear.weight = nn.Parameter(ao.NF4Tensor.from_tensor(linear.weight.detach(), 64, 256), requires_grad=False)
+        return made
+    group = ao.granularity.PerGroup(64)
+    config = {
+        "int8": ao.Int8WeightOnlyConfig(),
+        "int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group),
+    }[kind]
+    ao.quantize_(made, config, filter_fn=lambda m, name: name in ("1", "3"))
+    return made
+
+
+def example() -> Tensor:
+    return torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_torchao(kind: str, tmp_path: Path) -> None:
+    model = zoo.load(network(kind), "lora", example=example(), seed=0)
+    assert {"1", "3"} <= {p.name for p in model.points} and model.probe(example()) == []
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    plain = zoo.load(network(kind), example=example())
+    x, point = example(), model.points["1"]
+    changed = model.eval()(x)
+    with torch.no_grad(), model.disable():
+        torch.testing.assert_close(model(x), plain.eval()(x))
+    assert not torch.equal(changed, plain(x)) and model.saved_bytes(x) > 0
+    for adapter, words in (
+        (zoo.adapter("svfit"), "The weight of point '1' is kept as .* of torchao, and is not read here"),
+        (zoo.adapter("lora", dora=True), "of torchao"),
+        (zoo.adapter("l4q"), "of torchao"),
+        (zoo.adapter("full"), "the weight of '1' is kept as .* of torchao, which is not trained"),
+    ):
+        with pytest.raises(AttachError, match=words):
+            model.add_adapter(adapter, "other")
+    assert list(model.adapters) == ["lora"] and torch.equal(model(x), changed)
+    with pytest.raises(AttachError, match="of torchao, and is not read here"):
+        _ = point.weight  # type: ignore[attr-defined]
+    with pytest.raises(MergeError, match=r"its weight is kept as .* of torchao. Keep the adapter live"):
+        model.merge()
+    model.save_adapter(tmp_path / "out")
+    again = zoo.load(network(kind), adapter=tmp_path / "out", example=example())
+    assert torch.equal(again.eval()(x), changed)
+    for name in ("bitfit", "ssf"):
+        model.remove_adapter(model.active[-1])
+        model.add_adapter(name)
+        assert model.train().probe(x) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_merging_into_what_was_quantised_afterwards() -> None:
+    """In a family that knows its points: torchao's function on `model.backbone`, after an adapter was attached."""
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+    model = zoo.load("vit-micro", "lora", pretrained=False, num_classes=3, **sizes)
+    ao.quantize_(model.backbone, ao.Int8WeightOnlyConfig())
+    with pytest.raises(MergeError, match="keeps its weight as Int8Tensor of torchao"):
+        model.merge()
