@@ -37,7 +37,7 @@ def test_a_row_at_toy_size(label: str, tmp_path: Path) -> None:
     assert (row["parameters"] == 0) == label.startswith("head")
 
 
-@pytest.mark.parametrize("name", ["sparse"])
+@pytest.mark.parametrize("name", ["sparse", "sparse_longer"])
 def test_the_committed_table_is_that_of_the_rows(name: str) -> None:
     rows = json.loads((sparse.RESULTS / f"{name}.json").read_text())["rows"]
     assert (sparse.RESULTS / f"{name}.md").read_text() == sparse.markdown(rows)
