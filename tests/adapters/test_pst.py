@@ -55,6 +55,22 @@ def test_a_fit_prunes_and_an_export_keeps_the_zeros(tmp_path: Path) -> None:
     assert set(more.values) == {0.5}
 
 
+def test_micro_batches_share_the_masks_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the head learns, which the released optimizer leaves out."""
+    found: list[int] = []
+    monkeypatch.setattr(pruned, "smallest", lambda scores, count: found.append(count) or smallest(scores, count))
+    models = [tiny_model(pst()) for _ in range(2)]
+    head = models[0].head.weight.detach().clone()
+    counts = []
+    for model, accumulate in zip(models, (1, 3), strict=True):
+        fit(model, easy_data(24), epochs=2, batch_size=12, accumulate=accumulate)
+        counts.append(len(found))
+        found.clear()
+    assert counts[1] == 3 * 12 <= counts[0]  # 12 matrices, 4 steps, of which the first prunes nothing
+    assert difference(weights(models[0]), weights(models[1])) < 1e-4
+    assert not torch.equal(models[0].head.weight, head)
+
+
 def test_cut_off_while_pruning(tmp_path: Path) -> None:
     fit(whole := tiny_model(pst()), easy_data(48), **OPTIONS)
     with pytest.raises(KeyboardInterrupt):

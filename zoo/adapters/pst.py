@@ -24,6 +24,8 @@ no step to prune in is refused.
 
 A mask is found once for each step of the optimizer, whatever its micro-batches, and in evaluation until something changes.
 In memory: one byte an entry, for M (`zoo.adapters.parts.pruned`). No second derivatives: the gradient is that of no function.
+ViT-B/16 on one core, 8 images: a step takes 1.6 times that of LoRA with as many parameters (rank 17), 0.2 of it for the masks;
+920 MB are kept for backward, 595 MB by LoRA.
 """
 
 from __future__ import annotations

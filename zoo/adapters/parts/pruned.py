@@ -11,7 +11,7 @@ a step, by the score of the last entry that goes: on one core 7 times as fast as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,6 +62,22 @@ class Pruned(nn.Module):
             # the last term is 0, and hands the scores the gradient that the mask would get
             return mask * new + (scores - scores.detach()) * new.detach()
         return recomputable(_Masked.apply, weight, *helpers, self.mask(weight), self.factors)
+
+    @staticmethod
+    def linear_group(
+        parts: tuple[tuple[Pruned, int, int], ...],
+        run: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The projection of x (..., i) with all slices of its weight pruned, each of the weight that came in."""
+        pieces, at = [], 0
+        for part, start, stop in parts:
+            pieces += [weight[at:start], part(weight[start:stop]).to(weight.dtype)]
+            at = stop
+        pieces = [piece for piece in (*pieces, weight[at:]) if len(piece)]
+        return run(x, pieces[0] if len(pieces) == 1 else torch.cat(pieces), bias)
 
     @torch.no_grad()
     def mask(self, weight: Tensor) -> Tensor | None:
