@@ -33,7 +33,8 @@ Deviations: scores are taken once for each optimizer step, theirs once for each 
 neurons of a block would go (all equal the quantile), the strongest stays; coefficients that did not move are refused. The head
 goes on with what it learned in the first phase. Its form with bottleneck adapters in the place of LoRA is not here.
 
-In memory: as LoRA; the gated input is recomputed.
+In memory: as LoRA; the gated input is recomputed. A step on ViT-B/16 takes 1.17 x that of LoRA on the same points, and 1.18 x
+while it measures.
 """
 
 from __future__ import annotations
