@@ -62,11 +62,14 @@ def section(name: str, study: Study) -> list[str]:
     words += ["--test-items", str(p.test_items)] if p.test_items else []
     items = "all" if p.shots is None else f"at most {p.shots}"
     tested = "all" if p.test_items is None else f"at most {p.test_items:,}"
+    rates = "each method at its own default learning rate"
+    if p.rates > 1:
+        rates = f"{p.rates} learning rates tried for {p.search_steps} steps each"
     text = [
         f"## {study.backbone}: {', '.join(data)}",
         "",
-        f"{p.steps} steps of {p.batch_size} items, {items} training items of every class, {tested} test items; {p.rates} "
-        f"learning rates tried for {p.search_steps} steps each; seeds {', '.join(map(str, p.seeds))}.",
+        f"{p.steps} steps of {p.batch_size} items, {items} training items of every class, {tested} test items; "
+        f"{rates}; seeds {', '.join(map(str, p.seeds))}.",
         "",
         "```console",
         f"$ {shlex.join(words)}",
