@@ -110,7 +110,7 @@ def _samples(parameters: Mapping[str, Tensor]) -> tuple[list[tuple[str, tuple[in
 def _sample(parameter: Tensor) -> Tensor:
     kind = type(parameter.data)
     if kind not in known_types() and hasattr(kind, "__tensor_flatten__"):  # quantised by a library: what it is made of
-        names = parameter.data.__tensor_flatten__()[0]
+        names = kind.__tensor_flatten__(parameter.data)[0]
         return torch.cat([_sample(getattr(parameter.data, name)).float() for name in names])
     parameter = parameter.detach()
     flat = (parameter if type(parameter) is Tensor else whole(parameter)).reshape(-1)
