@@ -19,7 +19,7 @@ from typing import Any
 from zoo.bench.report import broken_off, left_out, means, picture, read, tables
 from zoo.bench.study import Study
 from zoo.disk import write_file
-from zoo.loading import embedded_adapters
+from zoo.sources import embedded_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "comparison"

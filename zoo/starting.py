@@ -39,7 +39,7 @@ def adapter(name: str, *, init: Any = None, init_like: str = "values", **config:
         return cls.from_config(config if init is None else {"init": init, **config})
     from zoo.disk import read
     from zoo.disk.starts import LIKE, start_from
-    from zoo.loading import resolve
+    from zoo.sources import resolve
 
     if init_like not in LIKE:
         raise ConfigError(

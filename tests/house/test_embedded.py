@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import zoo
-from zoo.loading import embedded_adapters
+from zoo.sources import embedded_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("ZOO_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("zoo.train",),
     ("zoo.puzzle",),
     ("zoo.regimes",),
-    ("zoo.loading", "zoo.starting", "zoo.wrapping"),
+    ("zoo.loading", "zoo.sources", "zoo.starting", "zoo.wrapping"),
     ("zoo.adapters",),  # methods
     ("zoo.table", "zoo.exchange", "zoo.bench"),
     ("zoo.cli",),

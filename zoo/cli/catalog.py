@@ -117,7 +117,7 @@ def info(
       zoo info you/vit-b16-lora-photos
     """
     from zoo import registry
-    from zoo.loading import embedded_adapters
+    from zoo.sources import embedded_adapters
 
     if is_folder(target):
         _show(_folder_info(Path(target).expanduser()), as_json)

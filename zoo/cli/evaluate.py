@@ -153,7 +153,7 @@ def load_target(target: str, pretrained: bool = True, seed: int = 0, trust_backb
         try:
             registry.find_backbone(target)
         except UnknownNameError:
-            from zoo.loading import embedded_adapters
+            from zoo.sources import embedded_adapters
 
             known = [*embedded_adapters(), *registry.list_backbones()]
             raise UnknownNameError(f"There is no saved adapter '{target}'. {nearest(target, known)}") from error

@@ -156,7 +156,7 @@ def _regimes(pattern: str) -> list[dict[str, Any]]:
 def _trained(pattern: str) -> list[dict[str, Any]]:
     """Trained adapters that come with the packages."""
     from zoo.disk.saved import read
-    from zoo.loading import embedded_adapters
+    from zoo.sources import embedded_adapters
 
     rows = []
     for name, folder in embedded_adapters().items():

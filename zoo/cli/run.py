@@ -356,7 +356,7 @@ def _new_head(names: list[str], classes: int) -> int | None:
     """The width of a new head; None keeps that of a saved adapter with as many classes."""
     from zoo import registry
     from zoo.disk.saved import read
-    from zoo.loading import resolve
+    from zoo.sources import resolve
 
     saved = [resolve(n) for n in names if n not in registry.list_adapters()]
     return None if any(isinstance(s, Path) and read(s).num_classes == classes for s in saved) else classes
