@@ -36,6 +36,15 @@ def test_more_ranks_than_the_weight_has_are_refused(method: str, settings: dict[
         zoo.load("vit-micro", zoo.adapter(method, **{"rank": 24, **settings}), device="meta", **TINY)
 
 
+def test_the_default_is_kept_by_networks_that_are_narrower_still() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    model = zoo.wrap(layers, example=torch.randn(2, 4))
+    model.add_adapter(zoo.adapter("lora", targets=("0", "2")))
+    assert model.num_parameters(trainable=True) == 2 * 8 * (4 + 4)
+    with pytest.raises(AttachError, match=r"rank 9, and .* has rank 4 at most"):
+        model.add_adapter(zoo.adapter("lora", rank=9, targets=("0", "2")), "more")
+
+
 def test_of_a_convolution_it_is_that_of_its_matrix() -> None:
     """A stem of 3 x 4 x 4 numbers to 96 channels."""
     wide = {**TINY, "embed_dim": 96}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ Part = tuple["LowRank", int, int]
 def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]]) -> None:
     """A fresh adapter has no more ranks than a change of the widest of its targets can have.
 
-    Where targets differ in width, the narrow ones keep a rank that the others can use, as peft's do; and what is put together
-    or was made elsewhere (a weighted sum, peft's, which asks no question) keeps those that it has.
+    Where targets differ in width, the narrow ones keep a rank that the others can use, as peft's do; the method's own default is
+    kept by networks that are narrower still; and what is put together or was made elsewhere (a weighted sum, peft's, which asks
+    no question) keeps those that it has.
 
     Raises:
         AttachError: at all points of this rank, fewer are the same changes with fewer numbers.
@@ -42,8 +44,9 @@ def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]]) -> No
         most = min(point.dim_out, math.prod(module.weight.shape[1:]) if is_conv(module) else point.dim_in)
         if most > widest.get(rank, (0, point))[0]:
             widest[rank] = most, point
+    usual = next((f.default for f in fields(adapter) if f.name == "rank" and isinstance(f.default, int)), 0)
     for rank, (most, point) in widest.items():
-        if rank > most and not adapter.of_values:
+        if rank > max(most, usual) and not adapter.of_values:
             raise AttachError(
                 f"'{adapter.method}' has rank {rank}, and a change of the weight of '{point.name}', the widest of its targets, "
                 f"has rank {most} at most: more are the same changes, with more numbers. Expected 1 to {most}."
