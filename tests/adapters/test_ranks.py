@@ -24,6 +24,12 @@ TINY: dict[str, Any] = {"pretrained": False, "seed": 0, "embed_dim": 24, "depth"
         ("dylora", {}),
         ("unipelt", {}),
         ("petalface", {}),
+        ("dsee", {"places": "random"}),
+        ("light-peft", {}),
+        ("perp", {}),
+        ("perp", {"update": "scale"}),
+        ("pst", {}),
+        ("l4q", {}),
     ],
 )
 def test_more_ranks_than_the_weight_has_are_refused(method: str, settings: dict[str, Any]) -> None:
@@ -43,6 +49,15 @@ def test_the_default_is_kept_by_networks_that_are_narrower_still() -> None:
     assert model.num_parameters(trainable=True) == 2 * 8 * (4 + 4)
     with pytest.raises(AttachError, match=r"rank 9, and .* has rank 4 at most"):
         model.add_adapter(zoo.adapter("lora", rank=9, targets=("0", "2")), "more")
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"), [("increlora", "target_rank"), ("triadaptlora", "target_rank"), ("pst", "mask_rank")]
+)
+def test_so_are_more_to_grow_to_and_more_for_scores(method: str, setting: str) -> None:
+    with pytest.raises(AttachError, match=rf"'{method}' has {setting} 25, .* has rank 24 at most.*Expected 1 to 24"):
+        zoo.load("vit-micro", zoo.adapter(method, **{setting: 25}), **TINY)
+    zoo.load("vit-micro", zoo.adapter(method, **{setting: 24}), device="meta", **TINY)
 
 
 def test_of_a_convolution_it_is_that_of_its_matrix() -> None:

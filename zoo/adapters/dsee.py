@@ -42,6 +42,7 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.entries import index_of
 from zoo.adapters.parts.gates import Gates, add_gates, block_of, readers
 from zoo.adapters.parts.highest import highest
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.lowest import lowest
 from zoo.adapters.parts.outliers import outliers
 from zoo.adapters.parts.sparse_low_rank import SparseLowRank
@@ -105,6 +106,7 @@ class DSEE(Adapter):
     def attach(self, points: Points) -> None:
         """Find the places of the entries, unless a plan says how many were found, and add the change at every target."""
         chosen = self.selected(points)
+        check_rank(self, ((point, self.rank) for point in chosen))
         if self.coefficients:
             gated = {p.name for found in readers(points, self.method) for p in found}
             both = [p.name for p in chosen if p.name in gated]

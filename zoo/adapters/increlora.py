@@ -46,6 +46,7 @@ from typing import Any
 
 from zoo.adapters.parts.budget import smooth, steps_of
 from zoo.adapters.parts.growing import Growing, OfGrowing
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.rounds import InRounds, Rounds
 from zoo.host import Host
 from zoo.points import Points
@@ -58,7 +59,8 @@ class IncreLoRA(OfGrowing, InRounds):
     """Low-rank adaptation whose ranks grow where it matters.
 
     Args:
-        rank: r0, directions of each projection at the start. target_rank: how many there are on average at the end.
+        rank: r0, directions of each projection at the start. target_rank: how many there are on average at the end,
+            at most what the widest target's change can have.
         alpha: numerator of the scale alpha / r.
         targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, gate, up, down.
         dropout: on the input, while training.
@@ -121,6 +123,7 @@ class IncreLoRA(OfGrowing, InRounds):
     def attach(self, points: Points) -> None:
         """Add the first directions at every selected linear point."""
         points.require("linear", "increlora")
+        check_rank(self, ((point, self.target_rank) for point in points.linears(self.targets)), "target_rank")
         for point in points.linears(self.targets):
             point.add(Growing(point.dim_in, point.dim_out, self.rank, self.alpha, self.dropout))
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.stepped import Levels, Stepped
 from zoo.errors import AttachError, ConfigError
 from zoo.model.model import Model
@@ -89,6 +90,7 @@ class L4Q(Adapter):
     def attach(self, points: Points) -> None:
         """Round the weight of every selected linear point by steps of its own."""
         points.require("linear", "l4q")
+        check_rank(self, ((point, self.rank) for point in self.selected(points)))
         scale = (self.rank if self.alpha is None else self.alpha) / self.rank
         for point in self.selected(points):
             weight = point.weight

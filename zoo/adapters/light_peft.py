@@ -50,6 +50,7 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.lora import LoRA
 from zoo.adapters.parts.estimated import Estimated
 from zoo.adapters.parts.gates import block_of, readers
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.errors import AttachError, ConfigError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points
@@ -93,6 +94,7 @@ class LightPEFT(Adapter):
     def attach(self, points: Points) -> None:
         """Add a low-rank change at every target, and coefficients where heads and neurons are read."""
         changed = {p.name for p in points.linears(self.targets)}
+        check_rank(self, ((point, self.rank) for point in points.linears(self.targets)))
         heads, neurons = readers(points, self.method)
         counts = {**{p.name: p.num_heads for p in heads}, **{p.name: p.dim_in for p in neurons}}
         for point in [p for p in points if p.kind == "linear" and p.name in changed | counts.keys()]:

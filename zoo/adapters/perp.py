@@ -47,6 +47,7 @@ from torch import Tensor
 import zoo
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.blockwise import Samples, by_block, reconstruct, untouched
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.masked import UPDATES, Masked, folded, unfolded
 from zoo.adapters.parts.pruning import CRITERIA, Pruning, pattern_of
 from zoo.engine.changes import BiasDelta
@@ -141,6 +142,8 @@ class PERP(Adapter):
     def attach(self, points: Points) -> None:
         """Prune every selected projection, by data when these are there; train biases and norms."""
         points.require("linear", "perp")
+        if self.update != "none":
+            check_rank(self, ((point, self.rank) for point in points.linears(self.targets)))
         for point in points.linears(self.targets):
             mask = self._known.get(f"{point.name}.mask")
             shift = self._known.get(f"{point.name}.shift")

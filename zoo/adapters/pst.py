@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.pruned import Pruned
 from zoo.errors import ConfigError
 from zoo.host import Host
@@ -92,6 +93,8 @@ class PST(Adapter):
     def attach(self, points: Points) -> None:
         """Put a mask and a change on every selected projection."""
         points.require("linear", "pst")
+        for setting in ("rank", "mask_rank"):
+            check_rank(self, ((p, getattr(self, setting)) for p in points.linears(self.targets)), setting)
         for point in points.linears(self.targets):
             factors = (self.beta, self.alpha1, self.alpha2)
             point.reparametrize(Pruned(point.dim_in, point.dim_out, self.rank, self.mask_rank, factors))

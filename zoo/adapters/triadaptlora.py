@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.parts.budget import distance, steps_of
+from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.rounds import InRounds, Paced
 from zoo.adapters.parts.triangular import NAMES, Triangular
 from zoo.host import Host
@@ -58,7 +59,8 @@ class TriAdaptLoRA(InRounds):
     """Low-rank adaptation with a triangular mixer whose ranks grow where it moves.
 
     Args:
-        rank: r0, directions of each projection at the start. target_rank: how many there are on average at the end.
+        rank: r0, directions of each projection at the start. target_rank: how many there are on average at the end,
+            at most what the widest target's change can have.
         alpha: numerator of the scale alpha / r.
         targets: roles or names of linear points; "all-linear" is q, k, v, o, in, out, gate, up, down.
         dropout: on the input, while training.
@@ -118,6 +120,7 @@ class TriAdaptLoRA(InRounds):
     def attach(self, points: Points) -> None:
         """Add the first block at every selected linear point."""
         points.require("linear", "triadaptlora")
+        check_rank(self, ((point, self.target_rank) for point in points.linears(self.targets)), "target_rank")
         for point in points.linears(self.targets):
             point.add(Triangular(point.dim_in, point.dim_out, self.rank, self.alpha, self.dropout))
 

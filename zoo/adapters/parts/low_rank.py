@@ -28,7 +28,7 @@ __all__ = ["LowRank", "add_low_rank", "check_rank"]
 Part = tuple["LowRank", int, int]
 
 
-def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]]) -> None:
+def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]], setting: str = "rank") -> None:
     """A fresh adapter has no more ranks than a change of the widest of its targets can have.
 
     Where targets differ in width, the narrow ones keep a rank that the others can use, as peft's do; the method's own default is
@@ -44,12 +44,12 @@ def check_rank(adapter: Adapter, ranks: Iterable[tuple[LinearPoint, int]]) -> No
         most = min(point.dim_out, math.prod(module.weight.shape[1:]) if is_conv(module) else point.dim_in)
         if most > widest.get(rank, (0, point))[0]:
             widest[rank] = most, point
-    usual = next((f.default for f in fields(adapter) if f.name == "rank" and isinstance(f.default, int)), 0)
+    usual = next((f.default for f in fields(adapter) if f.name == setting and isinstance(f.default, int)), 0)
     for rank, (most, point) in widest.items():
         if rank > max(most, usual) and not adapter.of_values:
             raise AttachError(
-                f"'{adapter.method}' has rank {rank}, and a change of the weight of '{point.name}', the widest of its targets, "
-                f"has rank {most} at most: more are the same changes, with more numbers. Expected 1 to {most}."
+                f"'{adapter.method}' has {setting} {rank}, and a change of the weight of '{point.name}', the widest of its "
+                f"targets, has rank {most} at most: more are the same changes, with more numbers. Expected 1 to {most}."
             )
 
 
