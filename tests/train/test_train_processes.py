@@ -18,6 +18,7 @@ from torch import Tensor
 from train_parts import difference, easy_data, tiny_model, weights
 
 import zoo
+from zoo.train import IST
 from zoo.train.processes import Processes
 
 METHODS: dict[str, Any] = {
@@ -67,7 +68,7 @@ def train(out: Path) -> None:
     torch.set_num_threads(1)
     histories, tensors = {}, {}
     data = easy_data(37, noise=1)  # the last batch has one image: one process has nothing to do
-    for name in [*METHODS, "odd", "dropout", "context"]:
+    for name in [*METHODS, "odd", "dropout", "context", "ist"]:
         model = tiny_model(
             zoo.adapter(name, **METHODS[name])
             if name in METHODS
@@ -79,7 +80,8 @@ def train(out: Path) -> None:
         odd = Odd()
         # random numbers belong to the parts of a batch: two parts draw alike on one process and on two
         parts = 2 // world() if name == "dropout" else 1
-        callbacks = [odd] if name == "odd" else []
+        sampler = IST(every=2)
+        callbacks = [odd] if name == "odd" else [sampler] if name == "ist" else []
         report = zoo.fit(
             model, data, easy_data(13, seed=1), callbacks=callbacks, accumulate=parts, task=task, **SETTINGS
         )
@@ -87,6 +89,8 @@ def train(out: Path) -> None:
         tensors |= {f"{name}:{k}": v for k, v in weights(model).items()}
         if name == "odd":
             tensors |= {"odd:draws": odd.draws, "odd:extra": odd.extra.detach()}
+        if name == "ist":
+            tensors |= {"ist:scores": sampler.scores, "ist:updates": torch.tensor(sampler.updates)}
         metrics = zoo.evaluate(model, easy_data(21, seed=2), per_class=True, task=task, progress=False, device="cpu")
         histories[f"{name}:test"] = [{k: v for k, v in metrics.items() if "second" not in k}]
     processes = Processes("cpu")
@@ -135,6 +139,7 @@ def test_two_processes_train_to_the_numbers_of_one(tmp_path: Path) -> None:
     assert all(any(k.startswith(f"{m}:{m}/") for k in first) for m in METHODS)
     assert torch.equal(first["odd:draws"], second["odd:draws"])
     assert not torch.equal(first["odd:extra"], torch.ones(2))
+    assert torch.equal(first["ist:updates"], second["ist:updates"]) and first["ist:scores"].any()
 
 
 if __name__ == "__main__":

@@ -195,4 +195,5 @@ class Sited(Headed):
             and (where.module is not block or op.where == "forward")
         )
         trained = any(p.requires_grad for op in ops for m in op.modules for p in m.parameters())
-        return trained or any(s.module in inside for n in self._state.active for s in self._swaps[n])
+        swaps = (s for n in self._state.active for s in self._swaps[n] if s.module in inside)
+        return trained or any(s.trained.requires_grad for s in swaps)

@@ -5,6 +5,7 @@ from zoo.train.calibration import calibrate
 from zoo.train.evaluation import evaluate
 from zoo.train.fitting import fit
 from zoo.train.hooks import Hooks, training_hooks
+from zoo.train.ist import IST
 from zoo.train.optimizer import OptimizerService
 from zoo.train.report import Report
 from zoo.train.samplers import Balanced, Mixed, OnePart, PerClass, Sampler
@@ -12,6 +13,7 @@ from zoo.train.step import TrainingError
 from zoo.train.streams import Stream
 
 __all__ = [
+    "IST",
     "Balanced",
     "Hooks",
     "Mixed",

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.train.checkpoint import parameters_of
+
 if TYPE_CHECKING:
     from zoo.model import Model
 
@@ -29,12 +31,18 @@ class Ema:
         self.model, self.decay = model, decay
         self.steps = 0
         self.values: dict[str, Tensor] = {}
+        self.names: set[str] = set()  # of all that the run trains, whatever a step leaves out
+
+    def fit_start(self, model: Any, optimizer: Any, total_steps: int) -> None:
+        """What is trained."""
+        self.names = set(optimizer.parameters)
 
     def after_step(self, model: Any, step: int) -> None:
         """Follow."""
         rate = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        trained = self.model.parameters_to_train()
+        rests = {n: p for n, p in parameters_of(self.model).items() if n in self.names}  # some of them, for this step
+        trained = {**rests, **self.model.parameters_to_train()}
         adapters: Any = self.model.adapters
         moved = {f"{name}/{n}": source for name, a in adapters.items() for n, source in a.rearranged.items()}
         with torch.no_grad():

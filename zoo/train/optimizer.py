@@ -73,6 +73,8 @@ class OptimizerService:
         self.factor = 1.0
         self.streams: Mapping[str, Any] = {}
         """Further data beside the training data, see `stream`."""
+        self.task: Any = None
+        """What the run trains for, for methods that probe; None: what the model is for."""
 
     @classmethod
     def wrap(cls, optimizer: Optimizer, model: Model, *, total_steps: int) -> OptimizerService:

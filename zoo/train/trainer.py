@@ -149,7 +149,7 @@ class Trainer:
             options=settings.optimizer_options,
         )
         service.reduce, service.streams = processes.add, self.streams
-        service.parts = settings.accumulate * processes.world
+        service.parts, service.task = settings.accumulate * processes.world, self.task
         given = {"default": float(self.lr)} if isinstance(self.lr, (int, float)) else self.lr
         add_parameters(
             service, model, parameters, given, settings.layer_decay, settings.weight_decay, self._default_rate
