@@ -11,6 +11,7 @@ from torch import Tensor
 from train_parts import easy_data, fit, tiny_model
 
 import zoo
+from zoo.errors import ConfigError
 from zoo.train import training_hooks
 
 
@@ -127,6 +128,42 @@ def test_hooks_in_ones_own_loop() -> None:
     assert [c if isinstance(c, str) else c[0] for c in recorder.calls] == [
         *("calibrate", "fit_start", "step_start", "extra_loss", "after_backward", "after_step", "step_end", "fit_end")
     ]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_step_that_is_not_ended_is_ended_in_front_of_the_next(ended: bool) -> None:
+    """PST prunes behind each step: without it a whole run would leave the network dense, in silence."""
+    model = tiny_model(zoo.adapter("pst", rank=2, mask_rank=2, sparsity=0.5))
+    images, labels = easy_data(8).tensors
+    hooks = training_hooks(model)
+    optimizer = torch.optim.SGD(model.parameters_to_train().values(), lr=0.1)
+    hooks.fit_start(optimizer, 6)
+    for step in range(6):
+        hooks.step_start(step)
+        F.cross_entropy(model(images), labels).backward()
+        hooks.after_backward(step)
+        optimizer.step()
+        hooks.after_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        if ended:
+            hooks.step_end(step)
+    hooks.fit_end()
+    assert model.adapters["pst"].zeros() == pytest.approx(0.5, abs=0.01)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["pst", "adalora", "increlora", "triadaptlora", "dsl", "light-peft"])
+def test_a_schedule_without_a_number_of_steps_is_refused(method: str) -> None:
+    hooks = training_hooks(tiny_model(method))
+    with pytest.raises(ConfigError, match=rf"\({method}\) has a schedule.*hooks.fit_start"):
+        hooks.step_start(0)
+
+
+def test_a_calibration_that_was_forgotten_is_said() -> None:
+    model = tiny_model(zoo.adapter("lt-sft", entries=50))
+    hooks = training_hooks(model)
+    hooks.fit_start(torch.optim.SGD(model.parameters_to_train().values(), lr=0.1), 2)
+    with pytest.raises(ConfigError, match=r"\(lt-sft\) has to see data.*hooks.calibrate"):
+        hooks.step_start(0)
 
 
 def test_eval_end_is_called_after_an_error() -> None:

@@ -12,6 +12,7 @@
         optimizer.step()
         hooks.after_step(step)
         optimizer.zero_grad(set_to_none=True)
+        hooks.step_end(step)
     hooks.fit_end()
 
 `optimizer` is any torch optimizer; methods that need its services get it wrapped in an `OptimizerService`. What a method
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zoo.adapters.base import Adapter
+from zoo.errors import ConfigError
 from zoo.train.optimizer import OptimizerService
 
 if TYPE_CHECKING:
@@ -173,10 +175,57 @@ class Unheard(Hooks):
         return []
 
 
+class OwnLoop(Hooks):
+    """Hooks that are called by hand: a step that was not ended is ended in front of the next; what was forgotten is said."""
+
+    def __init__(self, model: Model, callbacks: Sequence[Any] = ()) -> None:
+        super().__init__(model, callbacks)
+        self._open: int | None = None  # the step whose `step_end` was not called yet
+
+    def step_start(self, step: int) -> None:
+        """In front of the forward pass of an optimizer step (counted from 0).
+
+        Raises:
+            ConfigError: an adapter was not calibrated, or plans its steps and was not told how many there are.
+        """
+        self._end()
+        for name, adapter in zip(self.model.active, self.adapters):
+            if _uncalibrated(adapter):
+                raise ConfigError(
+                    f"The adapter '{name}' ({adapter.method}) has to see data before it is trained. Call "
+                    "hooks.calibrate(batches) before the optimizer is made."
+                )
+            if adapter.plans_steps and adapter.training_service is None:
+                raise ConfigError(
+                    f"The adapter '{name}' ({adapter.method}) has a schedule over all steps, and was not told how many there "
+                    "are. Call hooks.fit_start(optimizer, total_steps) before the first step."
+                )
+        super().step_start(step)
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has stepped; gradients are not yet zeroed."""
+        super().after_step(step)
+        self._open = step
+
+    def step_end(self, step: int) -> None:
+        """A step is over, gradients are zeroed."""
+        self._open = None
+        super().step_end(step)
+
+    def fit_end(self) -> None:
+        """Training is over."""
+        self._end()
+        super().fit_end()
+
+    def _end(self) -> None:
+        if self._open is not None:
+            self.step_end(self._open)
+
+
 def _uncalibrated(receiver: Any) -> bool:
     return getattr(receiver, "needs_calibration", False) and getattr(receiver, "plan", None) is None
 
 
 def training_hooks(model: Model, callbacks: Sequence[Any] = ()) -> Hooks:
     """The training hooks of a model's active adapters, for your own loop; see `zoo.train.hooks`."""
-    return Hooks(model, callbacks)
+    return OwnLoop(model, callbacks)
