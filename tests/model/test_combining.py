@@ -19,6 +19,7 @@ SUMS = [m for m, cls in METHODS.items() if cls.sums] + [
     "triadaptlora",
     "vera",
     "dylora",
+    "diffora",
 ]
 WEIGHTS = {"a": 0.7, "b": -0.4}
 

@@ -112,8 +112,9 @@ def test_a_finished_run_is_only_loaded(tmp_path: Path, unbroken: tuple[Report, d
         zoo.adapter("full"),
         zoo.adapter("meft", rank=2, dropout=0.1),
         zoo.adapter("petalface", rank=2, threshold=None),
+        zoo.adapter("diffora", rank=2, warmup=2, steps=3),
     ],
-    ids=["vpt", "spt", "full", "meft", "petalface"],
+    ids=["vpt", "spt", "full", "meft", "petalface", "diffora"],
 )
 def test_other_methods(tmp_path: Path, adapter: zoo.Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a calibration decided is in the checkpoint; it is not made again."""
