@@ -68,7 +68,7 @@ def test_adapters_on_int8(family: str) -> None:
         for key, value in ours.items():
             torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-6)
         assert small.saved_bytes(images()) == model.saved_bytes(images())  # no float copy of a weight is kept
-    with pytest.raises(MergeError, match="no weight to merge into"):
+    with pytest.raises(MergeError, match="is kept in int8, into which nothing can be merged"):
         small.eval().merge()
 
 

@@ -180,7 +180,7 @@ def test_settings(family: str, to: str) -> None:
     small.eval().memory = plain.eval().memory = "default"
     route = ["lora", None, "ssf", "lora"]
     torch.testing.assert_close(small(images(), adapters=route), plain(images(), adapters=route), **close)
-    with pytest.raises(MergeError, match="no weight to merge into"):
+    with pytest.raises(MergeError, match=f"is kept in {to}, into which nothing can be merged"):
         small.merge()
     with torch.no_grad():
         expected, half = small(images()), copy.deepcopy(small).to(torch.bfloat16)
@@ -264,6 +264,9 @@ def test_refused() -> None:
         zoo.quantise(model, to="nf5")
     with pytest.raises(ConfigError, match=r"only nn\.Linear is kept in nf4"):
         zoo.quantise(model, "patch_embed", to="nf4")
+    for none in ([], (), ""):
+        with pytest.raises(ConfigError, match="nothing to quantise"):
+            zoo.quantise(model, none, to="nf4")
     with torch.no_grad():
         model.backbone.blocks[1].mlp.fc1.weight[0, 0] = float("nan")  # type: ignore[index,union-attr]
     with pytest.raises(ConfigError, match=r"'blocks.1.mlp.fc1' holds NaN or Inf"):

@@ -52,7 +52,9 @@ def _to_round(model: Model, points: str | Sequence[str] | None, to: str) -> list
     """Paths of the modules that are kept in few bits; raises what `quantise` does."""
     if to not in FORMATS:
         raise ConfigError(f"Weights cannot be kept in '{to}'. {nearest(to, FORMATS)}")
-    chosen = model.points.linears(points or "all-linear")
+    if points is not None and not points:
+        raise ConfigError("There is nothing to quantise: name linear points, or leave points= out for all projections.")
+    chosen = model.points.linears("all-linear" if points is None else points)
     if points is None:
         chosen = [p for p in chosen if type(p.module) is nn.Linear] or chosen
     modules = {id(p.module): p for p in chosen}

@@ -94,6 +94,11 @@ class Merger:
             )
         self._readable(point)
         parameter, rows = self._held(point, name)
+        if parameter is None and name == "weight" and (kept := getattr(self.module(point), "kept_in", "")):
+            raise MergeError(
+                f"the weight of '{point.name}' is kept in {kept}, into which nothing can be merged without rounding it anew. "
+                "Keep the adapter live: model.save_adapter(folder)."
+            )
         if parameter is None:
             raise MergeError(
                 f"point '{point.name}' has no {name} to merge into, and adding one would change the library's module. "
