@@ -65,6 +65,7 @@ __all__ = ["Puzzle"]
 OBJECTIVES = ("features", "scores")
 # Settings in which a run may differ from that whose library it takes
 FREE = (*RESOURCES, "epochs", "lr", "solver", "library")
+WHOLE = "The whole parent fits into the budget: nothing is to be replaced. Allow less."
 Scores = dict[str, dict[str, float]]
 
 
@@ -245,6 +246,8 @@ class Puzzle(Regime):
                     f"Expected more than {rest / whole[name]:.3f}."
                 )
             found[name] = share * whole[name] - rest
+        if all(sum(next(iter(row.values()))[n] for row in costs.values()) <= most for n, most in found.items()):
+            raise ConfigError(WHOLE)
         return found
 
     def _choose(self, scores: Scores, costs: Any, budget: Mapping[str, float]) -> dict[str, str]:
@@ -311,7 +314,7 @@ class Puzzle(Regime):
         folder = self._folder(run)
         children = {name: _form(forms[name], text) for name, text in chosen.items() if text != text_of(forms[name][0])}
         if not children:
-            raise ConfigError("The whole parent fits into the budget: nothing is to be replaced. Allow less.")
+            raise ConfigError(WHOLE)
         weights = {name: self.weights(run, name, form) for name, form in children.items()}
         network = substitute(run.model, children, order=order, weights=weights)
         entry: dict[str, Any] = {"history": [], "steps": 0, "seconds": 0.0}
