@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -340,7 +341,7 @@ def sized(cls: type[Backbone], name: str, options: dict[str, Any]) -> dict[str, 
     """The options of `zoo.load` with the size of images under the word of the family's library; either word is understood.
 
     Raises:
-        ConfigError: both words, or a size for a family that has none to choose.
+        ConfigError: both words, no whole number of pixels, or a size for a family that has none to choose.
     """
     given = [word for word in _SIZE if word in options]
     if not given or not cls.saved_options:
@@ -354,6 +355,12 @@ def sized(cls: type[Backbone], name: str, options: dict[str, Any]) -> dict[str, 
         sizes = ", ".join(f"{word}=" for word in cls.saved_options if word.endswith("size")) or "none"
         raise ConfigError(
             f"'{name}' of the family '{cls.family}' has no size of images to choose ({given[0]}=). Sizes that it has: {sizes}."
+        )
+    size = options[given[0]]
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    if size is not None and not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in sides):
+        raise ConfigError(
+            f"{given[0]} is {size!r}; expected a whole number of pixels, 1 or more, or two of them: height and width."
         )
     word = known[0] if len(known) == 1 else _SIZE[name.startswith("transformers:")]
     return {word if k in given else k: v for k, v in options.items()}

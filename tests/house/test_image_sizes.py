@@ -34,6 +34,13 @@ def test_both_words_are_refused() -> None:
         zoo.load("vit-micro", device="meta", img_size=64, image_size=32, **VIT)
 
 
+@pytest.mark.parametrize("name", ["vit-micro", "swin-micro", "clip-micro"])
+@pytest.mark.parametrize("size", [0, -4, 64.0, "64", True, (64, 0), (64,), (64, 64, 64), [64, None]])
+def test_sizes_that_are_none(name: str, size: Any) -> None:
+    with pytest.raises(ConfigError, match=r"img_size is .*; expected a whole number of pixels, 1 or more, or two"):
+        zoo.load(name, device="meta", **{**TINY, "img_size": size})
+
+
 @pytest.mark.parametrize("word", ["img_size", "image_size"])
 def test_a_network_without_images_says_so(word: str) -> None:
     with pytest.raises(ConfigError, match=rf"family 'ast' has no size of images to choose \({word}=\). Sizes that it"):

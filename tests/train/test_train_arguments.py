@@ -113,7 +113,7 @@ def test_an_optimizer_that_is_none() -> None:
         fit(tiny_model(), easy_data(8), optimizer=lambda groups: [])
 
 
-@pytest.mark.parametrize("options", [{"img_size": "big"}, {"patch_size": 0}, {"num_heads": 7}, {"embed_dim": 2.5}])
+@pytest.mark.parametrize("options", [{"mlp_ratio": "big"}, {"patch_size": 0}, {"num_heads": 7}, {"embed_dim": 2.5}])
 def test_options_that_a_builder_breaks_over(options: dict[str, Any]) -> None:
     """A division by zero inside timm, an assertion, a TypeError."""
     with pytest.raises(ConfigError, match=r"does not take these options|cannot be built with"):
