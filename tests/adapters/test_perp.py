@@ -374,6 +374,10 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     model = bare("vit")
     with pytest.raises(AttachError, match=r"'blocks.0.attn.q' reads 48 channels, which groups of 14 do not divide"):
         model.add_adapter(zoo.adapter("perp", pattern="7:14"))
+    with pytest.raises(
+        AttachError, match=r"a sparsity of 0.9999 leaves none of the 2,304 entries of 'blocks.0.attn.q'"
+    ):
+        model.add_adapter(zoo.adapter("perp", sparsity=0.9999))
     with torch.no_grad():
         model.backbone.blocks[1].mlp.fc1.weight[0, 0] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(DataError, match=r"'blocks.1.mlp.up' hold numbers that are not finite"):

@@ -87,6 +87,8 @@ def test_refused() -> None:
         go(tiny_model("lora"))
     with pytest.raises(DataError, match="data= is one data set"):
         zoo.run(tiny_model(None), "dsee", [data()], **SMALL)
+    with pytest.raises(ConfigError, match=r"dsee prunes the backbone, and 'blocks.0.attn.q' has int8 weights"):
+        go(zoo.quantise(tiny_model(None)))
     other = zoo.load("groupmamba-t", num_classes=4, device="meta", pretrained=False)
     with pytest.raises(ConfigError, match="not described for the family 'groupmamba'"):
         zoo.run(other, "dsee", data(), heads=0.5, **SMALL)

@@ -148,6 +148,8 @@ def test_refused() -> None:
         go(tiny_model("lora"))
     with pytest.raises(DataError, match="data= is one data set"):
         zoo.run(tiny_model(None), "light-peft", [data()], **SMALL)
+    with pytest.raises(ConfigError, match=r"light-peft prunes the backbone, and 'blocks.0.attn.q' has int8 weights"):
+        go(zoo.quantise(tiny_model(None)))
     model = bare("vit")
     adapter: Any = model.add_adapter("light-peft")
     for given, match in (

@@ -69,6 +69,16 @@ def _to_round(model: Model, points: str | Sequence[str] | None, to: str) -> list
     return [p.path for p in modules.values()]
 
 
+def check_whole(model: Model, method: str) -> None:
+    """Raise ConfigError where projections are quantised: `method` will prune them, and says so before anything is trained."""
+    for point in model.points.linears("all-linear"):
+        if "weight" not in point.module._parameters:
+            raise ConfigError(
+                f"{method} prunes the backbone, and '{point.name}' has {getattr(point.module, 'kept_in', 'no')} weights. Load it "
+                "without quantise=, and quantise what comes out (zoo.quantise)."
+            )
+
+
 def sparsify(
     model: Model,
     points: str | Sequence[str] = "all-linear",

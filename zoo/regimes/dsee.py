@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError
-from zoo.model.lighter import sparsify
+from zoo.model.lighter import check_whole, sparsify
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.work import Run
@@ -95,6 +95,7 @@ class DuallySparse(Regime):
             )
         if self.heads or self.neurons:
             type(run.model.family).surgery()
+        check_whole(run.model, NAME)
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """Tune, prune, tune again."""

@@ -22,6 +22,7 @@ import torch
 
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError
+from zoo.model.lighter import check_whole
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.report import style
@@ -91,6 +92,7 @@ class EarlyPruning(Regime):
             )
         if self.heads or self.neurons:
             type(run.model.family).surgery()
+            check_whole(run.model, NAME)
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """Estimate, prune, train."""

@@ -177,6 +177,11 @@ class Pruning:
             raise DataError(
                 f"{self.method}: the weight or the inputs of '{point.name}' hold numbers that are not finite."
             )
+        if self.pattern is None and round(self.sparsity * scores.numel()) == scores.numel():
+            raise AttachError(
+                f"'{self.method}': a sparsity of {self.sparsity!r} leaves none of the {scores.numel():,} entries of "
+                f"'{point.name}'. Take less."
+            )
         return largest(scores, self.sparsity, self.pattern)
 
     @staticmethod
