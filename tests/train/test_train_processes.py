@@ -31,6 +31,7 @@ METHODS: dict[str, Any] = {
     "increlora": {"target_rank": 2},
     "triadaptlora": {"target_rank": 2, "added": 2},
     "spt": {"budget": 0.002, "rank": 2, "dropout": 0.0, "drop_path": 0.0, "num_batches": 3},
+    "diffora": {"rank": 2, "warmup": 2, "steps": 3},
 }
 SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 1e-2, "progress": False, "device": "cpu"}
 
