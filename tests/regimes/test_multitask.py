@@ -63,6 +63,8 @@ def test_weights_of_tasks_count_in_training_alone() -> None:
         go("lora", weights={"bird": 2.0})
     with pytest.raises(ConfigError, match="the weight of 'cars' is 0; expected more than 0"):
         go("lora", weights={"cars": 0})
+    with pytest.raises(ConfigError, match="the weight of 'cars' is 'much'; expected more than 0"):
+        go("lora", weights={"cars": "much"})
     with pytest.raises(ConfigError, match="head='mmseg-fcn' is of tasks of maps"):
         go("lora", head="mmseg-fcn")
 

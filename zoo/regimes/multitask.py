@@ -123,7 +123,8 @@ class MultiTask(Regime):
         self.check(self.tau >= 0, f"tau is {self.tau}; expected 0 or more.")
         self.check(self.batches in ("one", "mixed"), f"batches is {self.batches!r}; expected 'one' or 'mixed'.")
         for name, weight in (self.weights or {}).items():
-            self.check(0 < weight < float("inf"), f"the weight of '{name}' is {weight}; expected more than 0.")
+            real = isinstance(weight, (int, float)) and 0 < weight < float("inf")
+            self.check(real, f"the weight of '{name}' is {weight!r}; expected more than 0.")
 
     def prepare(self, run: Run) -> None:
         """Data by name, a model without a head, adapters that know these tasks."""
