@@ -207,7 +207,7 @@ class Conformer(Adapter):
         points.require("sublayer", "conformer")
         chosen: list[SublayerPoint] = points.select(self.targets, kind="sublayer")
         for point in chosen:
-            check_whole(point, "'conformer' mixes each token with those around it", "'adapter'")
+            check_whole(points, point, "'conformer' mixes each token with those around it", "'adapter'")
             module = Convolution(
                 point.dim_out,
                 self.rank_at(point.dim_out),

@@ -138,7 +138,7 @@ class MixtureOfAdapters(Adapter):
         chosen: list[SublayerPoint] = points.select(self.targets, kind="sublayer")
         for point in chosen:
             if self.form == "soft":
-                check_whole(point, "'moa' averages all tokens of a sequence", "form='dense'")
+                check_whole(points, point, "'moa' averages all tokens of a sequence", "form='dense'")
             dim, rank = point.dim_out, self.rank_at(point.dim_out)
             soft = self.form == "soft"
             point.parallel(Soft(dim, rank, self.experts, self.slots) if soft else Dense(dim, rank, self.experts))

@@ -229,7 +229,11 @@ def test_one_sublayer_and_no_attention() -> None:
     assert model.points.kinds == ("linear", "sublayer", "norm", "block")
     assert model.points.norm_before(model.points["stages.1.blocks.0.mlp"]).name == "stages.1.blocks.0.norm"
     assert [p.name for p in model.points.readers(model.points["stages.0.blocks.0.mlp"])] == ["stages.0.blocks.0.mlp.up"]
-    for method, reason in (("vpt", "needs tokens points"), ("prefix", "needs attention points"), ("meft", "by hand")):
+    for method, reason in (
+        ("vpt", "needs tokens points"),
+        ("prefix", "needs attention points"),
+        ("meft", "lacks its attention"),
+    ):
         with pytest.raises(AttachError, match=reason):
             load("v1", method)
 
