@@ -1,4 +1,4 @@
-"""Do pre-trained prompts help where examples are few (PVP)? `vit-micro`, one and two images of each class.
+"""Do pre-trained prompts help where examples are few (PVP)? `vit-micro`, one, two and four images of each class.
 
     python benchmarks/few_shot.py --data <folder with cifar10/, cifar100/> --seeds 3
 
@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
 }
 STARTS = ("random", "pre-trained", "scale", "shuffled")
-SHOTS = (1, 2)
+SHOTS = (1, 2, 4)
 RESULTS = Path(__file__).parent / "results"
 RATES = {"default": 5e-3, "head": 1e-2}  # of both stages and every start
 PLAIN: dict[str, Any] = {"augment": "none", "precision": "bf16", "progress": False}
