@@ -24,7 +24,7 @@ def launch(file: str, *arguments: str | Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -42,7 +42,7 @@ def pair(file: str | Path, folder: Path, *arguments: str | Path) -> None:
         with (folder / f"log.{rank}").open("wb") as log:
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=240) for process in started]
+        codes = [process.wait(timeout=480) for process in started]
     finally:
         for process in started:
             process.kill()
