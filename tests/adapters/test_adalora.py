@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_parts import difference, easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.adapters.parts.budget import Schedule, kept, steps_of
@@ -185,19 +185,6 @@ def test_no_epoch_before_the_budget_is_chosen(monkeypatch: pytest.MonkeyPatch) -
     report = fit(model, easy_data(64), easy_data(16, seed=1), epochs=6, keep="best", lr=1e-2)
     assert report.best["epoch"] == 4 and report.best["chosen"] == "best"  # 24 steps; final from t = 13 on
     assert sum(adapter_of(model).ranks().values()) == 24
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == self.step:
-            raise Stop
 
 
 @pytest.mark.parametrize("stop", [0, 3, 8, 13])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_parts import difference, easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.adapters.lora import LoRA
@@ -192,19 +192,6 @@ def test_a_plan_of_another_structure_is_refused(tmp_path: Path) -> None:
 
 
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "checkpoint_every": 1, "lr": 1e-2, "keep": "best"}
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == self.step:
-            raise Stop
 
 
 @pytest.mark.parametrize("memory", ["default", "min"])

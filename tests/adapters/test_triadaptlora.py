@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_parts import difference, easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.adapters.parts.rounds import Paced
@@ -180,19 +180,6 @@ def test_what_is_left(tmp_path: Path) -> None:
     before = weights(again)
     fit(again, easy_data(64), epochs=1)
     assert adapter_of(again).ranks() == ranks and difference(weights(again), before) > 0
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == self.step:
-            raise Stop
 
 
 @pytest.mark.parametrize("stop", [0, 4, 9, 13])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from method_models import bare, images, loss_of
 from torch import Tensor, nn
-from train_parts import easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo import registry
@@ -36,21 +36,6 @@ class Vectors(nn.Module):
             RUNS.append(task)
         row = self.rows[0 if task is None else self.names.index(task)]
         return self.map(row).view(-1, self.dim).unbind(0)
-
-
-class Stop(Exception):
-    pass
-
-
-@dataclass
-class StopAt:
-    """Ends a run after a step, as a kill would."""
-
-    step: int
-
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == self.step:
-            raise Stop
 
 
 class Shift(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,3 +50,25 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def fit(model: zoo.Model, train: Any, val: Any = None, **options: Any) -> Report:
     return zoo.fit(model, train, val, **{"epochs": 2, "batch_size": 16, "lr": 3e-3, "progress": False, **options})
+
+
+class Stop(Exception):
+    """Ends a run, as a kill would."""
+
+
+@dataclass
+class StopAt:
+    """Raises `Stop` in a hook, at this step or epoch."""
+
+    step: int
+    hook: str = "step_end"
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self.hook:
+            raise AttributeError(name)
+
+        def hook(model: zoo.Model, step: int = -1) -> None:
+            if step == self.step:
+                raise Stop
+
+        return hook
