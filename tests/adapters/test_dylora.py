@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_parts import difference, easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.adapters.dylora import Nested
@@ -174,16 +174,7 @@ def test_the_chosen_rank_is_saved(tmp_path: Path) -> None:
         tiny_model(wrong)
 
 
-class Stop(Exception):
-    pass
-
-
 def test_resume_is_exact(tmp_path: Path) -> None:
-    class StopAt:
-        def step_end(self, model: Any, step: int) -> None:
-            if step == 5:
-                raise Stop
-
     def go(**options: Any) -> dict[str, Tensor]:
         model = made(dropout=0.1)
         fit(model, easy_data(48), easy_data(16, seed=1), epochs=4, checkpoint_every=2, **options)
@@ -191,7 +182,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
     expected = go()
     with pytest.raises(Stop):
-        go(checkpoint=tmp_path, callbacks=[StopAt()])
+        go(checkpoint=tmp_path, callbacks=[StopAt(5)])
     assert difference(go(checkpoint=tmp_path), expected) == 0
 
 
@@ -227,13 +218,13 @@ def test_small_ranks_work_where_those_of_lora_do_not() -> None:
 def test_a_broken_fit_leaves_the_chosen_rank() -> None:
     model = made()
 
-    class StopAt:
+    class Draws:
         def after_backward(self, model: Any, step: int) -> None:
             if model.adapters["dylora"].draw(step) != 4:
                 raise Stop
 
     with pytest.raises(Stop):
-        fit(model, easy_data(64), epochs=3, callbacks=[StopAt()])
+        fit(model, easy_data(64), epochs=3, callbacks=[Draws()])
     model.eval()
     assert {int((p.share > 0).sum()) for p in model.adapters["dylora"].parts().values()} == {4}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from method_models import SWIN, bare, images, targets
 from torch import Tensor, nn
-from train_parts import easy_data, fit, tiny_model
+from train_parts import Stop, StopAt, easy_data, fit, tiny_model
 
 import zoo
 from zoo.adapters.parts.side import SideBlock
@@ -256,22 +256,14 @@ def test_side_blocks_cut_out_of_the_backbone(init: str) -> None:
 
 
 def test_fisher_while_training_and_going_on(tmp_path: Any) -> None:
-    class Killed(Exception):
-        pass
-
-    class Kill:
-        def epoch_end(self, model: zoo.Model, epoch: int) -> None:
-            if epoch == 1:
-                raise Killed
-
     def made() -> zoo.Model:
         return tiny_model(zoo.adapter("ladder", reduction=2, init="fisher", samples=8))
 
     whole, cut, again = made(), made(), made()
     report = fit(whole, easy_data(), out=str(tmp_path / "a"), epochs=3)
     assert report.history[-1]["loss"] < report.history[0]["loss"]
-    with pytest.raises(Killed):
-        fit(cut, easy_data(), out=str(tmp_path / "b"), epochs=3, callbacks=[Kill()])
+    with pytest.raises(Stop):
+        fit(cut, easy_data(), out=str(tmp_path / "b"), epochs=3, callbacks=[StopAt(1, "epoch_end")])
     fit(again, easy_data(), out=str(tmp_path / "b"), epochs=3)
     for key, value in whole.parameters_to_train().items():
         assert torch.equal(value, again.parameters_to_train()[key]), key

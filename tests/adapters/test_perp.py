@@ -15,6 +15,7 @@ import torch
 from method_models import bare, both, gradients, images, loss_of, shake, state, targets
 from safetensors.torch import load_file
 from torch import Tensor
+from train_parts import Stop, StopAt
 
 import zoo
 from zoo.errors import AttachError, CombinationError, ConfigError, DataError, MergeError, MismatchError
@@ -278,16 +279,8 @@ def test_a_fit_that_was_stopped_goes_on(tmp_path: Path) -> None:
     whole = fresh()
     zoo.fit(whole, data, **options)
 
-    class Stop(Exception):
-        pass
-
-    class Stopper:
-        def step_end(self, model: Any, step: int) -> None:
-            if step == 2:
-                raise Stop
-
     with pytest.raises(Stop):
-        zoo.fit(fresh(), data, checkpoint=tmp_path, checkpoint_every=1, callbacks=[Stopper()], **options)
+        zoo.fit(fresh(), data, checkpoint=tmp_path, checkpoint_every=1, callbacks=[StopAt(2)], **options)
     again = fresh()
     zoo.fit(again, data, checkpoint=tmp_path, resume=True, **options)
     wanted = whole.adapters["perp"].state_dict()

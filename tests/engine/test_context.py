@@ -13,7 +13,7 @@ import torch
 from context_adapters import ByTask, Graded, ScaledByQuality, Stepping
 from method_models import bare, images
 from torch import Tensor
-from train_parts import easy_data, fit, tiny_model
+from train_parts import Stop, StopAt, easy_data, fit, tiny_model
 
 import zoo
 from zoo.errors import ConfigError, ContextError, UnknownNameError
@@ -312,19 +312,11 @@ def test_training_gets_values_from_its_task(tmp_path: Any) -> None:
 
 
 def test_resumes_exactly(tmp_path: Any) -> None:
-    class Killed(Exception):
-        pass
-
-    class Kill:
-        def epoch_end(self, model: zoo.Model, epoch: int) -> None:
-            if epoch == 1:
-                raise Killed
-
     options = {"task": Graded(), "epochs": 3}
     whole, cut = (tiny_model([ScaledByQuality(targets="q,v"), Stepping()]) for _ in range(2))
     fit(whole, easy_data(), out=str(tmp_path / "a"), **options)
-    with pytest.raises(Killed):
-        fit(cut, easy_data(), out=str(tmp_path / "b"), callbacks=[Kill()], **options)
+    with pytest.raises(Stop):
+        fit(cut, easy_data(), out=str(tmp_path / "b"), callbacks=[StopAt(1, "epoch_end")], **options)
     again = tiny_model([ScaledByQuality(targets="q,v"), Stepping()])
     fit(again, easy_data(), out=str(tmp_path / "b"), **options)
     for key, value in whole.parameters_to_train().items():

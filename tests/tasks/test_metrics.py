@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_parts import easy_data, tiny_model
+from train_parts import Stop, StopAt, easy_data, tiny_model
 from two_processes import launch
 
 import zoo
@@ -117,16 +117,6 @@ def bare() -> zoo.Model:
     return tiny_model(num_classes=0)
 
 
-class Stop(Exception):
-    """Ends a run, as a kill would."""
-
-
-class StopAt:
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == 4:
-            raise Stop
-
-
 def test_modules_of_a_task_are_trained_checkpointed_and_not_published(tmp_path: Path) -> None:
     model, task, data = bare(), Proxies(), easy_data(24)
     state = torch.get_rng_state()
@@ -138,7 +128,7 @@ def test_modules_of_a_task_are_trained_checkpointed_and_not_published(tmp_path: 
     assert 0 <= report.metrics["val_recall@1"] <= 1
     options = {**FIT, "checkpoint": tmp_path / "run", "checkpoint_every": 1}
     with pytest.raises(Stop):
-        zoo.fit(bare(), data, easy_data(12, seed=1), task=Proxies(), callbacks=[StopAt()], **options)
+        zoo.fit(bare(), data, easy_data(12, seed=1), task=Proxies(), callbacks=[StopAt(4)], **options)
     again, other = bare(), Proxies()
     zoo.fit(again, data, easy_data(12, seed=1), task=other, callbacks=[], **options)
     for key, value in model.parameters_to_train().items():

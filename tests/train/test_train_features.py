@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from train_parts import CLASSES, difference, easy_data, fit, tiny_model, weights
+from train_parts import CLASSES, Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 from two_processes import launch
 
 import zoo
@@ -75,20 +75,12 @@ def test_images_get_the_evaluation_view_and_a_part_is_set_aside(image_folder: Pa
 
 
 def test_resumes_exactly_and_knows_its_data(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    class Kill:
-        def step_end(self, model: Any, step: int) -> None:
-            if step == 4:
-                raise Killed
-
     train, val = easy_data(38, noise=2), easy_data(13, seed=1, noise=2)
     whole, broken = tiny_model("linear"), tiny_model("linear")
     expected = fit(whole, train, val, cache_features=True, epochs=3)
     place: dict[str, Any] = {"checkpoint": tmp_path, "checkpoint_every": 1, "epochs": 3}
-    with pytest.raises(Killed):
-        fit(broken, train, val, cache_features=True, callbacks=[Kill()], **place)
+    with pytest.raises(Stop):
+        fit(broken, train, val, cache_features=True, callbacks=[StopAt(4)], **place)
     with pytest.raises(ConfigError, match="cache_features was True"):
         fit(tiny_model("linear"), train, val, **place)
     with pytest.raises(ConfigError, match="data changed"):

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from train_parts import difference, easy_data, fit, tiny_model, weights
+from train_parts import Stop, StopAt, difference, easy_data, fit, tiny_model, weights
 
 import zoo
 from zoo.errors import ConfigError, MismatchError, SaveError, WeightsError
@@ -34,28 +33,6 @@ SETTINGS: dict[str, Any] = {
 
 def build() -> zoo.Model:
     return tiny_model(zoo.adapter("lora", dropout=0.2))
-
-
-class Stop(Exception):
-    pass
-
-
-@dataclass
-class StopAt:
-    """Ends the run in a hook, as a kill would."""
-
-    step: int
-    hook: str = "step_end"
-
-    def __getattr__(self, name: str) -> Any:
-        if name != self.hook:
-            raise AttributeError(name)
-
-        def hook(model: zoo.Model, step: int = -1) -> None:
-            if step == self.step:
-                raise Stop
-
-        return hook
 
 
 def numbers(report: Report) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
+from train_parts import Stop, StopAt
 
 import zoo
 
@@ -325,16 +326,6 @@ def small(**settings: Any) -> zoo.Model:
 FIT: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 1e-2, "progress": False, "device": "cpu"}
 
 
-class Stop(Exception):
-    """Ends a run, as a kill would."""
-
-
-class StopAt:
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == 3:
-            raise Stop
-
-
 def test_trains_with_the_names_of_the_data_and_resumes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names of its 3 classes"):
         zoo.fit(small(num_tokens=3), Pictures(), **FIT)
@@ -345,7 +336,7 @@ def test_trains_with_the_names_of_the_data_and_resumes(tmp_path: Path) -> None:
     assert model.classes == NAMES and report.history[-1]["loss"] < report.history[0]["loss"]
     options = {**FIT, "checkpoint": tmp_path, "checkpoint_every": 1}
     with pytest.raises(Stop):
-        zoo.fit(small(num_tokens=3), data, callbacks=[StopAt()], **options)
+        zoo.fit(small(num_tokens=3), data, callbacks=[StopAt(3)], **options)
     again = small(num_tokens=3)
     zoo.fit(again, data, **options)
     for key, value in model.parameters_to_train().items():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from train_parts import Stop, StopAt
 
 import zoo
 from multimodal.adapters.parts.skipping import updated
@@ -121,16 +122,6 @@ def test_the_bandit_finds_what_is_dispensable() -> None:
     assert torch.equal(even, torch.zeros(6))  # no subset was better
 
 
-class Stop(Exception):
-    """Ends a run, as a kill would."""
-
-
-class StopAt:
-    def step_end(self, model: zoo.Model, step: int) -> None:
-        if step == 3:
-            raise Stop
-
-
 def test_search_resumes_and_is_saved_as_what_it_found(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "progress": False, "device": "cpu"}
     options["streams"] = {"val": Pictures(8)}
@@ -143,7 +134,7 @@ def test_search_resumes_and_is_saved_as_what_it_found(tmp_path: Path) -> None:
     assert gates.any() and adapter._update == 6
     killed = vit(search=2, **BANDIT)
     with pytest.raises(Stop):
-        zoo.fit(killed, Pictures(), checkpoint=tmp_path / "run", checkpoint_every=1, callbacks=[StopAt()], **options)
+        zoo.fit(killed, Pictures(), checkpoint=tmp_path / "run", checkpoint_every=1, callbacks=[StopAt(3)], **options)
     again = vit(search=2, **BANDIT)
     zoo.fit(again, Pictures(), checkpoint=tmp_path / "run", checkpoint_every=1, **options)
     assert torch.equal(again.adapters["das"].module_at("gates").values, gates)  # type: ignore[operator, union-attr]
