@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from multimodal.adapters.parts.concepts import Contexts, Row, Rows, entering
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.deciding import deciding
 from zoo.errors import AttachError, ConfigError, MergeError
 from zoo.heads.concepts import similarities
 from zoo.points import Points
@@ -225,13 +226,9 @@ class ConES(Adapter):
         )
         length = lengths[0]
         self.check(all(t < length for t in self.tokens), f"tokens are {self.tokens}, and a context has {length}.")
-        before = self.plan
-        self.plan = {"contexts": len(known), "length": length}
-        try:
+        with deciding(self):
+            self.plan = {"contexts": len(known), "length": length}
             model.reattach(self.name)
-        except BaseException:
-            self.plan = before
-            raise
         contexts = self.module_at(point)
         contexts.known.copy_(torch.stack(known))
 

@@ -44,6 +44,7 @@ from multimodal.adapters.parts.cache import Grid, counted, embed
 from multimodal.adapters.parts.named import require_texts
 from zoo import Task, evaluate
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.deciding import deciding, name_in
 from zoo.errors import ConfigError
 from zoo.host import Host
 from zoo.points import Points
@@ -153,20 +154,15 @@ class TipAdapter(Adapter):
             ConfigError: the adapter is in no model. DataError: no batch, labels that are none, passes in another order,
                 embeddings that are not finite. The model is as it was, then.
         """
-        name = next((n for n, a in model.adapters.items() if a is self), None)
-        if name is None:
-            raise ConfigError(f"This '{self.method}' is attached to no model: use what model.add_adapter gave.")
+        name = name_in(model, self)
         keys, labels = embed(model, batches, self.passes)
         counts = torch.bincount(labels, minlength=model.num_classes).tolist()
-        before = self.plan
         try:
-            names = getattr(model.head, "classes", None) or model.classes
-            self.plan = {"counts": counts, "classes": list(names) if names else None}
-            self._keys = keys[labels.argsort(stable=True)]
-            model.reattach(name)
-        except BaseException:
-            self.plan = before
-            raise
+            with deciding(self):
+                names = getattr(model.head, "classes", None) or model.classes
+                self.plan = {"counts": counts, "classes": list(names) if names else None}
+                self._keys = keys[labels.argsort(stable=True)]
+                model.reattach(name)
         finally:
             self._keys = None
 

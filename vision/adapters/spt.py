@@ -50,6 +50,7 @@ from vision.adapters.parts.tuned import Tuned
 from zoo import Task, damped
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.bottleneck import Bottleneck
+from zoo.adapters.parts.deciding import asked, deciding, name_in
 from zoo.adapters.parts.entries import index_of
 from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.low_rank import LowRank
@@ -58,7 +59,6 @@ from zoo.host import Host
 from zoo.points import LinearPoint, Points, TokensPoint
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
-from zoo.tasks.resolve import resolve
 
 
 @register_adapter("spt")
@@ -125,28 +125,18 @@ class SPT(Adapter):
                 cheapest choice or above all that can be tuned.
             DataError: no batch, wrong labels, NaN or Inf. The model is as it was, then.
         """
-        name = next((n for n, a in model.adapters.items() if a is self), None)
-        if name is None:
-            raise ConfigError("This 'spt' is attached to no model: calibrate what model.add_adapter('spt') returned.")
-        what = resolve(model, task)
-        self.check(
-            model.num_classes > 0 or not what.on_head,
-            f"sensitivity is that of a task, and '{what.name}' needs a head: pass num_classes=..., or another task.",
-        )
+        name, what = name_in(model, self), asked(model, self, task, "sensitivity is that of a task")
         found = candidates(model.points, self.form, self.rank, self.alpha, self.beta)
         self._check_budget(found, model)
         # on the pretrained weights: what was chosen before is off, while the head in use stays
         with damped(model, name, 0.0) if self.plan is not None and name in model.active else nullcontext():
             scores, count, samples = sensitivity(model, found, batches, self.num_batches, what)
-        before = self.plan
         try:
-            self._decide(found, scores, model)
-            assert self.plan is not None
-            self.plan["report"] |= {"batches": count, "samples": samples}
-            model.reattach(name)
-        except BaseException:
-            self.plan = before
-            raise
+            with deciding(self):
+                self._decide(found, scores, model)
+                assert self.plan is not None
+                self.plan["report"] |= {"batches": count, "samples": samples}
+                model.reattach(name)
         finally:
             self._indices = {}
 

@@ -40,6 +40,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.deciding import asked, deciding, name_in
 from zoo.adapters.parts.low_rank import LowRank, check_rank
 from zoo.adapters.parts.relaxed import Borrowed, Relaxed, search, unequal
 from zoo.errors import AttachError, ConfigError
@@ -50,7 +51,6 @@ from zoo.points.merger import Merger
 from zoo.points.rows import is_conv
 from zoo.registry import register_adapter
 from zoo.tasks.base import Task
-from zoo.tasks.resolve import resolve
 
 
 @register_adapter("diffora")
@@ -147,16 +147,7 @@ class DiffoRA(Adapter):
                 the search told nothing.
             DataError: no batch, or one alone, NaN or Inf. The model is as it was, then.
         """
-        name = next((n for n, a in model.adapters.items() if a is self), None)
-        if name is None:
-            raise ConfigError(
-                "This 'diffora' is attached to no model: calibrate what model.add_adapter('diffora') returned."
-            )
-        what = resolve(model, task)
-        self.check(
-            model.num_classes > 0 or not what.on_head,
-            f"the search trains on a task, and '{what.name}' needs a head: pass num_classes=..., or another task.",
-        )
+        name, what = name_in(model, self), asked(model, self, task, "the search trains on a task")
         layers = self.layers(model.points)
         gates: dict[str, float] = {}
         if any(0 < count < len(layer) for layer, count in layers):
@@ -167,13 +158,9 @@ class DiffoRA(Adapter):
             if 0 < count < len(names):
                 unequal(gates, names)
             kept.update(sorted(names, key=lambda n: -gates.get(n, 0.0))[:count])  # stable: of equals the first ones
-        before = self.plan
-        try:
+        with deciding(self):
             self.plan = {"kept": [p.name for layer, _ in layers for p in layer if p.name in kept], "gates": gates}
             model.reattach(name)
-        except BaseException:
-            self.plan = before
-            raise
 
     def _search(self, model: Host, name: str, batches: Iterable[Any], task: Task) -> dict[str, float]:
         """The gates; a relaxed adapter stands in the model meanwhile, and what this one chose before is off."""

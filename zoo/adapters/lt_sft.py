@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.deciding import asked, deciding, name_in
 from zoo.adapters.parts.entries import Entries, index_of
 from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.moved import Slot, linear_slots, moved
@@ -53,7 +54,6 @@ from zoo.points import Points
 from zoo.points.merger import Merger
 from zoo.registry import register_adapter
 from zoo.tasks.base import Task
-from zoo.tasks.resolve import resolve
 
 
 @register_adapter("lt-sft")
@@ -143,16 +143,7 @@ class LTSFT(Adapter):
                 fewer than K entries moved.
             AttachError: quantised weights. DataError: no batch, NaN or Inf. The model is as it was, then.
         """
-        name = next((n for n, a in model.adapters.items() if a is self), None)
-        if name is None:
-            raise ConfigError(
-                "This 'lt-sft' is attached to no model: calibrate what model.add_adapter('lt-sft') returned."
-            )
-        what = resolve(model, task)
-        self.check(
-            model.num_classes > 0 or not what.on_head,
-            f"full fine-tuning is that of a task, and '{what.name}' needs a head: pass num_classes=..., or another task.",
-        )
+        name, what = name_in(model, self), asked(model, self, task, "full fine-tuning is that of a task")
         budget = self.budget(model)
         slots = linear_slots(model.points)
         numbers = sum(p.numel() for p in [*model.backbone.parameters(), *model.head.parameters()])
@@ -166,13 +157,10 @@ class LTSFT(Adapter):
             f"{count:,} entries moved in {report['steps']} steps of full fine-tuning, and {budget:,} are wanted: the others "
             "would be chosen by nothing. Tune longer (full_epochs=, full_lr=), or keep fewer (proportion=, entries=).",
         )
-        before = self.plan
         try:
-            self._decide(slots, changes, budget, {**report, "numbers": numbers})
-            model.reattach(name)
-        except BaseException:
-            self.plan = before
-            raise
+            with deciding(self):
+                self._decide(slots, changes, budget, {**report, "numbers": numbers})
+                model.reattach(name)
         finally:
             self._indices = {}
 

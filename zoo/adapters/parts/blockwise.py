@@ -17,6 +17,7 @@ from torch import Tensor
 
 import zoo
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.deciding import deciding
 from zoo.engine.blocks import BlockRunner, require_plain, sequences
 from zoo.errors import ConfigError, DataError
 from zoo.host import Host
@@ -96,11 +97,10 @@ def _length(inputs: Any) -> int:
 def untouched(adapter: Adapter) -> Iterator[None]:
     """A context whose failure leaves the adapter's numbers as they were."""
     before = {k: v.detach().clone() for k, v in [*adapter.named_parameters(), *adapter.named_buffers()]}
-    plan = adapter.plan
     try:
-        yield
+        with deciding(adapter):
+            yield
     except BaseException:
-        adapter.plan = plan
         with torch.no_grad():
             for key, value in [*adapter.named_parameters(), *adapter.named_buffers()]:
                 value.copy_(before[key])
