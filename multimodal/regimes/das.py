@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
-from zoo.errors import ConfigError, DataError
+from zoo.errors import DataError
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.work import Run
 from zoo.registry import adapter, register_regime
@@ -92,10 +92,7 @@ class DynamicArchitectureSkipping(Regime):
             raise DataError(f"das: data= is one data set, or a dict of 'train' and 'val'; it has {', '.join(given)}.")
         if not all(isinstance(d, ImageDataset) for d in given.values()):
             raise DataError("das: data= is one data set, or a dict of 'train' and 'val', and test= is one data set.")
-        if run.model.active or NAME in run.model.adapters:
-            raise ConfigError(
-                f"das attaches its own adapter; the model has {', '.join(run.model.adapters)}. Load it without adapters."
-            )
+        self.check_unadapted(run, NAME)
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """The supernet, then the network that was found."""

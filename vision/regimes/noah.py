@@ -29,9 +29,8 @@ from functools import partial
 from typing import Any
 
 from vision.adapters.parts.subnets import Sizes, Space
-from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import split_train_val
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.regimes.base import Phase, Regime
 from zoo.regimes.report import RunReport
 from zoo.regimes.work import Run
@@ -101,15 +100,8 @@ class NeuralPromptSearch(Regime):
 
     def prepare(self, run: Run) -> None:
         """One data set with classes, a model with a head and without an adapter in use."""
-        for what, given in (("data", run.data), ("test", run.test)):
-            if given is None and what == "test":
-                continue
-            if not isinstance(given, ImageDataset) or not given.classes:
-                raise DataError(f"noah: {what}= is one data set with known classes.")
-        if run.model.active or NAME in run.model.adapters:
-            raise ConfigError(
-                f"noah attaches its own adapter; the model has {', '.join(run.model.adapters)}. Load it without adapters."
-            )
+        self.check_data(run, classes=True)
+        self.check_unadapted(run, NAME)
         if not run.model.num_classes:
             raise ConfigError("noah needs a head: load the model with num_classes= of the data.")
 

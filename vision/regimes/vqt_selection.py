@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo import Phase, Regime
-from zoo.data import ImageDataset
 from zoo.data.sampling import split_train_val
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.regimes import Run, RunReport
 from zoo.registry import adapter, register_regime
 
@@ -85,15 +84,8 @@ class FeatureSelection(Regime):
 
     def prepare(self, run: Run) -> None:
         """One data set with classes, a model with a head and without an adapter in use."""
-        for what, given in (("data", run.data), ("test", run.test)):
-            if given is None and what == "test":
-                continue
-            if not isinstance(given, ImageDataset) or not given.classes:
-                raise DataError(f"vqt-select: {what}= is one data set with known classes.")
-        if run.model.active or NAME in run.model.adapters:
-            raise ConfigError(
-                f"vqt-select attaches its own adapter; the model has {', '.join(run.model.adapters)}. Load it without adapters."
-            )
+        self.check_data(run, classes=True)
+        self.check_unadapted(run, NAME)
         if not run.model.num_classes:
             raise ConfigError("vqt-select needs a head: load the model with num_classes= of the data.")
 

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from zoo.adapters.base import fits
-from zoo.errors import ConfigError, nearest
+from zoo.data.dataset import ImageDataset
+from zoo.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,6 +112,22 @@ class Regime:
 
     def prepare(self, run: Run) -> None:
         """Raise a ZooError if model and data are not what this regime needs; before anything is done or written."""
+
+    def check_data(self, run: Run, classes: bool = False) -> None:
+        """Raise DataError unless `data` is one data set, and `test` another or none; with `classes`, of known classes."""
+        for what, given in (("data", run.data), ("test", run.test)):
+            if given is None and what == "test":
+                continue
+            if not isinstance(given, ImageDataset) or (classes and not given.classes):
+                raise DataError(f"{self.name}: {what}= is one data set{' with known classes' if classes else ''}.")
+
+    def check_unadapted(self, run: Run, *names: str) -> None:
+        """Raise ConfigError if an adapter is in use, or one of these `names`, which the regime attaches, is taken."""
+        if run.model.active or set(names) & set(run.model.adapters):
+            what = "its own adapter" if len(names) == 1 else "its own adapters"
+            raise ConfigError(
+                f"{self.name} attaches {what}; the model has {', '.join(run.model.adapters)}. Load it without adapters."
+            )
 
     def open(self, model: Model, source: Any) -> Any:
         """A data set of what was given to `zoo.run`; by default as the family opens its kind of data."""

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zoo.data.dataset import ImageDataset
-from zoo.errors import ConfigError, DataError
 from zoo.model.lighter import check_whole, sparsify
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
@@ -86,13 +84,8 @@ class DuallySparse(Regime):
 
     def prepare(self, run: Run) -> None:
         """One data set, a model without an adapter in use, and a backbone that can be pruned as asked."""
-        for what, given in (("data", run.data), ("test", run.test)):
-            if not isinstance(given, ImageDataset) and not (what == "test" and given is None):
-                raise DataError(f"dsee: {what}= is one data set.")
-        if run.model.active or NAME in run.model.adapters:
-            raise ConfigError(
-                f"dsee attaches its own adapter; the model has {', '.join(run.model.adapters)}. Load it without adapters."
-            )
+        self.check_data(run)
+        self.check_unadapted(run, NAME)
         if self.heads or self.neurons:
             type(run.model.family).surgery()
         check_whole(run.model, NAME)

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from zoo.data.dataset import ImageDataset
-from zoo.errors import ConfigError, DataError
 from zoo.model.lighter import check_whole
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
@@ -83,13 +81,8 @@ class EarlyPruning(Regime):
 
     def prepare(self, run: Run) -> None:
         """One data set, a model without an adapter in use, and a backbone that can be pruned as asked."""
-        for what, given in (("data", run.data), ("test", run.test)):
-            if not isinstance(given, ImageDataset) and not (what == "test" and given is None):
-                raise DataError(f"light-peft: {what}= is one data set.")
-        if run.model.active or {NAME, LEFT} & set(run.model.adapters):
-            raise ConfigError(
-                f"light-peft attaches its own adapters; the model has {', '.join(run.model.adapters)}. Load it without adapters."
-            )
+        self.check_data(run)
+        self.check_unadapted(run, NAME, LEFT)
         if self.heads or self.neurons:
             type(run.model.family).surgery()
             check_whole(run.model, NAME)

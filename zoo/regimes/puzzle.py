@@ -37,10 +37,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
-from zoo.data.dataset import ImageDataset
 from zoo.data.seeds import kept_generators, seed_everything
 from zoo.disk import write_file
-from zoo.errors import ConfigError, DataError, WeightsError
+from zoo.errors import ConfigError, WeightsError
 from zoo.families.children import Form
 from zoo.model import Model
 from zoo.model.children import baked, child_of, places, substitute
@@ -144,9 +143,7 @@ class Puzzle(Regime):
         """A folder, one data set, a model without adapters whose family has children, one process."""
         if run.ledger.folder is None:
             raise ConfigError("puzzle makes a network, which goes into a folder: give out=.")
-        for what, given in (("data", run.data), ("test", run.test)):
-            if not isinstance(given, ImageDataset) and not (what == "test" and given is None):
-                raise DataError(f"puzzle: {what}= is one data set.")
+        self.check_data(run)
         if run.test is not None:  # it is measured at the very end
             task = resolve(run.model)
             task.check(run.model, task.open(run.model, run.test, train=False), "test data")
