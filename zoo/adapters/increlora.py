@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from zoo.adapters.parts.budget import smooth, steps_of
 from zoo.adapters.parts.growing import Growing, OfGrowing
@@ -98,20 +97,11 @@ class IncreLoRA(OfGrowing, InRounds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_growth(self.rank, self.target_rank, self.added, self.tinit, self.interval)
-        self.check(self.alpha != 0, "alpha is 0; what is learned is multiplied by it, so it could never act.")
-        self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        self.check_growth()
         self.check(self.top_h is None or self.top_h >= 1, f"top_h is {self.top_h}; expected 1 or more.")
         self.check(self.tgrown > 0, f"tgrown is {self.tgrown}; expected steps, or a part of the run.")
         for name in ("beta1", "beta2"):
             self.check(0 < getattr(self, name) < 1, f"{name} is {getattr(self, name)}; expected 0 < {name} < 1.")
-        self.check(self.orthogonality >= 0, f"orthogonality is {self.orthogonality}; expected 0 or more.")
-        self.schedule: Rounds | None = None  # of the growth in progress
-
-    @classmethod
-    def of_size(cls, size: int) -> dict[str, Any]:
-        """The rank at the end."""
-        return {"target_rank": size + 1}
 
     def to_come(self) -> int:
         """If all projections grow alike."""
@@ -128,14 +118,6 @@ class IncreLoRA(OfGrowing, InRounds):
             point.add(Growing(point.dim_in, point.dim_out, self.rank, self.alpha, self.dropout))
 
     # -- training ---------------------------------------------------------------------------------------------------
-
-    def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
-        """Plan the rounds; refuse a run that is over before. What is frozen, or has its budget, stays as it is."""
-        self._close()
-        ranks = self.ranks()
-        last = self.target_rank * len(ranks)
-        if sum(ranks.values()) < last and any(p.requires_grad for p in self.parameters()):
-            self._open(sum(ranks.values()), total_steps)
 
     def step_start(self, model: Host, step: int) -> None:
         """What a pass beside the training left is no part of the step."""
@@ -154,32 +136,20 @@ class IncreLoRA(OfGrowing, InRounds):
         if self.schedule.grows(step):
             self._grow(step)
 
-    def ready(self) -> bool:
-        """Whether the budget is met."""
-        return self.schedule is None
-
     def fit_end(self, model: Host) -> None:
         """Drop what waits, and make one block of all."""
-        self._close()
+        self.close()
         for name, part in self.growing().items():
             self.drop_reserve(name, part)
             self.fold(name, part)
 
-    def extra_state(self) -> dict[str, Any] | None:
-        """Where the growth began, and in how long a run; scores are buffers."""
-        return None if self.schedule is None else {"first": self.schedule.first, "total": self.schedule.total}
-
-    def load_extra_state(self, model: Host, state: dict[str, Any]) -> None:
-        """Go on with the rounds that were planned."""
-        self._open(state["first"], state["total"])
-
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _open(self, first: int, total: int) -> None:
+    def open(self, first: int, total: int) -> None:
         """Plan, and measure from now on."""
         parts = self.growing()
         warmup, interval, end = (steps_of(v, total) for v in (self.tinit, self.interval, self.tgrown))
-        added = self.added or max(1, self.target_rank // 2)
+        added = self.at_a_time
         last = self.target_rank * len(parts)
         schedule = Rounds(first, last, total, warmup, max(1, interval), added, self.top_h or 1)
         if self.top_h is None:
@@ -190,9 +160,9 @@ class IncreLoRA(OfGrowing, InRounds):
         self.schedule = schedule
         self.watch()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Nothing grows any more: drop the scores, and measure nothing."""
-        self.schedule = None
+        super().close()
         self.unwatch()
 
     def _grow(self, step: int) -> None:
@@ -210,6 +180,6 @@ class IncreLoRA(OfGrowing, InRounds):
                 self.extend(name, part, gains[name], schedule.added if more and self.advance else 0)
         self.note(step, gains)
         if not more:
-            self._close()
+            self.close()
             for name, part in parts:
                 self.drop_reserve(name, part)

@@ -91,16 +91,7 @@ class TriAdaptLoRA(InRounds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_growth(self.rank, self.target_rank, self.added, self.tinit, self.interval)
-        self.check(self.alpha != 0, "alpha is 0; what is learned is multiplied by it, so it could never act.")
-        self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
-        self.check(self.orthogonality >= 0, f"orthogonality is {self.orthogonality}; expected 0 or more.")
-        self.schedule: Paced | None = None  # of the growth in progress
-
-    @classmethod
-    def of_size(cls, size: int) -> dict[str, Any]:
-        """The rank at the end."""
-        return {"target_rank": size + 1}
+        self.check_growth()
 
     def to_come(self) -> int:
         """If all projections grow alike, in blocks of a."""
@@ -108,7 +99,7 @@ class TriAdaptLoRA(InRounds):
         left = self.target_rank * len(parts) - sum(part.rank for part in parts)
         if left <= 0:
             return 0
-        added, total = self.added or max(1, self.target_rank // 2), 0
+        added, total = self.at_a_time, 0
         for part in parts:
             rank, width = part.rank, part.lora_a.shape[1] + len(part.lora_b)
             while rank < self.target_rank:
@@ -144,13 +135,6 @@ class TriAdaptLoRA(InRounds):
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
-        """Plan the rounds; refuse a run that is over before. What is frozen, or has its budget, stays as it is."""
-        self._close()
-        first, last = sum(self.ranks().values()), self.target_rank * len(self.ranks())
-        if first < last and any(p.requires_grad for p in self.parameters()):
-            self._open(first, total_steps)
-
     def extra_loss(self, model: Host, outputs: Any, targets: Any) -> Tensor | None:
         """gamma times the mean distance of A and B from orthogonal ones, while they are trained."""
         trained = any(p.requires_grad for p in self.parameters())
@@ -177,23 +161,7 @@ class TriAdaptLoRA(InRounds):
             self.extend(name, gain)
         self.note(step, gains)
         if left == sum(gains.values()):
-            self._close()
-
-    def ready(self) -> bool:
-        """Whether the budget is met."""
-        return self.schedule is None
-
-    def fit_end(self, model: Host) -> None:
-        """The growth is over."""
-        self._close()
-
-    def extra_state(self) -> dict[str, Any] | None:
-        """Where the growth began, and in how long a run; the sizes at the last look are a buffer."""
-        return None if self.schedule is None else {"first": self.schedule.first, "total": self.schedule.total}
-
-    def load_extra_state(self, model: Host, state: dict[str, Any]) -> None:
-        """Go on with the rounds that were planned."""
-        self._open(state["first"], state["total"])
+            self.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -210,9 +178,10 @@ class TriAdaptLoRA(InRounds):
         for which, value in zip(NAMES, fresh):
             self.grow(f"{name}.{which}{number}", value, like=f"{name}.{which}")
 
-    def _open(self, first: int, total: int) -> None:
+    def open(self, first: int, total: int) -> None:
+        """Plan, and remember how large the squares are."""
         parts = self.parts().values()
-        added = self.added or max(1, self.target_rank // 2)
+        added = self.at_a_time
         warmup, interval = steps_of(self.tinit, total), max(1, steps_of(self.interval, total))
         exponential = self.growth == "exponential"
         schedule = Paced(first, self.target_rank * len(parts), total, warmup, interval, added, len(parts), exponential)
@@ -220,6 +189,7 @@ class TriAdaptLoRA(InRounds):
         self.schedule = schedule
         self.register_buffer("sizes", torch.stack([part.size() for part in parts]), persistent=False)
 
-    def _close(self) -> None:
-        self.schedule = None
+    def close(self) -> None:
+        """Nothing grows any more: drop the sizes."""
+        super().close()
         self._buffers.pop("sizes", None)

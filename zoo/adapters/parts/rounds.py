@@ -5,17 +5,42 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError
+from zoo.host import Host
 
 __all__ = ["InRounds", "Paced", "Rounds"]
 
 
 class InRounds(Adapter):
-    """Methods of which parts grow in rounds; the rounds stand in the `plan`, and so in the file."""
+    """Methods of which parts grow in rounds; the rounds stand in the `plan`, and so in the file.
+
+    A subclass has these as settings, with defaults of its own.
+    """
+
+    rank: int
+    target_rank: int
+    alpha: float
+    dropout: float
+    added: int | None
+    tinit: float
+    interval: float
+    orthogonality: float
+    schedule: Any  # of the growth in progress, or None
+
+    @classmethod
+    def of_size(cls, size: int) -> dict[str, Any]:
+        """The rank at the end."""
+        return {"target_rank": size + 1}
+
+    @property
+    def at_a_time(self) -> int:
+        """a of the equations."""
+        return self.added or max(1, self.target_rank // 2)
 
     @property
     def grown(self) -> list[tuple[int, dict[str, int]]]:
@@ -25,6 +50,41 @@ class InRounds(Adapter):
     def note(self, step: int, gains: dict[str, int]) -> None:
         """A round is over."""
         self.plan = {**(self.plan or {}), "grown": [*map(list, self.grown), [step, gains]]}
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def open(self, first: int, total: int) -> None:
+        """Plan the rounds of a run of `total` steps from `first` directions into `schedule`; refuse what would not end."""
+        raise TypeError(f"{type(self).__name__} does not implement open().")
+
+    def close(self) -> None:
+        """Nothing grows any more."""
+        self.schedule = None
+
+    def fit_start(self, model: Host, optimizer: Any, total_steps: int) -> None:
+        """Plan the rounds; refuse a run that is over before. What is frozen, or has its budget, stays as it is."""
+        self.close()
+        first, last = sum(self.ranks().values()), self.target_rank * len(self.ranks())
+        if first < last and any(p.requires_grad for p in self.parameters()):
+            self.open(first, total_steps)
+
+    def ready(self) -> bool:
+        """Whether the budget is met."""
+        return self.schedule is None
+
+    def fit_end(self, model: Host) -> None:
+        """The growth is over."""
+        self.close()
+
+    def extra_state(self) -> dict[str, Any] | None:
+        """Where the growth began, and in how long a run; what is measured is in buffers."""
+        return None if self.schedule is None else {"first": self.schedule.first, "total": self.schedule.total}
+
+    def load_extra_state(self, model: Host, state: dict[str, Any]) -> None:
+        """Go on with the rounds that were planned."""
+        self.open(state["first"], state["total"])
+
+    # -- what grew --------------------------------------------------------------------------------------------------
 
     def ranks(self) -> dict[str, int]:
         """The rank of every point."""
@@ -59,16 +119,20 @@ class InRounds(Adapter):
         figure.savefig(buffer, format="png", dpi=144)
         return buffer.getvalue()
 
-    def check_growth(self, rank: int, target_rank: int, added: int | None, tinit: float, interval: float) -> None:
-        """Raise ConfigError for settings with which nothing can grow."""
+    def check_growth(self) -> None:
+        """Raise ConfigError for settings that cannot be, or with which nothing can grow."""
         self.check(
-            1 <= rank < target_rank,
-            f"rank is {rank} and target_rank {target_rank}; expected 1 <= rank < target_rank, or there is nothing to grow (that "
-            "is 'lora').",
+            1 <= self.rank < self.target_rank,
+            f"rank is {self.rank} and target_rank {self.target_rank}; expected 1 <= rank < target_rank, or there is nothing to "
+            "grow (that is 'lora').",
         )
-        self.check(added is None or added >= 1, f"added is {added}; expected 1 or more.")
-        self.check(tinit >= 0, f"tinit is {tinit}; expected 0 or more.")
-        self.check(interval > 0, f"interval is {interval}; expected steps, or a part of the run.")
+        self.check(self.alpha != 0, "alpha is 0; what is learned is multiplied by it, so it could never act.")
+        self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        self.check(self.added is None or self.added >= 1, f"added is {self.added}; expected 1 or more.")
+        self.check(self.tinit >= 0, f"tinit is {self.tinit}; expected 0 or more.")
+        self.check(self.interval > 0, f"interval is {self.interval}; expected steps, or a part of the run.")
+        self.check(self.orthogonality >= 0, f"orthogonality is {self.orthogonality}; expected 0 or more.")
+        self.schedule = None
 
     @staticmethod
     def gains(names: list[str], scores: Tensor, count: int, added: int, left: int) -> dict[str, int]:
