@@ -173,20 +173,6 @@ def test_an_evaluation_sees_the_budget_and_leaves_no_trace() -> None:
     assert seen[0] == 48 and 24 < seen[4] < 48 and seen[-1] == 24
 
 
-def test_no_epoch_before_the_budget_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first epochs would win: their validation is made to look better."""
-    model = tiny_model(zoo.adapter("adalora", **SMALL))
-    real = zoo.train.trainer.Trainer.evaluate
-
-    def flattered(self: Any) -> dict[str, Any]:
-        return {**real(self), "accuracy": 1.0 - self.run.step / 1000}
-
-    monkeypatch.setattr(zoo.train.trainer.Trainer, "evaluate", flattered)
-    report = fit(model, easy_data(64), easy_data(16, seed=1), epochs=6, keep="best", lr=1e-2)
-    assert report.best["epoch"] == 4 and report.best["chosen"] == "best"  # 24 steps; final from t = 13 on
-    assert sum(adapter_of(model).ranks().values()) == 24
-
-
 @pytest.mark.parametrize("stop", [0, 3, 8, 13])
 def test_resume_is_exact(tmp_path: Path, stop: int) -> None:
     """Cut off in warm-up, middle and final phase, with dropout and a choice among epochs."""
@@ -205,30 +191,6 @@ def test_resume_is_exact(tmp_path: Path, stop: int) -> None:
     assert again == history and same == ranks and difference(final, expected) == 0
     loaded, final, same = go(checkpoint=tmp_path)  # a finished run is only loaded
     assert loaded == history and same == ranks and difference(final, expected) == 0
-
-
-def test_ones_own_loop_in_mixed_precision() -> None:
-    model = tiny_model(zoo.adapter("adalora", **SMALL)).train()
-    hooks = training_hooks(model)
-    optimizer = torch.optim.Adam(model.parameters_to_train().values(), lr=1e-2)
-    hooks.fit_start(optimizer, 12)
-    inputs, targets = easy_data(16).tensors
-    for step in range(12):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = model(inputs)
-            extra = hooks.extra_loss(outputs, targets)
-            loss = torch.nn.functional.cross_entropy(outputs, targets) + extra
-        assert isinstance(extra, Tensor) and extra.dtype == torch.float32
-        loss.backward()
-        optimizer.step()
-        hooks.after_step(step)
-        optimizer.zero_grad()
-        assert hooks.ready() == (step > 6)
-    hooks.fit_end()
-    assert sum(adapter_of(model).ranks().values()) == 24
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in model.parameters_to_train().values()
-    }
 
 
 def test_nothing_to_prune() -> None:

@@ -313,20 +313,6 @@ def test_what_is_left(tmp_path: Path) -> None:
     assert adapter_of(again).ranks() == ranks and difference(weights(again), before) > 0
 
 
-def test_no_epoch_before_the_budget_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first epochs would win: their validation is made to look better."""
-    model = tiny_model(zoo.adapter("increlora", **SMALL, top_h=1, interval=1))  # 12 rounds of 2, t = 1 to 12
-    real = zoo.train.trainer.Trainer.evaluate
-
-    def flattered(self: Any) -> dict[str, Any]:
-        return {**real(self), "accuracy": 1.0 - self.run.step / 1000}
-
-    monkeypatch.setattr(zoo.train.trainer.Trainer, "evaluate", flattered)
-    report = fit(model, easy_data(64), easy_data(16, seed=1), epochs=6, keep="best", lr=1e-2)
-    assert report.best["epoch"] == 4 and report.best["chosen"] == "best"
-    assert sum(adapter_of(model).ranks().values()) == 36
-
-
 @pytest.mark.parametrize("stop", [0, 4, 9, 13])
 @pytest.mark.parametrize("advance", [True, False])
 def test_resume_is_exact(tmp_path: Path, stop: int, advance: bool) -> None:
@@ -359,32 +345,6 @@ def test_a_fit_that_broke_off_is_gone_on_with() -> None:
     assert sum(adapter_of(model).ranks().values()) == 36 and model.probe(images()) == []
 
 
-def test_ones_own_loop_in_mixed_precision() -> None:
-    model = tiny_model(zoo.adapter("increlora", **SMALL)).train()
-    hooks = training_hooks(model)
-    optimizer = torch.optim.Adam(model.parameters_to_train().values(), lr=1e-2)
-    hooks.fit_start(optimizer, 12)
-    inputs, targets = easy_data(16).tensors
-    for step in range(12):
-        hooks.step_start(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = model(inputs)
-            extra = hooks.extra_loss(outputs, targets)
-            loss = torch.nn.functional.cross_entropy(outputs, targets) + extra
-        assert isinstance(extra, Tensor) and extra.dtype == torch.float32
-        loss.backward()
-        hooks.after_backward(step)
-        optimizer.step()
-        hooks.after_step(step)
-        optimizer.zero_grad()
-    assert hooks.ready()
-    hooks.fit_end()
-    assert sum(adapter_of(model).ranks().values()) == 36
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in model.parameters_to_train().values()
-    }
-
-
 def test_nothing_measured_is_told() -> None:
     """A loop whose passes nobody can measure would grow what comes first."""
     model = tiny_model(zoo.adapter("increlora")).train()
@@ -394,16 +354,6 @@ def test_nothing_measured_is_told() -> None:
         model(images()).sum().backward()
     with pytest.raises(ConfigError, match=r"nothing was measured.*zoo\.second_order"):
         hooks.after_backward(0)
-
-
-def test_a_frozen_one_is_left_alone() -> None:
-    """Another adapter is trained beside it."""
-    model = tiny_model([zoo.adapter("increlora", **SMALL), "lora"])
-    model.set_active("increlora", "lora", train="lora")
-    before = {n: p.detach().clone() for n, p in adapter_of(model).named_parameters()}
-    report = fit(model, easy_data(32), steps=5)
-    assert "extra_loss" not in report.history[0] and adapter_of(model).plan is None
-    assert difference(dict(adapter_of(model).named_parameters()), before) == 0
 
 
 def test_rounds() -> None:

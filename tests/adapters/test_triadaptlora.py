@@ -14,7 +14,6 @@ import zoo
 from zoo.adapters.parts.rounds import Paced
 from zoo.adapters.parts.triangular import Triangular
 from zoo.errors import ConfigError
-from zoo.train import training_hooks
 
 SMALL: dict[str, Any] = {"target_rank": 3, "added": 2}
 
@@ -199,40 +198,6 @@ def test_resume_is_exact(tmp_path: Path, stop: int) -> None:
         go(checkpoint=tmp_path, callbacks=[StopAt(stop)])
     again, final, same = go(checkpoint=tmp_path)
     assert again == history and same == ranks and difference(final, expected) == 0
-
-
-def test_ones_own_loop_in_mixed_precision() -> None:
-    model = tiny_model(zoo.adapter("triadaptlora", **SMALL)).train()
-    hooks = training_hooks(model)
-    optimizer = torch.optim.Adam(model.parameters_to_train().values(), lr=1e-2)
-    hooks.fit_start(optimizer, 12)
-    inputs, targets = easy_data(16).tensors
-    for step in range(12):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = model(inputs)
-            extra = hooks.extra_loss(outputs, targets)
-            loss = torch.nn.functional.cross_entropy(outputs, targets) + extra
-        assert isinstance(extra, Tensor) and extra.dtype == torch.float32
-        loss.backward()
-        hooks.after_backward(step)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert hooks.ready()
-    hooks.fit_end()
-    assert sum(adapter_of(model).ranks().values()) == 36
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in model.parameters_to_train().values()
-    }
-
-
-def test_a_frozen_one_is_left_alone() -> None:
-    """Another adapter is trained beside it."""
-    model = tiny_model([zoo.adapter("triadaptlora", **SMALL), "lora"])
-    model.set_active("triadaptlora", "lora", train="lora")
-    before = {n: p.detach().clone() for n, p in adapter_of(model).named_parameters()}
-    report = fit(model, easy_data(32), steps=5)
-    assert "extra_loss" not in report.history[0] and adapter_of(model).plan is None
-    assert difference(dict(adapter_of(model).named_parameters()), before) == 0
 
 
 def test_what_cannot_be_is_refused() -> None:
