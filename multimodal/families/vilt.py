@@ -32,9 +32,9 @@ from zoo.engine.attention import mask_bias
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.families.split_attention import SplitAttention
 from zoo.families.transformers_family import COMMON, TransformersBackbone
+from zoo.families.transformers_tables import OUTPUT_APART
 from zoo.library import library
 from zoo.points import Layout, Point
-from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
 if TYPE_CHECKING:
@@ -112,21 +112,7 @@ class ViLT(TransformersBackbone):
     }
     layout = ("vilt.encoder.layer.0.attention.attention.query",)
     left_out = ("*.position_ids", "*.token_type_ids", "mlm_score.*", "rank_output.*", "itm_score.*")
-    block_table = (
-        Row("norm", "norm", "norm1", "layernorm_before"),
-        Row("linear", "q", "attn.q", "attention.attention.query"),
-        Row("linear", "k", "attn.k", "attention.attention.key"),
-        Row("linear", "v", "attn.v", "attention.attention.value"),
-        Row("attention", "attn", "attn.product", "attention.attention"),
-        Row("linear", "o", "attn.o", "attention.output.dense"),
-        Row("sublayer", "attn", "attn", "attention", entry="layernorm_before", exit="attention:output"),
-        Row("norm", "norm", "norm2", "layernorm_after"),
-        Row("linear", "up", "mlp.up", "intermediate.dense"),
-        Row("linear", "down", "mlp.down", "output.dense"),
-        # The MLP is no module of its own: its second half adds the residual
-        Row("sublayer", "mlp", "mlp", "", entry="layernorm_after", exit="output.dense:output"),
-        Row("block", "block", "", ""),
-    )
+    block_table = OUTPUT_APART
     elementwise = ("intermediate.intermediate_act_fn",)
     bare_sublayers = False
     tiny = (

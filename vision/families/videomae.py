@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vision.families.parts.transformers_family import IMAGENET, Places, TransformersVision
 from zoo.backbone import told
 from zoo.errors import DataError
+from zoo.families.transformers_tables import OUTPUT_APART
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
 
@@ -59,22 +60,7 @@ class VideoMAE(TransformersVision):
         )
     }
     preprocessing = {"videomae": {**IMAGENET, "crop_mode": "center", "crop_pct": 1.0, "interpolation": "bilinear"}}
-    block_table = (
-        Row("tokens", "tokens", "tokens", ""),
-        Row("norm", "norm", "norm1", "layernorm_before"),
-        Row("linear", "q", "attn.q", "attention.attention.query"),
-        Row("linear", "k", "attn.k", "attention.attention.key"),
-        Row("linear", "v", "attn.v", "attention.attention.value"),
-        Row("attention", "attn", "attn.product", "attention.attention"),
-        Row("linear", "o", "attn.o", "attention.output.dense"),
-        Row("sublayer", "attn", "attn", "attention", entry="layernorm_before", exit="attention:output"),
-        Row("norm", "norm", "norm2", "layernorm_after"),
-        Row("linear", "up", "mlp.up", "intermediate.dense"),
-        Row("linear", "down", "mlp.down", "output.dense"),
-        # The MLP is no module of its own: its second half adds the residual
-        Row("sublayer", "mlp", "mlp", "", entry="layernorm_after", exit="output.dense:output"),
-        Row("block", "block", "", ""),
-    )
+    block_table = (Row("tokens", "tokens", "tokens", ""), *OUTPUT_APART)
     elementwise = ("intermediate.intermediate_act_fn",)
     tiny = (
         "videomae-b16",
