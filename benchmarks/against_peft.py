@@ -25,8 +25,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.groups import GROUPS, Setting, ticks
-from benchmarks.measure import Row, machine, one_thread
+from benchmarks.measure import Row, machine
 from benchmarks.report import show, write
+from zoo.puzzle.costs import single_thread
 
 QUICK = {"vit": "vit_tiny_patch16_224", "batch": 2, "rounds": 3, "targets": False}
 
@@ -35,7 +36,7 @@ def measure(setting: Setting, names: list[str], progress: bool = True) -> list[R
     """Run groups of measurements; the models of a group are gone when the next begins."""
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with one_thread(), Progress(*columns, disable=not progress, transient=True) as bar, warnings.catch_warnings():
+    with single_thread(), Progress(*columns, disable=not progress, transient=True) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         task = bar.add_task("", total=sum(ticks(setting, name) for name in names))
         for name in names:

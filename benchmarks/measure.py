@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,17 +178,6 @@ def time_ratio(
 ) -> Row:
     """Time of one run by that of another: of medians, and of the fastest turns."""
     return Row(group, what, ours.median / theirs.median, target, ours.fastest / theirs.fastest, by_fastest=by_fastest)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Processor time of one thread is the cost; of several it is the cost plus their waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import clock, machine, one_thread
+from benchmarks.measure import clock, machine
 from vision.families.groupmamba.selective_scan import _Scan, selective_scan, sequential_scan
+from zoo.puzzle.costs import single_thread
 
 RESULTS = Path(__file__).parent / "results"
 DIM, GROUPS = 64, 4
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one round, nothing written")
     options = parser.parse_args()
     sides, rounds = ([8, 16], 1) if options.quick else ([28, 56, 112], options.rounds)
-    with one_thread():
+    with single_thread():
         rows = [r for n in (1, 16) for r in measure(sides, n, options.batch, rounds, options.device)]
     about = {"batch": options.batch, "rounds": rounds, "machine": machine(options.device)}
     text = as_markdown(rows, about)
