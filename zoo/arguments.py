@@ -151,13 +151,14 @@ def number(
         value = float(value)
         if not math.isfinite(value):
             raise ValueError
-        limits = (least, operator.lt), (most, operator.gt), (above, operator.le), (below, operator.ge)
-        if any(limit is not None and outside(value, limit) for limit, outside in limits):
+        bounds = (least, operator.lt), (most, operator.gt), (above, operator.le), (below, operator.ge)
+        if any(limit is not None and outside(value, limit) for limit, outside in bounds):
             raise ValueError
         return value
 
     words = (("of at least", least), ("above", above), ("at most", most), ("below", below))
-    return Kind("a number " + " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None), take)
+    limits = " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
+    return Kind(f"a number {limits}".rstrip(), take)
 
 
 def one_of(*names: str) -> Kind:

@@ -175,6 +175,7 @@ def test_bad_input() -> None:
         (lambda: adapter.heads(model), "its change is 0 everywhere"),
         (lambda: adapter.neurons(model), "attach it with coefficients=True"),
         (lambda: adapter.masks(model, 1.0), "sparsity is 1.0"),
+        (lambda: adapter.masks(model, "1"), "sparsity is '1'; expected a number"),
         (lambda: adapter.masks(model, 0.5, -0.1), "others is -0.1"),
         (lambda: adapter.masks(model, 0.0, 0.0), "nothing would be pruned"),
         (lambda: adapter.masks(model, by="size"), "by is 'size'"),

@@ -112,6 +112,8 @@ def test_a_run_without_steps_to_prune_in() -> None:
     assert model.adapters["pst"].zeros() == 0
     with pytest.raises(ConfigError, match="0 <= sparsity < 1"):
         model.adapters["pst"].prune(1.0)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"sparsity is '0\.5'; expected a number\."):
+        model.adapters["pst"].prune("0.5")  # type: ignore[operator]
 
 
 def test_a_mask_is_found_once_for_what_it_hangs_on(monkeypatch: pytest.MonkeyPatch) -> None:

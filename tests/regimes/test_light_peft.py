@@ -156,6 +156,7 @@ def test_refused() -> None:
         ({}, r"all coefficients of heads are 1: nothing was learned"),
         ({"heads": 0.0, "neurons": 0.0}, "no step was measured"),
         ({"ranks": 1.0}, "ranks is 1.0"),
+        ({"heads": "a"}, "heads is 'a'; expected a number"),
     ):
         with pytest.raises(ConfigError, match=match):
             adapter.decisions(model, **given)

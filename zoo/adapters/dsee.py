@@ -46,6 +46,7 @@ from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.lowest import lowest
 from zoo.adapters.parts.outliers import outliers
 from zoo.adapters.parts.sparse_low_rank import SparseLowRank
+from zoo.arguments import number, typed
 from zoo.errors import ConfigError, MergeError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points
@@ -198,6 +199,7 @@ class DSEE(Adapter):
     # -- what is pruned -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @typed(sparsity=number(), others=number())
     def masks(
         self, model: Host, sparsity: float = 0.2, others: float = 0.2, by: Literal["update", "weight", "sum"] = "update"
     ) -> dict[str, Tensor]:
@@ -225,6 +227,7 @@ class DSEE(Adapter):
         return {**lowest(scores, sparsity), **lowest({p.name: p.weight.abs() for p in rest if others}, others)}
 
     @torch.no_grad()
+    @typed(share=number())
     def heads(self, model: Host, share: float = 0.25) -> dict[str, list[int]]:
         """The weakest heads of each block, for `zoo.prune(model, heads=...)`: `share` of them, rounded down.
 
@@ -245,6 +248,7 @@ class DSEE(Adapter):
         self._trained({} if self.coefficients else scores)
         return self._weakest(scores, share, "head")
 
+    @typed(share=number())
     def neurons(self, model: Host, share: float = 0.25) -> dict[str, list[int]]:
         """The neurons of each block with the smallest coefficients, for `zoo.prune(model, neurons=...)`.
 

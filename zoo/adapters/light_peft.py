@@ -51,6 +51,7 @@ from zoo.adapters.lora import LoRA
 from zoo.adapters.parts.estimated import Estimated
 from zoo.adapters.parts.gates import block_of, readers
 from zoo.adapters.parts.low_rank import check_rank
+from zoo.arguments import number, typed
 from zoo.errors import AttachError, ConfigError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points
@@ -164,6 +165,7 @@ class LightPEFT(Adapter):
     # -- what stays -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @typed(heads=number(), neurons=number(), modules=number(), ranks=number())
     def decisions(
         self, model: Host, heads: float = 1 / 3, neurons: float = 1 / 3, modules: float = 0.75, ranks: float = 0.5
     ) -> dict[str, Any]:

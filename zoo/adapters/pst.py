@@ -36,6 +36,7 @@ from typing import Any
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.pruned import Pruned
+from zoo.arguments import number, typed
 from zoo.errors import ConfigError
 from zoo.host import Host
 from zoo.points import Points
@@ -112,6 +113,7 @@ class PST(Adapter):
         rest = 1 - (step - self.warmup * total) / (total - (self.final + self.warmup) * total)
         return self.sparsity * (1 - rest**3)
 
+    @typed(sparsity=number())
     def prune(self, sparsity: float) -> None:
         """Set v of all matrices by hand.
 
