@@ -73,7 +73,8 @@ def only_tensors() -> Iterator[None]:
 HELD = 20.0  # seconds for which an answer of the Hub, or that there is none, counts
 WAIT = 10.0  # seconds for a connection, as the Hub's client waits for a file's description
 _reached: tuple[float, str, str | None] = (-HELD, "", None)
-_switches: list[Callable[[], bool]] = []  # the client's own function, once for each context that is open
+_switches: list[Callable[[], bool]] = []  # the client's own function, once it was seen
+_open = 0  # contexts that look at the Hub first
 
 
 def _hub_is_away() -> str | None:
@@ -86,7 +87,7 @@ def _hub_is_away() -> str | None:
 
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     at, where, why = _reached
-    if _switches[0]() or getproxies():
+    if (_switches and _switches[0]()) or getproxies():
         return None
     if time.monotonic() - at >= HELD or where != endpoint:
         place = urlsplit(endpoint)
@@ -97,6 +98,14 @@ def _hub_is_away() -> str | None:
             why = f"{place.hostname}: {error}"
         _reached = (time.monotonic(), endpoint, why)
     return why
+
+
+def _offline() -> bool:
+    """The client's switch in a context of `reaching`.
+
+    Libraries that are imported inside take it along by name and ask it ever after: outside it is the client's own.
+    """
+    return _switches[0]() or bool(_open and _hub_is_away() is not None)
 
 
 @contextmanager
@@ -111,12 +120,12 @@ def reaching() -> Iterator[None]:
     """
     from huggingface_hub import constants
 
+    global _open
     with _lock:
-        if not _switches:
-            _switches.append(constants.is_offline_mode)
-            constants.is_offline_mode = lambda: _hub_is_away() is not None or _switches[0]()  # type: ignore[assignment]
-        else:
-            _switches.append(_switches[0])
+        if not _open:
+            _switches[:] = [constants.is_offline_mode]
+            constants.is_offline_mode = _offline
+        _open += 1
     try:
         yield
     except Exception as error:
@@ -128,9 +137,9 @@ def reaching() -> Iterator[None]:
         ) from error
     finally:
         with _lock:
-            switch = _switches.pop()
-            if not _switches:
-                constants.is_offline_mode = switch
+            _open -= 1
+            if not _open:
+                constants.is_offline_mode = _switches[0]
 
 
 def _of_the_switch(error: BaseException | None) -> bool:

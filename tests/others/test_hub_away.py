@@ -71,4 +71,14 @@ def test_contexts_in_contexts(tries: list[Any]) -> None:
         assert constants.is_offline_mode()
         with pytest.raises(KeyError), library.reaching():
             raise KeyError("an error of another kind stays as it is")
-    assert constants.is_offline_mode is before and not library._switches
+    assert constants.is_offline_mode is before and not library._open
+
+
+def test_a_function_taken_along_works_outside(tries: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that are first imported inside hold the client's function by name."""
+    with library.reaching():
+        taken = constants.is_offline_mode
+        assert taken() and len(tries) == 1
+    assert not taken() and len(tries) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert taken()
