@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.data.chats import Writer
-from multimodal.families.vlm.base import TEXT_OPTIONS, LanguageBackbone
+from multimodal.families.vlm.base import LanguageBackbone
 from multimodal.families.vlm.eyes import EYES, VISION_OPTIONS, Eyes, in_one_row
 from multimodal.families.vlm.micro import MICRO, NAME, micro_processor, micro_weights
+from multimodal.families.vlm.options import TEXT_OPTIONS
 from multimodal.families.vlm.published import PUBLISHED, SHORT
 from multimodal.families.vlm.words import untold
 from zoo.engine.attention import Bias
