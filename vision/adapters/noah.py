@@ -11,7 +11,8 @@ Points: `tokens` (verb `prompt`), `linear` q, k, v, `sublayer` mlp, in every blo
 g(z) = z sigmoid(1.702 z). A size is one number for all blocks, or one for each (0: nothing there).
 Weight entanglement: the part of width w of a supernet is its first w tokens, rows of A and W_down, columns of B and W_up. With
 `widths` this adapter is a supernet: before each step of training another sub-network is drawn, each part in the first D blocks, D
-of `depths`, with a width from `widths` in each. `choose` names the one that is evaluated, `inherit` takes the slices over.
+of `depths`, with a width from `widths` in each. `choose` names the one that is evaluated (the plan: it is saved and copied with
+the numbers), `inherit` takes the slices over.
 
 Start: P ~ U(-v, v), v = sqrt(6 / ((T + 1) d)); A Kaiming-uniform(a = sqrt 5), B = 0; W_down, W_up Xavier-uniform, biases
 N(0, 1e-6^2), all as the authors': not the pretrained function.
@@ -190,7 +191,6 @@ class NOAH(Adapter):
         )
         self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
         self.blocks = 0  # of the backbone
-        self.evaluated: Sizes | None = None
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
@@ -212,6 +212,8 @@ class NOAH(Adapter):
             if width := sizes["adapter"][number]:
                 for sublayer in (p for p in inside if p.kind == "sublayer" and p.role == "mlp"):
                     sublayer.after(Bottleneck(number, width, sublayer.dim_out, self.dropout))  # type: ignore[attr-defined]
+        if self.plan is not None:
+            self.choose(self.plan.get("sizes", "no plan"))
 
     def whole(self) -> Sizes:
         """The size of each part in each block."""
@@ -241,12 +243,20 @@ class NOAH(Adapter):
     def choose(self, sizes: Mapping[str, Sequence[int]] | None) -> None:
         """Use this sub-network from now on, also in evaluations; None: all of it. A part that is not named is left out."""
         whole = self.whole()
-        wanted = whole if sizes is None else {p: tuple(sizes.get(p, (0,) * self.blocks)) for p in PARTS}
+        known = sizes is None or (isinstance(sizes, Mapping) and set(sizes) <= set(PARTS))
+        self.check(known, f"the sub-network is {sizes!r}; expected sizes by part: {', '.join(PARTS)}.")
+        wanted: Any = whole if sizes is None else {p: sizes.get(p, (0,) * self.blocks) for p in PARTS}
         for part, widths in wanted.items():
-            fits = len(widths) == self.blocks and all(0 <= w <= most for w, most in zip(widths, whole[part]))
-            self.check(fits, f"{part} of the sub-network is {list(widths)}; expected at most {list(whole[part])}.")
-        self.evaluated = None if sizes is None else wanted
+            fits = isinstance(widths, (tuple, list)) and len(widths) == self.blocks
+            fits = fits and all(type(w) is int and 0 <= w <= most for w, most in zip(widths, whole[part]))
+            self.check(fits, f"{part} of the sub-network is {widths!r}; expected at most {list(whole[part])}.")
+        self.plan = None if sizes is None else {"sizes": {part: list(widths) for part, widths in wanted.items()}}
         self._use(wanted)
+
+    @property
+    def evaluated(self) -> Any:
+        """The sizes of the sub-network that was chosen; None: none was."""
+        return None if self.plan is None else self.plan.get("sizes")
 
     def _use(self, sizes: Sizes) -> None:
         for _, module in self.modules_of():

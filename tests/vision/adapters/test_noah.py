@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +46,31 @@ def test_a_slice_is_the_sub_network_alone() -> None:
         assert torch.equal(supernet(images), whole)
     assert supernet.adapters["noah"].cost(SIZES) == alone.num_parameters(trainable=True, head=False)
     assert "blocks.2.tokens.prompt" not in alone.adapters["noah"].state_dict()
+
+
+def test_a_choice_is_saved_and_copied(tmp_path: Path) -> None:
+    supernet = build(widths=(1, 2, 3))
+    shake(supernet)
+    images = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        whole = supernet(images)
+        supernet.adapters["noah"].choose(SIZES)
+        expected = supernet(images)
+        assert not torch.allclose(whole, expected, atol=1e-3)
+        supernet.save_adapter(tmp_path / "out")
+        torch.manual_seed(0)
+        assert torch.equal(zoo.load(adapter=tmp_path / "out", pretrained=False).eval()(images), expected)
+        assert torch.equal(copy.deepcopy(supernet)(images), expected)
+        other = build(widths=(1, 2, 3))
+        other.load_state_dict(supernet.state_dict())
+        assert torch.equal(other.eval()(images), expected)
+        with pytest.raises(zoo.ZooError, match="chosen differently"):  # numbers of another choice are not mixed
+            supernet.adapter_state("noah") + build(widths=(1, 2, 3)).adapter_state("noah")
+        supernet.copy_adapter("noah", "two", activate=False)
+        supernet.set_active("two")
+        assert torch.equal(supernet(images), expected)
+        supernet.adapters["two"].choose(None)
+        assert torch.equal(supernet(images), whole)
 
 
 def test_each_step_trains_the_slices_that_it_drew() -> None:
@@ -109,5 +136,9 @@ def test_refused() -> None:
     adapter = build(widths=(1, 2, 3)).adapters["noah"]
     with pytest.raises(ConfigError, match="expected at most"):
         adapter.choose({"prompts": (4, 0, 0, 0)})
+    with pytest.raises(ConfigError, match="prompts of the sub-network is 2; expected"):
+        adapter.choose({"prompts": 2})
+    with pytest.raises(ConfigError, match="expected sizes by part"):
+        adapter.choose({"prompt": (1, 1, 1, 1)})
     with pytest.raises(ConfigError, match="it is no supernet"):
         build().adapters["noah"].space  # noqa: B018
