@@ -172,6 +172,13 @@ def test_what_holds_the_whole_weight_is_refused() -> None:
     assert model.active == ("rows",)
 
 
+def test_what_cannot_be_merged_is_not_told_to_be() -> None:
+    model = bare("vit", depth=2)
+    model.add_adapter(zoo.adapter("petalface", targets=("o",), rank=2, quality="given"), "faces")
+    with pytest.raises(ConfigError, match=r"its point's input nor its output\. Remove it\.$"):
+        zoo.prune(model, heads={0: [1]})
+
+
 def test_refusals() -> None:
     model = model_of("vit")
     for parts, error, match in (

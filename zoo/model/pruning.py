@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.base import Adapter
 from zoo.backbone import Backbone, Cut
 from zoo.errors import ConfigError, SelectionError, ZooError, nearest
 from zoo.model.model import Model
@@ -197,9 +198,7 @@ def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> N
     if moved.cuts or moved.gone:
         own = adapter.cut(moved, model.points, new.points)
     if adapter.plan is not None and (moved.cuts or moved.gone) and own is None:
-        raise ConfigError(
-            f"{sorry}: its plan names single points and weights of this backbone. Merge it, or remove it."
-        )
+        raise ConfigError(f"{sorry}: its plan names single points and weights of this backbone. {_way(adapter)}")
     try:
         cut = (adapter if own is None else own[0]).fresh()
         cut.of_values = True
@@ -213,9 +212,7 @@ def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> N
     gone = {key for key, value in given.items() if value is None}
     if old.keys() - gone != fresh.keys():
         odd = sorted(old.keys() - gone ^ fresh.keys())[0]
-        raise ConfigError(
-            f"{sorry}: attached to the smaller backbone it has other tensors ('{odd}'). Merge it, or remove it."
-        )
+        raise ConfigError(f"{sorry}: attached to the smaller backbone it has other tensors ('{odd}'). {_way(adapter)}")
     ready = {key: value for key, value in given.items() if value is not None}
     for key, (before, value) in old.items():
         if key in given:
@@ -225,15 +222,20 @@ def _bring(new: Model, name: str, adapter: Any, moved: Moved, model: Model) -> N
         if fitted is None:
             raise ConfigError(
                 f"{sorry}: '{before}' is {tuple(value.shape)} and would have to be {tuple(fresh[key].shape)}, along an axis "
-                "that belongs to neither its point's input nor its output. Merge it, or remove it."
+                f"that belongs to neither its point's input nor its output. {_way(adapter)}"
             )
         ready[key] = fitted
     try:
         twin.load_state_dict(ready)
     except ZooError as error:  # what it learned belongs to the weights as they were
-        raise ConfigError(f"{sorry}: {error} Or merge it, or remove it.") from error
+        raise ConfigError(f"{sorry}: {error} {_way(adapter)}") from error
     if name in new.heads and name not in model.heads:
         raise ConfigError(f"{sorry}: the head reads its features, which are of another width now. Remove it.")
+
+
+def _way(adapter: Any) -> str:
+    """What to do with an adapter that stays behind."""
+    return "Merge it, or remove it." if type(adapter).merge is not Adapter.merge else "Remove it."
 
 
 def _fit(value: Tensor, shape: tuple[int, ...], cuts: Sequence[Cut]) -> Tensor | None:
@@ -275,7 +277,7 @@ def _prove(old: Model, new: Model, edit: Mapping[str, Any]) -> None:
                     )
                 raise ConfigError(
                     f"the adapter '{names[0]}' cannot be cut to fit: what it computes depends on the parts that are taken out. "
-                    "Merge it, or remove it."
+                    f"{_way(old.adapters[names[0]])}"
                 )
     finally:
         old.set_active(*active)
