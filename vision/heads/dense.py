@@ -31,6 +31,22 @@ from zoo.heads import Head
 __all__ = ["DenseHead", "DenseTasksHead"]
 
 WIDTH = 128
+SAID = {"segment": "classes", "edges": "probabilities", "depth": "numbers", "normals": "directions"}  # of every pixel
+KIND_OF = {("edge",): "edges", ("depth",): "depth", ("x", "y", "z"): "normals"}  # by the names of the outputs
+PREDICT = "from vision.tasks.dense_prediction import predict_maps"
+
+
+def predicting(kind: str) -> str:
+    """The line of Python that says something of every pixel of a photograph."""
+    return f'(found,) = predict_maps(model, ["photo.jpg"], "{kind}")  # {SAID[kind]}, as large as the photograph'
+
+
+def usage_of_maps(outputs: int, kind: str | None) -> tuple[list[str], list[str]]:
+    """What a card shows of a decoder: maps of a photograph, or, where the kind is not known, its outputs."""
+    if kind in SAID:
+        return [PREDICT], [predicting(kind)]
+    lines = ['image = model.preprocess()(Image.open("photo.jpg"))']
+    return ["from PIL import Image"], [*lines, f"maps = model(image[None])  # (1, {outputs}, h, w)"]
 
 
 class Decoder(nn.Module):
@@ -66,6 +82,10 @@ class DenseHead(Head):
     def __init__(self, in_features: int, out_features: int, *, channels: Sequence[int], **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
         self.decoder = Decoder(channels, out_features, **place)
+
+    def usage(self, kind: str | None) -> tuple[list[str], list[str]]:
+        """As `Head.usage`."""
+        return usage_of_maps(self.out_features, kind)
 
     def forward(self, outputs: Mapping[str, Any], targets: Any = None) -> Tensor:
         """ "maps" -> logits (B, K, h, w)."""
@@ -109,6 +129,14 @@ class DenseTasksHead(Head):
         self.sizes = sizes
         for task, size in sizes.items():
             self.decoders[task] = self.made(size)
+
+    def usage(self, kind: str | None) -> tuple[list[str], list[str]]:
+        """As `Head.usage`: the first task, taken out."""
+        first, *others = self.sizes
+        names = tuple(name.partition(": ")[2] for name in self.classes or () if name.startswith(f"{first}: "))
+        more = f"  # or {', '.join(map(repr, others))}".replace("'", '"') if others else ""
+        lines = [f'model = single_task(model, "{first}"){more}', predicting(KIND_OF.get(names, "segment"))]
+        return [PREDICT, "from zoo.regimes.multitask import single_task"], lines
 
     def single(self, task: str) -> Any:
         """A head of one task alone, with a copy of its decoder.

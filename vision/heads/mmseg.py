@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vision.heads.dense import DenseTasksHead
+from vision.heads.dense import DenseTasksHead, usage_of_maps
 from vision.mmseg.library import mmseg_models
 from zoo import register_head
 from zoo.heads import Head
@@ -51,6 +51,10 @@ class DecodeHead(Head):
     def __init__(self, in_features: int, out_features: int, *, channels: Sequence[int], **place: Any) -> None:
         super().__init__(in_features, out_features, **place)
         self.decoder = self.built(channels, out_features, **place)
+
+    def usage(self, kind: str | None) -> tuple[list[str], list[str]]:
+        """As `Head.usage`."""
+        return usage_of_maps(self.out_features, kind)
 
     @classmethod
     def built(cls, channels: Sequence[int], outputs: int, **place: Any) -> nn.Module:

@@ -97,6 +97,8 @@ class ManyDense(Task):
             if not isinstance(dataset, DenseDataset):
                 raise DataError(f"'{name}' is no data set of maps, and others are; open it with open_dense(...).")
         self.kinds = [getattr(d.rows, "task", "") for d in data.values()]
+        # the Hub has no word for several
+        self.hub = "image-segmentation" if "segment" in self.kinds else None  # type: ignore[misc]
         self.sizes = [len(d.classes or ()) for d in data.values()]
         self.classes = [f"{name}: {c}" for name, d in data.items() for c in d.classes or ()]
         self._tasks = {name: _One(name, kind, *self._place(i)) for i, (name, kind) in enumerate(zip(data, self.kinds))}

@@ -27,6 +27,7 @@ from zoo import registry
 from zoo.disk.layout import CARD
 from zoo.disk.markdown import Ready, code, line, link, plain, prose, python, table
 from zoo.disk.record import check_record, is_number
+from zoo.heads import Head
 
 if TYPE_CHECKING:
     from zoo.adapters.base import Adapter
@@ -143,6 +144,8 @@ class _Card:
     def _task(self) -> str | None:
         if self.record.get("task"):
             return str(self.record["task"])
+        if isinstance(self.head, Head) and self.head.of_maps:
+            return None  # what the family says is of the pooled features
         return self.model.family.hub_task(self.num_classes)
 
     def summary(self) -> str:
@@ -157,7 +160,8 @@ class _Card:
         """Python that loads and runs it, if it is known where from."""
         if not self.source:
             return ""
-        imports, lines = self.model.family.usage(self.num_classes)
+        own = self.head.usage(self.record.get("trained_for")) if isinstance(self.head, Head) else None
+        imports, lines = own or self.model.family.usage(self.num_classes)
         # without it, the classifier that the checkpoint has would stand on the features
         bare = ", num_classes=0" if self.model.family.task == "classify" and not self.num_classes else ""
         name = self.model.backbone_name

@@ -66,6 +66,14 @@ class Head(nn.Module):
         """Outputs that the head computes of those of the batch: texts that depend on each image."""
         return {}
 
+    def usage(self, kind: str | None) -> tuple[list[str], list[str]] | None:
+        """Python for cards: imports, and what to do with `model`. None: as the backbone's family says.
+
+        Args:
+            kind: name of the task that it was trained for, where that is known.
+        """
+        return None
+
     def name_classes(self, classes: Sequence[str]) -> None:
         """Take up the names of the classes, which heads that read them need.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vision.data.dense import IGNORE, open_dense
 from vision.metrics.dense import Angles, Contours, Distances, Overlap
 from vision.tasks.dense import Depth, Edges, Normals, Segment
 from vision.tasks.dense_tasks import ManyDense
+from zoo.disk import cards
 from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.regimes.multitask import single_task
 
@@ -207,6 +209,39 @@ def test_several_tasks_at_once(batches: str, tmp_path: Path) -> None:
     assert edges.classes == ["edge"] and torch.equal(edges(batch), logits[:, 2:3])
     value = zoo.evaluate(edges, many(4, 1)["edges"], task="edges", progress=False)["ods_f"]
     assert value == pytest.approx(report.summary["values"]["edges"])
+
+
+def test_cards_show_maps() -> None:
+    """What a card says of a head of maps can be run, and none of them is said to classify images."""
+    image, mask = pairs(1)[0]
+    segment, edges = open_dense([(image, mask)]), open_dense([(image, mask)], "edges", derive="edges")
+    one = dense_model()
+    zoo.fit(one, segment, task="segment", epochs=1, progress=False)
+    text = cards.render(one, source="ann/parts")
+    assert "pipeline_tag: image-segmentation" in text
+    assert 'predict_maps(model, ["photo.jpg"], "segment")' in text and "logits" not in text
+
+    lines = dense_model(outputs=1)
+    zoo.fit(lines, edges, task="edges", epochs=1, progress=False)
+    assert (
+        "pipeline_tag" not in (text := cards.render(lines, source="ann/lines")) and "image classification" not in text
+    )
+    assert 'predict_maps(model, ["photo.jpg"], "edges")' in text
+    assert "maps = model(image[None])  # (1, 2, h, w)" in cards.render(dense_model(), source="ann/fresh")
+
+    many = dense_model(outputs=0)
+    zoo.run(many, "multitask", {"lines": edges, "parts": segment}, epochs=1, fit={"progress": False})
+    text = cards.render(many, source="ann/both")
+    assert "pipeline_tag: image-segmentation" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    assert 'model = single_task(model, "lines")  # or "parts"' in code and '"edges")' in code
+    place: dict[str, Any] = {"model": many}
+    exec(
+        re.sub(r"^model = zoo.load.*$", "", code, flags=re.M).replace('"photo.jpg"', "image"),
+        place | {"image": image},
+        place,
+    )
+    assert place["found"].shape == (24, 32) and 0 <= place["found"].min() <= place["found"].max() <= 1
 
 
 def test_losses_of_several_tasks_are_weighed() -> None:
