@@ -1,11 +1,13 @@
 """Three tasks of maps on one frozen backbone: Polyhistor-Lite against the probe, which has the same decoders and no adapter.
 
     python benchmarks/dense_tasks.py /data/camvid
+    python benchmarks/dense_tasks.py /data/camvid --ways polyhistor-lite --rates 1e-3 --out <folder> --keep <folder>
 
 CamVid at 32 x 32, the size of swin-micro: 11 classes, edges between them, and the distance to the next edge (both made from the
 masks), three seeds. Every way has the same batches and epochs, and its decoders the same rate; the hypernetwork has its own,
 of --rates the one that is best on the validation split with seed 0. The test split is read once for each row. Goes on where it
-was killed. Writes results/dense_tasks.json, dense_tasks.md, dense_tasks.png.
+was killed. Writes results/dense_tasks.json, dense_tasks.md, dense_tasks.png. The second line repeats rows of the first, at the
+rate that it chose, and keeps what was trained; `scripts/ship_dense.py` publishes one of them.
 """
 
 from __future__ import annotations
@@ -38,22 +40,31 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
 }
 
 
-def opened(folder: Path, split: str, size: int) -> dict[str, Any]:
-    """The data of each task; images and masks are brought to their size once."""
+def opened(folder: Path, split: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The data of each task; images and masks are brought to their size (height, width) once."""
     source = open_dense(folder / f"{split}.parquet")
     pairs = []
     for index in range(len(source)):
         image, mask = source[index]
-        small = F.interpolate(mask[None, None].float(), (size, size), mode="nearest")[0, 0]
-        pairs.append((image.resize((size, size), Image.Resampling.BICUBIC), small.byte().numpy()))
+        small = F.interpolate(mask[None, None].float(), size, mode="nearest")[0, 0]
+        pairs.append((image.resize(size[::-1], Image.Resampling.BICUBIC), small.byte().numpy()))
     return {
         name: open_dense(pairs, kind, classes=source.classes if derive is None else None, derive=derive)
         for name, (kind, derive) in TASKS.items()
     }
 
 
-def attempt(way: str, seed: int, lr: float, epochs: int, size: int, data: Any, test: Any) -> dict[str, Any]:
-    """One run, `lr` that of the hypernetwork: parameters that were trained, and what each task reached."""
+def attempt(
+    way: str,
+    seed: int,
+    lr: float,
+    epochs: int,
+    size: int | tuple[int, int],
+    data: Any,
+    test: Any,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """One run, `lr` that of the hypernetwork: parameters that were trained, and what each task reached; saved into `keep`."""
     torch.manual_seed(seed)
     chosen = WAYS[way]
     adapter = [] if chosen is None else [zoo.adapter(chosen[0], **chosen[1])]
@@ -76,6 +87,8 @@ def attempt(way: str, seed: int, lr: float, epochs: int, size: int, data: Any, t
         },
     )
     trained = model.num_parameters(trainable=True, head=False)
+    if keep is not None and adapter:
+        model.save_adapter(keep / f"{way}-{seed}")
     return {
         "way": way,
         "seed": seed,
@@ -135,15 +148,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("camvid", type=Path)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--size", type=int, nargs="+", default=[32], help="one number, or height and width")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3], help="of the hypernetwork")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--keep", type=Path, help="folder for the adapters of the rows, with their decoders")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    size = (args.size[0], args.size[-1])
     settings = {
         "epochs": args.epochs,
-        "size": args.size,
+        "size": size[0] if size[0] == size[1] else list(size),
         "rates": args.rates,
         "adapter": POLYHISTOR,
         "decoder_lr": DECODER_LR,
@@ -156,28 +172,28 @@ def main() -> None:
         state = json.loads(path.read_text())
         if state["settings"] != settings:
             raise SystemExit(f"{path} is of other settings, {state['settings']}; name another folder by --out")
-    train, val, test = (opened(args.camvid, split, args.size) for split in ("train", "val", "test"))
-    one = {"epochs": args.epochs, "size": args.size, "data": train}
+    train, val, test = (opened(args.camvid, split, size) for split in ("train", "val", "test"))
+    one: dict[str, Any] = {"epochs": args.epochs, "size": size[0] if size[0] == size[1] else size, "data": train}
 
     def done(part: str, **key: Any) -> dict[str, Any] | None:
         return next((r for r in state[part] if all(r[k] == v for k, v in key.items())), None)
 
     def run(part: str, way: str, seed: int, lr: float, measured: Any) -> None:
         if done(part, way=way, seed=seed, lr=lr) is None:
-            state[part].append(attempt(way, seed, lr, test=measured, **one))
+            state[part].append(attempt(way, seed, lr, test=measured, keep=args.keep if part == "rows" else None, **one))
             write_file(path, (json.dumps(state, indent=1) + "\n").encode())
             print(part, state[part][-1], flush=True)
 
-    for way, chosen in WAYS.items():
-        for lr in args.rates if chosen is not None and len(args.rates) > 1 else []:
+    for way in args.ways:
+        for lr in args.rates if WAYS[way] is not None and len(args.rates) > 1 else []:
             run("search", way, 0, lr, val)
     for seed in range(args.seeds):
-        for way in WAYS:
+        for way in args.ways:
             tried = [r for r in state["search"] if r["way"] == way]
             lr = max(tried, key=lambda r: r["segment"])["lr"] if tried else args.rates[0]
             run("rows", way, seed, DECODER_LR if WAYS[way] is None else lr, test)
-    (args.out / "dense_tasks.md").write_text(table(state["rows"]) + "\n", encoding="utf-8")
-    picture(state["rows"], args.out / "dense_tasks.png")
+    path.with_suffix(".md").write_text(table(state["rows"]) + "\n", encoding="utf-8")
+    picture(state["rows"], path.with_suffix(".png"))
     print(table(state["rows"]))
 
 

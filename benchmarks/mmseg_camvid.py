@@ -1,9 +1,11 @@
 """mmsegmentation's runner with a backbone of ours on CamVid, from training to the test split.
 
-    python benchmarks/mmseg_camvid.py --data <folder of the packs>/camvid --out run/ --adapter lora --iterations 400
+    python benchmarks/mmseg_camvid.py --data <folder of the packs>/camvid --out run/
 
-The Parquet pack is written out as the folders that mmseg reads; class 11 (unlabelled) becomes 255. swin-micro, a
-SegFormer head; validated at the end and tested, both at the size of the files (180 x 240). Prints one JSON line.
+The Parquet pack is written out as the folders that mmseg reads; class 11 (unlabelled) becomes 255. swin-micro and a
+SegFormer head, with an adapter and without ("none": the head alone is trained), at a rate that was fixed beforehand. The runner
+validates once, behind the last iteration, and then tests, both at the size of the files (180 x 240): nothing is chosen. Writes
+results/mmseg_camvid.json and mmseg_camvid.md, a row as soon as it is there; a run that was cut off goes on with the next row.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
+
+from zoo.bench.report import mean_and_deviation
+from zoo.disk import write_file
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 8
+RATE = 2e-3  # of adapter and head
+MEASURES = {"mIoU": "test mIoU, %", "mAcc": "mean accuracy of the classes, %", "aAcc": "accuracy of the pixels, %"}
 
 
 def written(pack: Path, place: Path) -> list[str]:
@@ -43,8 +54,10 @@ def config(
     data: Path, names: list[str], work: Path, adapter: str | None, size: tuple[int, int], iterations: int, seed: int
 ) -> dict[str, Any]:
     """What mmengine is given."""
-    load, maps, pack = {"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}
-    resize = {"type": "Resize", "scale": size[::-1], "keep_ratio": False}
+    load, maps, pack = ({"type": name} for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs"))
+    resize: dict[str, Any] = {"type": "Resize", "scale": size[::-1], "keep_ratio": False}
+
+    flip: dict[str, Any] = {"type": "RandomFlip", "prob": 0.5}
 
     def loader(split: str, steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         dataset = {
@@ -56,10 +69,10 @@ def config(
             "metainfo": {"classes": tuple(names), "palette": [[i * 20] * 3 for i in range(len(names))]},
             "pipeline": steps,
         }
-        return {"batch_size": 8, "num_workers": 0, "dataset": dataset, **options}
+        return {"batch_size": BATCH, "num_workers": 0, "dataset": dataset, **options}
 
-    still = {"type": "DefaultSampler", "shuffle": False}
-    measured = [load, resize, maps, pack]
+    still: dict[str, Any] = {"type": "DefaultSampler", "shuffle": False}
+    measured: list[dict[str, Any]] = [load, resize, maps, pack]
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": ["vision.mmseg"], "allow_failed_imports": False},
@@ -96,7 +109,7 @@ def config(
         },
         "train_dataloader": loader(
             "train",
-            [load, maps, resize, {"type": "RandomFlip", "prob": 0.5}, pack],
+            [load, maps, resize, flip, pack],
             sampler={"type": "InfiniteSampler", "shuffle": True},
         ),
         "val_dataloader": loader("val", measured, sampler=still),
@@ -106,7 +119,7 @@ def config(
         "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": iterations, "val_interval": iterations},
         "val_cfg": {"type": "ValLoop"},
         "test_cfg": {"type": "TestLoop"},
-        "optim_wrapper": {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 2e-3, "weight_decay": 0.01}},
+        "optim_wrapper": {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": RATE, "weight_decay": 0.01}},
         "param_scheduler": [
             {"type": "PolyLR", "power": 1.0, "begin": 0, "end": iterations, "eta_min": 0.0, "by_epoch": False}
         ],
@@ -120,46 +133,74 @@ def config(
     }
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--adapter", default="lora", help="a method; none trains the head alone")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=(96, 128), help="height and width of what the backbone sees"
-    )
-    parser.add_argument("--iterations", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+def attempt(data: Path, out: Path, adapter: str, seed: int, size: tuple[int, int], iterations: int) -> dict[str, Any]:
+    """Train and test once: what was trained, and what the runner's evaluators found."""
     from mmengine.config import Config
     from mmengine.runner import Runner
 
     import vision.mmseg  # noqa: F401  # what `custom_imports` does where a config is read from a file
 
-    adapter = None if given.adapter == "none" else given.adapter
-    names = written(given.data, given.out / "camvid")
-    work = given.out / f"{given.adapter}-{given.seed}"
-    size = (given.size[0], given.size[1])
-    runner = Runner.from_cfg(
-        Config(config(given.out / "camvid", names, work, adapter, size, given.iterations, given.seed))
-    )
+    names = written(data, out / "camvid")
+    method = None if adapter == "none" else adapter
+    work = out / f"{adapter}-{seed}-{iterations}"
+    began = time.perf_counter()
+    runner = Runner.from_cfg(Config(config(out / "camvid", names, work, method, size, iterations, seed)))
     runner.train()
-    found = {k: round(float(v), 2) for k, v in runner.test().items()}
-    trained = sum(p.numel() for p in runner.model.backbone.parameters() if p.requires_grad)
-    print(
-        json.dumps(
-            {
-                "adapter": given.adapter,
-                "seed": given.seed,
-                "trained": trained,
-                "size": size,
-                "iterations": given.iterations,
-                **found,
-            }
-        )
+    val = runner.message_hub.get_scalar("val/mIoU").current()
+    found = {key: round(float(value), 2) for key, value in runner.test().items()}
+    heads = runner.model.decode_head
+    return {
+        "adapter": adapter,
+        "seed": seed,
+        "trained": sum(p.numel() for p in runner.model.backbone.parameters() if p.requires_grad),
+        "head": sum(p.numel() for p in heads.parameters() if p.requires_grad),
+        "seconds": round(time.perf_counter() - began, 1),
+        "val mIoU": round(float(val), 2),
+        **{key: found[key] for key in MEASURES},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means and standard deviations over seeds, in Markdown."""
+    lines = ["| adapter | seeds | trained beside the head | val mIoU, % | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(MEASURES))
+    for adapter in dict.fromkeys(r["adapter"] for r in rows):
+        found = [r for r in rows if r["adapter"] == adapter]
+        cells = [mean_and_deviation([r[key] for r in found]) for key in ("val mIoU", *MEASURES)]
+        lines.append(f"| {adapter} | {len(found)} | {found[0]['trained']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="what the runner writes: folders, checkpoints, logs")
+    parser.add_argument("--adapters", nargs="+", default=["none", "lora"], help="methods; none trains the head alone")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(48, 64), help="height and width of what the backbone sees"
     )
+    parser.add_argument("--iterations", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=Path, default=RESULTS / "mmseg_camvid.json", help="file of the rows")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    settings = {"size": list(given.size), "iterations": given.iterations, "batch_size": BATCH, "lr": RATE}
+    record: dict[str, Any] = {"settings": settings, "rows": []}
+    if given.rows.exists():
+        record = json.loads(given.rows.read_text())
+        if record["settings"] != settings:
+            raise SystemExit(f"{given.rows} is of other settings, {record['settings']}; name another file by --rows")
+    for seed in range(given.seeds):
+        for adapter in given.adapters:
+            if any((r["adapter"], r["seed"]) == (adapter, seed) for r in record["rows"]):
+                continue
+            found = attempt(given.data, given.out, adapter, seed, (given.size[0], given.size[1]), given.iterations)
+            record["rows"].append(found)
+            write_file(given.rows, (json.dumps(record, indent=1) + "\n").encode())
+            print(json.dumps(found), flush=True)
+    given.rows.with_suffix(".md").write_text(table(record["rows"]))
+    print(table(record["rows"]))
 
 
 if __name__ == "__main__":
