@@ -44,9 +44,27 @@ Box = tuple[float, float, float, float]
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_YES, _NO = frozenset({"yes", "true", "correct", "right"}), frozenset({"no", "false", "incorrect", "wrong"})
-_NOT = frozenset({"not", "isn't", "never"})
-_BETWEEN = frozenset({"a", "an", "the", "really", "quite", "entirely", "fully"})  # "not quite right"
+_YES, _NO = frozenset({"yes", "true", "correct", "right"}), frozenset({"no", "false", "incorrect", "wrong", "untrue"})
+_NOT = frozenset({"not", "never", "cannot", "neither", "nor"})  # and all that end with n't
+_BETWEEN = frozenset(  # "not quite right", "can't be right"
+    {
+        "a",
+        "an",
+        "the",
+        "that",
+        "to",
+        "at",
+        "all",
+        "very",
+        "really",
+        "quite",
+        "entirely",
+        "fully",
+        "completely",
+        "totally",
+    }
+    | {"exactly", "necessarily", "be", "been", "being", "look", "looks", "seem", "seems", "appear", "appears", "sound"}
+)
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _BOX = re.compile(rf"[\[(]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]")
 
@@ -73,14 +91,14 @@ def judging(answer: str, reference: str) -> float:
 
 
 def verdict(answer: str) -> bool | None:
-    """True for yes, False for no; None if the answer says neither, or both. "not correct" and "not true" are no."""
+    """True for yes, False for no; None if the answer says neither, or both. "not correct" and "can't be true" are no."""
     found, turned = set(), False
-    for word in re.findall(r"[\w']+", answer.lower()):
+    for word in re.findall(r"[\w']+", _straight(answer).lower()):
         if word in _YES or word in _NO:
             found.add((word in _YES) != (turned and word not in ("yes", "no")))
             turned = False
         else:
-            turned = word in _NOT or (turned and word in _BETWEEN)
+            turned = word in _NOT or word.endswith("n't") or (turned and word in _BETWEEN)
     return found.pop() if len(found) == 1 else None
 
 
@@ -92,16 +110,23 @@ def choice(answer: str, reference: str) -> float:
 def letters(answer: str) -> frozenset[str] | None:
     """The options that an answer names: its isolated capital letters from A to J; small ones if it holds nothing else.
 
-    "A" before a word is the article, unless a stop or a bracket stands behind it.
+    "A" before a word is the article and "I" the one who answers, unless a stop or a bracket stands behind it.
     """
+    answer = _straight(answer)
     if re.fullmatch(r"[\s,;.()\[\]]*(?:[a-j](?:[\s,;.()\[\]]+|$)|and\s+)+", answer.strip()):
         answer = answer.replace("and", " ").upper()
-    found = {m.group() for m in re.finditer(r"(?<![\w'])[A-J](?![\w'])", answer) if not _article(answer, m)}
+    found = {m.group() for m in re.finditer(r"(?<!\w)(?<!\w')[A-J](?!\w|'\w)", answer) if not _in_a_sentence(answer, m)}
     return frozenset(found) or None
 
 
-def _article(answer: str, match: re.Match[str]) -> bool:
-    return match.group() == "A" and bool(re.match(r"\s+(?!and\b|or\b|is\b|because\b)[a-z]", answer[match.end() :]))
+def _in_a_sentence(answer: str, match: re.Match[str]) -> bool:
+    behind = re.match(r"\s+(?!and\b|or\b|is\b|because\b)[a-z]", answer[match.end() :])
+    return match.group() in "AI" and behind is not None
+
+
+def _straight(answer: str) -> str:
+    """With the apostrophes of typewriters."""
+    return answer.replace("\u2019", "'")
 
 
 def boxes(answer: str, reference: str | Sequence[float], *, threshold: float = 0.5) -> float:
@@ -184,22 +209,28 @@ def _mathematical(value: str) -> str:
 def text(
     answer: str, reference: str | Sequence[str], *, similarity: Callable[[str, str], float] | None = None
 ) -> float:
-    """1 if the answer equals a reference, without articles, punctuation, case.
+    """1 if the answer equals a reference, without articles, punctuation, case; the sign of a number counts.
 
     `similarity` (answer, reference) -> -1 to 1, as the cosine of two sentences: above 0.95 is right too, above 0.9 gives 0.2.
     """
     references = [reference] if isinstance(reference, str) else list(reference)
     if not any(r.strip() for r in references):
         raise DataError(f"A question has the reference {reference!r}; expected a text.")
-    given = normalized(answer)
+    given = _said(answer)
     if not given:
         return 0.0
-    if given in {normalized(r) for r in references}:
+    if given in {_said(r) for r in references}:
         return 1.0
     if similarity is None:
         return 0.0
     closest = max(float(similarity(answer, r)) for r in references)
     return 1.0 if closest > 0.95 else 0.2 if closest > 0.9 else 0.0
+
+
+def _said(value: str) -> str:
+    """Normalized, but for a sign in front of a number; as it is if nothing else would be left ("A" is no article then)."""
+    signed = re.sub(r"(?<![\w.)])[-\u2212](?=\.?\d)", " minus ", value)
+    return normalized(signed) or " ".join(value.lower().split()).strip(" .")
 
 
 REWARDS: dict[str, Callable[..., float]] = {

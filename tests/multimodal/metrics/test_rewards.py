@@ -41,6 +41,14 @@ def test_a_negated_yes_is_a_no():
         "False",
         "not quite right",
         "no, it is not correct",
+        "it isn\u2019t correct",
+        "That can't be right.",
+        "it doesn't look correct",
+        "that cannot be true",
+        "these aren't right",
+        "not at all correct",
+        "neither true nor right",
+        "untrue",
     ):
         assert verdict(no) is False, no
     assert verdict("not incorrect") is True
@@ -64,6 +72,8 @@ def test_letters_count_in_any_order():
         == 1.0
     )
     assert choice("A red circle", "A") == 0.0  # the article
+    assert choice("I think B", "B") == choice("I\u2019m sure: C", "C") == choice("'D'", "D") == 1.0
+    assert choice("I", "I") == choice("B and I", "B, I") == choice("I is right", "I") == 1.0
     assert choice("A, B, C", "B") == choice("A B", "A") == choice("", "A") == choice("Bar", "B") == 0.0
     with pytest.raises(DataError, match="letters"):
         choice("A", "red")
@@ -118,6 +128,9 @@ def test_mathematics_in_a_thread():
 def test_text_is_equal_or_similar():
     assert text("A circle.", "circle") == text("two", ["2", "three"]) == 1.0
     assert text("round", "circle") == text("circles", "circle") == text(" ", "circle") == 0.0
+    assert text("-5", "5") == text("5", "-5") == text("\u2212.5", ".5") == 0.0
+    assert text("-5", "\u22125") == text("-5 degrees", "-5 degrees.") == text("3-5", "3 - 5") == 1.0
+    assert text("A", "A") == text("the", "The") == text("a.", "A") == 1.0 and text("the", "a") == text("", "a") == 0.0
     assert text("round", "circle", similarity=lambda a, r: 0.96) == 1.0
     assert text("round", "circle", similarity=lambda a, r: 0.91) == 0.2
     assert text("round", "circle", similarity=lambda a, r: 0.9) == 0.0
