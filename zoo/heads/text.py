@@ -3,8 +3,8 @@
     logits(x) = exp(a) <I(x) / |I(x)|, t_k / |t_k|> + b        t_k = T(p(k)): text of class k;  a, b: the model's scale and bias
 
 It is a zero-shot classifier that stays alive: gradients flow through the frozen text tower into whatever is attached there.
-The texts are encoded once in each forward pass, whatever the batch, and in evaluation once, until a parameter changes. The head
-has no parameters; it is saved as the names of the classes.
+The texts are encoded once in each forward pass, whatever the batch, and in evaluation once, until a parameter, a setting of an
+adapter in use or the precision changes. The head has no parameters; it is saved as the names of the classes.
 
 A template holds `{}` for the name of the class, and `<*>` wherever a vector of an adapter's stands instead of a word. Ids of
 these places are negative: -1 - m is vector m, counted through in the order of the template (and, if `specific`, class by class).
@@ -47,9 +47,8 @@ class TextHead(Head):
         self.template, self.specific = "a photo of a {}.", False
         self._ids: Tensor | None = None
         self._written: tuple[Any, ...] = ()  # what the ids were made of
-        self._kept: tuple[Any, dict[str, Any]] | None = (
-            None  # evaluation: state of all parameters, and the texts' outputs
-        )
+        # evaluation: the state of all that the texts depend on, its tensors, and the texts' outputs
+        self._kept: tuple[Any, list[Tensor], dict[str, Any]] | None = None
 
     def forward(self, outputs: Mapping[str, Any], targets: Any = None) -> Tensor:
         """pooled (B, d), text (K, d), scale (2,) -> (B, K)."""
@@ -67,18 +66,25 @@ class TextHead(Head):
         """
         ids = self.ids(model)
         keeps = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or model.wanted)
-        key = _state(model) if keeps else None
+        tensors = _tensors(model) if keeps else []
+        key = _state(model, tensors)
         if key is None:
             self._kept = None
             return model.outputs(texts=ids, want=("text", "scale"))
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, model.outputs(texts=ids, want=("text", "scale")))
-        return self._kept[1]
+            # Aliases are held with the tensors: nothing else can come to stand at their addresses.
+            held = [*tensors, *(t.detach() for t in tensors)]
+            self._kept = (key, held, model.outputs(texts=ids, want=("text", "scale")))
+        return self._kept[2]
 
     def train(self, mode: bool = True) -> TextHead:
         """Forget what was kept for evaluation."""
         self._kept = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model keeps nothing: its tensors are others."""
+        return {**self.__dict__, "_kept": None}
 
     def name_classes(self, classes: Sequence[str]) -> None:
         """As `Head.name_classes`; the texts are written anew."""
@@ -176,10 +182,25 @@ def _token(family: Any, filler: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _state(model: Host) -> Any:
-    """Identity and version of every parameter that the texts may depend on; None where these cannot be told."""
+def _tensors(model: Host) -> list[Tensor]:
+    """All that the texts may depend on: trained and frozen, and what adapters keep beside their parameters."""
+    used = [model.adapters[name] for name in model.active]
+    return [*model.backbone.parameters(), *(t for a in used for t in (*a.parameters(), *a.buffers()))]
+
+
+def _state(model: Host, tensors: list[Tensor]) -> Any:
+    """State of these tensors and of the adapters in use, a block that is left out, say; None where it cannot be told."""
+    if not tensors:
+        return None
     try:
-        tensors = [*model.backbone.parameters(), *(p for n in model.active for p in model.adapters[n].parameters())]
-        return (model.active, [(id(t), t.data_ptr(), t._version) for t in tensors])
+        versions = [(id(t), t.data_ptr(), t._version) for t in tensors]
     except RuntimeError:  # made in inference mode, or wrapped by a functional transform
         return None
+    kind = tensors[0].device.type
+    precision = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    modules = [m for name in model.active for m in model.adapters[name].modules()]
+    return (model.active, precision, versions, [[v for v in vars(m).values() if _plain(v)] for m in modules])
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_plain, value)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from zoo.errors import ConfigError
 NAMES = ["cat", "dog", "red bird"]
 
 
-def small(adapter: Any, classes: list[str] = NAMES) -> zoo.Model:
+def small(adapter: Any, classes: list[str] = NAMES, **more: Any) -> zoo.Model:
     torch.manual_seed(0)
     towers: dict[str, Any] = {"vision_cfg": IMAGE, "text_cfg": {**TEXT, "context_length": 40}, "embed_dim": 24}
-    return zoo.load("clip-micro", adapter, classes=classes, pretrained=False, **towers)
+    return zoo.load("clip-micro", adapter, classes=classes, pretrained=False, **towers, **more)
 
 
 def images(count: int = 3) -> torch.Tensor:
@@ -75,3 +76,49 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
         small(zoo.adapter("cones", labels=(1,)))
     with pytest.raises(ConfigError, match="has a brace"):
         zoo.adapter("maple", init="a photo {} of")
+
+
+def of_texts(adapter: Any) -> zoo.Model:
+    """A head that keeps its texts in evaluation, and an adapter in the text tower."""
+    model = small(adapter, tower="both")
+    model.reset_head(3, NAMES, kind="text")
+    with torch.no_grad():
+        for parameter in model.parameters_to_train().values():
+            parameter.normal_(std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_rank_that_is_cut_or_a_block_that_is_left_out_makes_other_texts() -> None:
+    """The kept texts were those of the parameters alone: of another rank, of other blocks, of another precision."""
+    ranks = of_texts(zoo.adapter("dylora", targets="all-linear"))
+    skips = of_texts(zoo.adapter("das", search=1, draws=2, bottleneck=4))
+    das: Any = skips.adapters["das"]
+    changes: list[tuple[zoo.Model, Any]] = [
+        (ranks, lambda: ranks.adapters["dylora"].choose(1)),  # type: ignore[operator]
+        (skips, lambda: das._leave_out([das.candidates.index("text.blocks.0")])),
+    ]
+    for model, change in changes:
+        before = model(images())
+        change()
+        after = model(images())
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, model.train().eval()(images()), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_texts_of_another_precision_are_not_kept() -> None:
+    model = of_texts("lora")
+    expected = model(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images())
+    assert torch.equal(model(images()), expected)
+
+
+@torch.no_grad()
+def test_a_copy_keeps_no_texts() -> None:
+    """They would be pickled with all tensors that they were made of."""
+    model = small("coop").eval()
+    size = len(pickle.dumps(model))
+    model(images())
+    assert len(pickle.dumps(model)) < 1.1 * size
