@@ -18,6 +18,7 @@ from zoo.backbone import WRAPPED
 from zoo.disk.checkpoints import fill, own_options, read_checkpoint
 from zoo.engine.memory import MEMORY_SETTINGS
 from zoo.errors import ConfigError, UnknownNameError, WeightsError, ZooError, nearest
+from zoo.heads.base import HEADS
 from zoo.heads.names import class_names
 from zoo.library import only_tensors
 from zoo.model import Model
@@ -228,7 +229,9 @@ def _keeps_head(saved: SavedAdapter, num_classes: int | None, classes: Sequence[
     named = saved.classes is None or classes is None or list(saved.classes) == list(classes)
     if saved.num_classes == num_classes and named and head in (None, saved.head_kind):
         return True
-    if num_classes:
+    kind = HEADS.get(saved.head_kind)
+    written = getattr(kind, "reads_names", False) and not getattr(kind, "kept_texts", False)  # nothing in it is trained
+    if num_classes and not (written and classes is not None):
         theirs = f"{saved.num_classes} classes" + (f" ({', '.join(saved.classes[:3])} ...)" if saved.classes else "")
         _LOG.warning(
             "The head saved in '%s' is for %s, not for the %d that are asked for: a new, untrained head stands in its place.",
