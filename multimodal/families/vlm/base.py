@@ -29,6 +29,7 @@ from multimodal.families.vlm.words import NONE, check_words, places, untold
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.families.children import mixes
+from zoo.families.precision import stored_dtype, through
 from zoo.families.transformers_family import Fields, TransformersBackbone
 from zoo.library import library
 from zoo.points import Layout, Point
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from zoo.points.recorder import Recorder
 
 __all__ = ["LanguageBackbone"]
+
+WEIGHTS = "model.safetensors"  # the library's name of the file
 
 
 class LanguageBackbone(TransformersBackbone):
@@ -100,7 +103,7 @@ class LanguageBackbone(TransformersBackbone):
 
     @classmethod
     def build(cls, name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-        """As the families of transformers; `dtype` is the precision in which a checkpoint is read."""
+        """As the families of transformers; a checkpoint is read in `dtype`, where that is exact (`zoo.families.precision`)."""
         dtype = kwargs.pop("dtype", None)
         options = {k: v for k, v in kwargs.items() if v is not None}
         device, attention = options.pop("device", None), options.pop("attn_implementation", None)
@@ -123,7 +126,9 @@ class LanguageBackbone(TransformersBackbone):
         Raises:
             ConfigError: the weights cannot be had, or are not all there. WeightsError: they are of another body.
         """
-        options: Fields = {"dtype": torch.float32 if dtype is None else dtype}
+        options: Fields = {"dtype": torch.float32}
+        if dtype is not None:
+            options["dtype"] = through(stored_dtype(source, "", WEIGHTS, cls.left_out), dtype) or dtype
         if fields is not None:
             config = getattr(library("transformers", cls.extra), cls.library_classes[model_type][0])
             options["config"] = config.from_dict({k: v for k, v in fields.items() if k != "model_type"})

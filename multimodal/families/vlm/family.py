@@ -137,7 +137,7 @@ class VisionLanguage(LanguageBackbone):
             return super().read(source, model_type, fields, attention, dtype)
         module = cls.random(model_type, MICRO if fields is None else fields, attention)
         micro_weights(module)
-        return module if dtype is None else module.to(dtype)
+        return module
 
     # -- parts ------------------------------------------------------------------------------------------------------
 

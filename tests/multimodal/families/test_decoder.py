@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
 from zoo import registry
 from zoo.errors import AttachError, ConfigError, DataError
+from zoo.families.precision import stored_dtype
 from zoo.table import tiny_model
 
 pytest.importorskip("transformers")
@@ -244,6 +248,33 @@ def test_a_checkpoint_of_a_folder_is_read(tmp_path: object) -> None:
         assert torch.equal(zoo.load(f"transformers:{tmp_path}").eval()(*texts()), model(*texts()))
     half = zoo.load(f"transformers:{tmp_path}", dtype="bfloat16", rms_norm_eps=1e-3)
     assert half.dtype == torch.bfloat16 and half.backbone.config.rms_norm_eps == 1e-3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_fits_the_network_in_every_precision(
+    stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    """One that was trained in float32 was refused in bfloat16: "trained on other weights"."""
+    network: Any = tiny().backbone.to(stored)
+    network.save_pretrained(tmp_path / "base")
+    model = zoo.load(f"transformers:{tmp_path / 'base'}", "lora")
+    model.save_adapter(tmp_path / "out")
+    again = zoo.load(f"transformers:{tmp_path / 'base'}", tmp_path / "out", dtype=wanted)
+    assert again.fingerprint == model.fingerprint
+    for name, own in network.named_parameters():
+        assert torch.equal(again.backbone.get_parameter(name), own.float().to(wanted)), name
+    if stored != torch.float32:  # nor was it read in float32
+        assert stored_dtype(str(tmp_path / "base"), "", "model.safetensors") == stored
+
+
+def test_a_spare_tensor_says_nothing_of_the_precision(tmp_path: Path) -> None:
+    """Of LLaMA's checkpoints in float16 the turning frequencies are kept in float32, and not read."""
+    save_file(
+        {"a": torch.zeros(2, dtype=torch.float16), "layers.0.rotary_emb.inv_freq": torch.zeros(2)},
+        tmp_path / "model.safetensors",
+    )
+    assert stored_dtype(str(tmp_path), "", "model.safetensors", ("*.rotary_emb.inv_freq",)) == torch.float16
 
 
 def test_what_is_no_text_is_refused_in_words() -> None:

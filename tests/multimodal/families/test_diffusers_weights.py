@@ -17,7 +17,8 @@ pytest.importorskip("diffusers")
 from diffusion_models import make
 
 import zoo
-from multimodal.families.diffusion.weights import stored_dtype
+from multimodal.families.diffusion.weights import NAME
+from zoo.families.precision import stored_dtype
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,7 +54,7 @@ def stored(folder: Path, dtype: torch.dtype, name: str = "dit", shards: bool = F
 def test_the_precision_that_is_asked_for(own: torch.dtype, wanted: torch.dtype, tmp_path: Path) -> None:
     """Numbers are the stored ones rounded once, and the fingerprint is that of float32, so that an adapter fits either."""
     source = stored(tmp_path, own)
-    assert stored_dtype(str(tmp_path), "transformer") == own
+    assert stored_dtype(str(tmp_path), "transformer", NAME) == own
     default = zoo.load(f"diffusers:{tmp_path}", "lora", seed=0)
     model = zoo.load(f"diffusers:{tmp_path}", "lora", dtype=wanted, seed=0)
     assert {p.dtype for p in model.backbone.parameters()} == {wanted} and default.dtype == torch.float32
@@ -86,7 +87,7 @@ def test_other_files_are_left_to_the_library(tmp_path: Path) -> None:
     module.to(torch.float16).save_pretrained(tmp_path / "transformer", variant="fp16")
     model = zoo.load(f"diffusers:{tmp_path}", dtype=torch.float16, variant="fp16")
     assert torch.equal(model.backbone.get_parameter("proj_out_2.weight"), module.proj_out_2.weight)
-    assert stored_dtype(str(tmp_path), "") is None and stored_dtype(str(tmp_path / "none"), "") is None
+    assert all(stored_dtype(str(f), "", NAME) is None for f in (tmp_path, tmp_path / "none"))
     with pytest.raises(zoo.errors.ConfigError, match="could not be loaded"):
         (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
         zoo.load(f"diffusers:{tmp_path}", dtype=torch.bfloat16)

@@ -89,3 +89,10 @@ def test_it_answers_questions_about_drawings():
     thought = write(model, asked[:6], "think, then answer.", length=12)
     assert all(text.startswith("<think>") and text.endswith("</answer>") for text in thought)
     assert micro_processor().image_processor.patch_size == 8
+
+
+def test_an_adapter_fits_it_in_half_precision(tmp_path: Path) -> None:
+    model = zoo.load("vlm-micro", zoo.adapter("lora", targets="text.**.{q,v}"))
+    model.save_adapter(tmp_path)
+    half = zoo.load(adapter=tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.fingerprint == model.fingerprint
