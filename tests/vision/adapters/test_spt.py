@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import zoo
-import zoo.adapters.parts.entries
+import zoo.adapters.parts.sampled
 from vision.adapters.parts.tuned import Tuned
 from zoo.disk import attach, read
 from zoo.errors import AttachError, CombinationError, ConfigError, MergeError, MismatchError
@@ -60,9 +60,9 @@ def dense(model: zoo.Model, adapter: zoo.Adapter) -> tuple[torch.nn.Module, dict
 
 
 @both
-@pytest.mark.parametrize("chunk", [1 << 22, 64])
-def test_gradients_are_those_of_the_dense_weights(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo.adapters.parts.entries, "CHUNK", chunk)
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_gradients_are_those_of_the_dense_weights(family: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo.adapters.parts.sampled, "DENSE", share)
     model = build(family)
     adapter = calibrated(model)
     shake(adapter)
