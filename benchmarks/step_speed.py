@@ -33,7 +33,7 @@ ALL: dict[str, Any] = {"targets": "all-linear"}
 METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # label -> method, settings, the limit that we set ourselves
     "adalora": ("adalora", {"rank": 8, "target_rank": 6, **ALL}, 1.25),
     "dylora": ("dylora", {"rank": 8, **ALL}, 1.25),
-    "vera": ("vera", {"rank": 256, **ALL}, 1.25),
+    "vera": ("vera", {}, 1.25),
     "svfit": ("svfit", {}, 1.25),
     "increlora": ("increlora", {"rank": 2, "target_rank": 4, **ALL}, 1.25),
     "triadaptlora": ("triadaptlora", {"rank": 2, "target_rank": 4, **ALL}, 1.25),
@@ -62,7 +62,7 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters_to_train().values(), lr=1e-3)
         self.hooks.fit_start(self.optimizer, total_steps=steps)
         self.model.train()
-        self.count = self.model.num_parameters(trainable=True)
+        self.count = self.model.num_parameters(trainable=True, head=False)
         self.times: list[float] = []
 
     def step(self, number: int) -> None:
@@ -82,7 +82,7 @@ class Run:
 def lora_rank(count: int) -> int:
     """The rank at which LoRA of all projections has about so many numbers, at least 1."""
     one = zoo.load("vit-b16", zoo.adapter("lora", rank=1, **ALL), device="meta", **SHAPE)
-    return max(1, round(count / one.num_parameters(trainable=True)))
+    return max(1, round(count / one.num_parameters(trainable=True, head=False)))
 
 
 def measured(label: str, images: Tensor, steps: int) -> dict[str, Any]:

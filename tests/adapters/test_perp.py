@@ -189,7 +189,7 @@ def test_it_is_dense_until_it_has_seen_data(criterion: str) -> None:
     adapter = model.add_adapter(zoo.adapter("perp", criterion=criterion, rank=2))
     assert adapter.needs_calibration and adapter.plan is None and adapter.zeros() == 0  # type: ignore[attr-defined]
     assert torch.equal(model(images()), before)
-    with pytest.raises(MergeError, match="nothing is pruned yet"):
+    with pytest.raises(MergeError, match="nothing is decided yet"):
         model.merge()
     adapter.calibrate(model, batches())
     first = {k: v.clone() for k, v in adapter.state_dict().items()}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.errors import ConfigError, MismatchError
+from zoo.errors import AttachError, ConfigError, MergeError, MismatchError
+from zoo.registry import adapter_class
 from zoo.train import MovingAverage
 
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "pretrained": False, "num_classes": 3}
@@ -180,3 +181,14 @@ def test_uncalibrated_ones_are_still_refused() -> None:
     model.set_adapter_state("sct", load("sct", None).adapter_state("sct"))
     with pytest.raises(ConfigError, match="does not know which channels"):
         model(images(1))
+
+
+@pytest.mark.parametrize("method", [m for m in zoo.list_adapters() if adapter_class(m).needs_calibration])
+def test_what_is_not_decided_is_not_merged(method: str) -> None:
+    """Merged, it would be the bare network, or one that was never trained."""
+    try:
+        model = zoo.load("vit-micro", zoo.adapter(method, **adapter_class(method).trial), **TINY)
+    except AttachError:
+        pytest.skip(f"{method} does not go with this backbone")
+    with pytest.raises(MergeError):
+        model.merge()

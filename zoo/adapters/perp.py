@@ -51,7 +51,7 @@ from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.masked import UPDATES, Masked, folded, unfolded
 from zoo.adapters.parts.pruning import CRITERIA, Pruning, pattern_of
 from zoo.engine.changes import BiasDelta
-from zoo.errors import ConfigError, MergeError, MismatchError
+from zoo.errors import ConfigError, MismatchError
 from zoo.host import Host
 from zoo.points import LinearPoint, Points
 from zoo.points.merger import Merger
@@ -225,16 +225,7 @@ class PERP(Adapter):
     # -- merged and saved ---------------------------------------------------------------------------------------------
 
     def merge(self, merger: Merger) -> None:
-        """W <- M . (W + (alpha / r) B A), or M . W . (B A); biases and norms are in the merged copy already.
-
-        Raises:
-            MergeError: it has not seen the data that it prunes by.
-        """
-        if self._how.seen and self.plan is None:
-            raise MergeError(
-                f"'perp' prunes by data with criterion='{self.criterion}', and has seen none: nothing is pruned yet. Train it "
-                "with zoo.fit, or call calibrate, then merge."
-            )
+        """W <- M . (W + (alpha / r) B A), or M . W . (B A); biases and norms are in the merged copy already."""
         for name, part in self._parts().items():
             point = merger.points[name]
             weight = merger.weight(point)
