@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from train_parts import CLASSES, easy_data, fit, tiny_model
 
 import zoo
-from zoo.data import Skipped, collate, open_dataset, unwrap
+from zoo.data import ImageDataset, Skipped, collate, open_dataset, unwrap
 from zoo.errors import DataError
 
 QUIET = {"progress": False}
@@ -382,3 +382,12 @@ def test_image_folders_of_torchvision(image_folder: Path) -> None:
     model = tiny_model(num_classes=2)
     fit(model, datasets.ImageFolder(str(image_folder / "train")), epochs=1)
     assert model.classes == ["blue", "red"] and zoo.evaluate(model, image_folder / "test", **QUIET)["images"] == 12
+
+
+def test_slices_are_data_sets() -> None:
+    data = open_dataset([(picture(i), i % 2) for i in range(6)])
+    part = data[1:4]
+    assert isinstance(part, ImageDataset) and [label for _, label in part] == [1, 0, 1] and part.classes == data.classes
+    assert [label for _, label in data[::-2]] == [1, 1, 1] and len(data[9:]) == 0
+    with pytest.raises(IndexError):
+        data[6]

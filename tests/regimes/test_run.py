@@ -20,8 +20,10 @@ from train_parts import easy_data, tiny_model
 
 import zoo
 from zoo import Phase, Regime
+from zoo.data import ImageDataset
 from zoo.errors import ConfigError, MismatchError, UnknownNameError
 from zoo.regimes import Run, RunReport
+from zoo.regimes.running import _opened
 
 FIT: dict[str, Any] = {"batch_size": 16, "lr": 1e-2, "progress": False, "checkpoint_every": 1}
 
@@ -289,3 +291,14 @@ def test_command_line(tmp_path: Path, image_folder: Path) -> None:
     assert "prefix" in zoo.load(adapter=tmp_path / "lae").adapters
     wrong = CliRunner().invoke(app, [*line[:-2], "-s", "run.epoch=1"])
     assert wrong.exit_code == 1 and "epoch" in wrong.output
+
+
+@pytest.mark.parametrize("form", [tuple, list, lambda pair: {"image": pair[0], "label": pair[1]}])
+def test_a_list_of_pairs_is_one_data_set(form: Any) -> None:
+    """And a list of such lists is two."""
+    pairs = [form((torch.full((3, 16, 16), i / 8), i % 2)) for i in range(8)]
+    for data in (pairs, {"a": pairs, "b": [pairs, pairs]}):
+        opened = _opened(tiny_model(num_classes=2), Regime(), data)
+        first = opened if data is pairs else opened["a"]
+        assert isinstance(first, ImageDataset) and len(first) == 8
+        assert data is pairs or [len(part) for part in opened["b"]] == [8, 8]

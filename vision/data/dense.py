@@ -119,7 +119,7 @@ class DenseRows:
 class DenseDataset(ImageDataset):
     """(transform(image, map)) pairs; see `ImageDataset`. The transform is a function of both (`vision.data.dense_transform`)."""
 
-    def __getitem__(self, index: int) -> Any:
+    def _item(self, index: int) -> Any:
         row = int(self.indices[index])
         try:
             image, value = self.rows.read(row)

@@ -112,7 +112,13 @@ class ImageDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
+        """An item: (image, label), or what stands for an unreadable one; of a slice, the same data with these items alone."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        return self._item(index)
+
+    def _item(self, index: int) -> Any:
         row = int(self.indices[index])
         try:
             image, label = self.rows.read(row)

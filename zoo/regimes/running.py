@@ -10,7 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from zoo import registry
 from zoo.data.dataset import ImageDataset
@@ -231,15 +234,24 @@ def _regime(regime: str | Regime, settings: Mapping[str, Any]) -> Regime:
 def _opened(model: Model, regime: Regime, data: Any) -> Any:
     """Data sets in the structure in which they were given; lists and dicts are structure, everything else a source.
 
-    A list of what the regime calls its `items` is a source, too.
+    A list of pairs, or of what the regime calls its `items`, is a source, too.
     """
     if data is None or isinstance(data, ImageDataset):
         return data
     if isinstance(data, Mapping):
         return {str(name): _opened(model, regime, part) for name, part in data.items()}
-    if isinstance(data, (list, tuple)) and not (regime.items and data and isinstance(data[0], regime.items)):
+    if isinstance(data, (list, tuple)) and not (data and (isinstance(data[0], regime.items) or _is_item(data[0]))):
         return [_opened(model, regime, part) for part in data]
     return regime.open(model, data)
+
+
+def _is_item(one: Any) -> bool:
+    """Whether this is an image with its label, and no data set."""
+    pixels = (Image.Image, Tensor, np.ndarray)
+    if isinstance(one, Mapping):
+        return any(isinstance(value, pixels) for value in one.values())
+    pair = isinstance(one, (list, tuple)) and len(one) == 2
+    return pair and (isinstance(one[0], pixels) or isinstance(one[1], (int, float, Tensor, np.generic, np.ndarray)))
 
 
 def _about(model: Model, regime: Regime, phase: Phase) -> dict[str, Any]:

@@ -287,9 +287,9 @@ class _Places:
 class _Still(ImageDataset):
     """A data set whose items must not draw random numbers."""
 
-    def __getitem__(self, index: int) -> Any:
+    def _item(self, index: int) -> Any:
         before = _generators()
-        item = super().__getitem__(index)
+        item = super()._item(index)
         if _generators() != before:
             raise ConfigError(
                 f"cache_features: {self.where(index)} is read with random numbers (an augmentation, or a source that draws), so "
