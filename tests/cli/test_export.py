@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import zoo
+from zoo.adapters.l4q import packed
 from zoo.cli import app
 from zoo.errors import ConfigError, MergeError, MissingPackageError, SaveError
 from zoo.table import tiny_model
@@ -45,6 +46,18 @@ def test_same_outputs(tmp_path: Path, family: str, method: str, folded: bool) ->
         found = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))[0]
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), model(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["int8", "int4", "nf4", "packed"])
+def test_weights_of_few_bits(kept: str, tmp_path: Path) -> None:
+    model, _ = tiny("vit", "l4q" if kept == "packed" else "vpt")
+    if kept == "packed":
+        model = packed(model)
+    else:
+        model.remove_adapter("vpt")
+        model = zoo.quantise(model, to=kept)
+    facts = zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert facts["largest_difference"] < 1e-4
 
 
 def test_live_and_of_one_size(tmp_path: Path) -> None:

@@ -279,3 +279,18 @@ def test_refused() -> None:
     both_ways = zoo.quantise(zoo.quantise(model, "q,k,v", to="nf4"), "down", to="int8")
     assert {type(p.module).__name__ for p in both_ways.points.linears("q,down")} == {"NF4Linear", "Int8Linear"}
     assert quantised.group_of(131) == 131 and quantised.group_of(192) == 96 and quantised.group_of(768) == 128
+
+
+def test_peft_s_files_say_beside_what_they_were_trained(tmp_path: Path) -> None:
+    model = loaded("vit", "nf4")
+    attach(model, "lora")
+    with pytest.warns(UserWarning, match="rounded to nf4"):
+        zoo.to_peft(model, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_what_scores_weights_is_refused_before_it_is_attached() -> None:
+    model = loaded()
+    with pytest.raises(AttachError, match=r"that of 'blocks.0.attn.q' is kept in nf4, which has none"):
+        model.add_adapter(zoo.adapter("spt", budget=0.001))
+    assert not model.adapters

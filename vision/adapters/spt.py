@@ -45,7 +45,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vision.adapters.parts.sensitivity import Candidate, candidates, choose, grid, sensitivity, spend
+from vision.adapters.parts.sensitivity import Candidate, candidates, check_scored, choose, grid, sensitivity, spend
 from vision.adapters.parts.tuned import Tuned
 from zoo import Task, damped
 from zoo.adapters.base import Adapter
@@ -186,6 +186,7 @@ class SPT(Adapter):
         """Attach what the plan says; nothing before there is one."""
         linears = [p for p in points.require("linear", "spt") if p.block is not None]
         if self.plan is None:
+            check_scored(linears)
             return
         structured, vectors, entries, tokens = self._read(points)
         for name in tokens:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -103,6 +104,12 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     metadata = {"format": "pt", NOTE: json.dumps({**note, CONFIG: config})}
     _replace(folder, dump_safetensors(plain, metadata), to_json(config, "the config").encode())
+    if model.quantised:
+        warnings.warn(
+            f"This adapter stands beside weights that are rounded to {model.quantised}. Loaded with peft onto the backbone in floating "
+            "point, its outputs differ by that rounding: quantise the backbone in the same way.",
+            stacklevel=2,
+        )
     return folder
 
 

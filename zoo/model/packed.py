@@ -30,10 +30,14 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: (o, columns) of uint8."""
     if bits == 8:
         return packed
-    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = (packed[..., None] >> places & 1).flatten(1)[:, : columns * bits].unflatten(1, (-1, bits))
-    weights = torch.tensor([1 << k for k in range(bits)], device=packed.device, dtype=torch.uint8)
-    return (stream * weights).sum(-1, dtype=torch.uint8)
+    # by a table, products and sums of int32: what graphs of others (ONNX) have operators for
+    table = torch.tensor(
+        [[byte >> k & 1 for k in range(8)] for byte in range(256)], device=packed.device, dtype=torch.int32
+    )
+    stream = table.index_select(0, packed.flatten().int()).view(len(packed), -1)
+    stream = stream[:, : columns * bits].unflatten(1, (-1, bits))
+    weights = torch.tensor([1 << k for k in range(bits)], device=packed.device, dtype=torch.int32)
+    return (stream * weights).sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
 class PackedLinear(Rounded):

@@ -90,6 +90,16 @@ def structured_cost(form: str, rank: int, dim_in: int, dim_out: int) -> int:
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
+def check_scored(points: Iterable[LinearPoint]) -> None:
+    """Raise AttachError where weights have no gradient: before anything is attached that would be decided by it."""
+    for point in points:
+        if kept := getattr(point.module, "kept_in", ""):
+            raise AttachError(
+                f"Single numbers of every weight are scored and trained, and that of '{point.name}' is kept in {kept}, which has "
+                "none: use a method that adds to frozen weights, such as lora, or the backbone that was not quantised."
+            )
+
+
 def sensitivity(
     model: Host, found: Sequence[Candidate], batches: Iterable[Any], num_batches: int, task: Task | None = None
 ) -> tuple[list[Tensor], int, int]:
