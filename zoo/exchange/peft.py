@@ -106,8 +106,8 @@ def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Pat
     _replace(folder, dump_safetensors(plain, metadata), to_json(config, "the config").encode())
     if model.quantised:
         warnings.warn(
-            f"This adapter stands beside weights that are rounded to {model.quantised}. Loaded with peft onto the backbone in floating "
-            "point, its outputs differ by that rounding: quantise the backbone in the same way.",
+            f"This adapter stands beside weights that are rounded to {model.quantised}. Loaded with peft onto the backbone in "
+            "floating point, its outputs differ by that rounding: quantise the backbone in the same way.",
             stacklevel=2,
         )
     return folder
