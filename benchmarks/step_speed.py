@@ -1,6 +1,6 @@
 """Training steps of low-rank, sparse and quantised methods beside LoRA with as many trained numbers, as ratios.
 
-    python benchmarks/step_speed.py [--batch 4] [--steps 12] [--methods pst,l4q]
+    python benchmarks/step_speed.py [--batch 8] [--steps 12] [--methods pst,l4q]
 
 ViT-B/16 with 2 of its 12 equal blocks, random weights (they change no cost), a head; Adam. A method and its LoRA
 take turns step by step in one process on one thread, and processor time counts, so other load matters little. The first two
@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # label -> method, se
     "mam": ("mam", {}, 1.25),
     "lt-sft": ("lt-sft", {"full_epochs": 1, "full_lr": 1e-3}, 1.25),
     "dsee": ("dsee", {}, 1.25),
-    "dsl": ("dsl", {"interval": 4}, 1.25),
+    "dsl, moving every 4th step (100th by default)": ("dsl", {"interval": 4}, 1.25),
     "perp, biases and norms": ("perp", {"update": "none"}, 1.25),
     "perp, MaskLoRA": ("perp", {"update": "mask"}, 1.25),
     "perp, ScaleLoRA": ("perp", {"update": "scale"}, 1.25),
@@ -114,7 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--methods", help="labels of rows, by commas; nothing is written then")
     args = parser.parse_args()

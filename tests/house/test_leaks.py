@@ -73,9 +73,10 @@ def test_a_forward_without_a_backward_is_freed(family: str, request: pytest.Fixt
             continue
 
         def use(model: Any = model, batch: Any = batch) -> None:
-            for mode in (True, False):
-                model.train(mode)(*batch)
-            model.saved_bytes(*batch)
+            with model.context(**model.example_context(*batch)):
+                for mode in (True, False):
+                    model.train(mode)(*batch)
+                model.saved_bytes(*batch)
 
         assert grows(use, 2) == 0, method
         gone = weakref.ref(model)

@@ -80,6 +80,8 @@ def test_refused() -> None:
         ({"by": "size"}, "'by' is 'size'"),
         ({"rank": 0}, "rank is 0"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"heads": 0.01}, "heads=0.01 takes none: a block has"),
+        ({"neurons": 1e-4}, "neurons=0.0001 takes none"),
     ):
         with pytest.raises(ConfigError, match=match):
             go(**options)

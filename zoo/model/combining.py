@@ -40,8 +40,9 @@ def combine(model: Any, weights: Mapping[str, float], name: str | None, activate
     if head is not None and (head not in weights or head not in model.heads):
         raise ConfigError(f"head is {head!r}; expected one of the combined adapters that has a head of its own: {own}.")
     if own and head is None:
+        have = "have heads of their own" if len(own) > 1 else "has a head of its own"
         raise CombinationError(
-            f"{', '.join(own)} have heads of their own, and a sum of heads is no head of both. Name the one to use: "
+            f"{', '.join(own)} {have}, and a sum of heads is no head of both. Name the one to use: "
             f"model.combine(..., head={own[0]!r})."
         )
     name = model._free_name("combined") if name is None else name

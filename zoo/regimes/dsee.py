@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from zoo.adapters.parts.gates import readers
 from zoo.model.lighter import check_whole, sparsify
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
@@ -88,7 +89,18 @@ class DuallySparse(Regime):
         self.check_unadapted(run, NAME)
         if self.heads or self.neurons:
             type(run.model.family).surgery()
+            of_heads, of_neurons = readers(run.model.points, NAME)
+            self._takes("heads", [p.num_heads for p in of_heads])
+            self._takes("neurons", [p.dim_in for p in of_neurons])
         check_whole(run.model, NAME)
+
+    def _takes(self, what: str, counts: list[int]) -> None:
+        """Raise ConfigError where the part that is to go is less than one in every block: before anything is trained."""
+        share = getattr(self, what)
+        self.check(
+            not share or any(int(share * count + 1e-9) for count in counts),
+            f"{what}={share:g} takes none: a block has {max(counts, default=0)} of them at most. Give a larger part, or 0.",
+        )
 
     def phases(self, run: Run) -> Iterator[Phase]:
         """Tune, prune, tune again."""
