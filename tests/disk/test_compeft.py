@@ -90,6 +90,19 @@ def test_size_is_the_formulas(k: int) -> None:
     assert entropy_bits(numbers, k / 100) < taken < 1.02 * golomb_bits(numbers, k / 100)
 
 
+def test_sizes_of_a_folder(tmp_path: Path) -> None:
+    """Where tensors are kept to different shares, the formula taken tensor by tensor says what the places and signs take."""
+    model = trained(rank=8)
+    with torch.no_grad():
+        for name, parameter in model.adapters["lora"].named_parameters():
+            parameter.normal_(std=4.0 if name.endswith("lora_a") else 1.0)
+    folder = model.save_adapter(tmp_path / "out", encoding="compeft", k=10)
+    found = sizes(folder)["lora"]
+    assert 0 < found["table"] < 0.15 * found["bytes"]
+    assert found["bytes"] - found["table"] == pytest.approx(found["by_tensor"], rel=0.03)
+    assert found["by_tensor"] < 0.95 * found["golomb"]
+
+
 def test_speed() -> None:
     """At least 10 MB/s of float32 in one thread, both ways (some 60 are usual)."""
     tensors = {f"t{i}": torch.randn(256, 1024) for i in range(8)}

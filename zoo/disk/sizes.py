@@ -16,8 +16,9 @@ __all__ = ["sizes"]
 def sizes(folder: str | Path) -> dict[str, dict[str, Any]]:
     """For each adapter that the codec `compeft` packed: how many numbers, how many signs, and bytes.
 
-    "bytes" are those of its places, signs and table in the file, "golomb" and "entropy" those of the formulas at the share that
-    is kept, "half" those of the numbers in 16 bits; "ratio" is half over bytes.
+    "bytes" are those of its places, signs and table in the file, "table" those of the table alone, "golomb" and "entropy" those
+    of the formulas at the share that is kept, "half" those of the numbers in 16 bits; "ratio" is half over bytes. "by_tensor" is
+    the formula with the share of each tensor, summed: less than "golomb" where tensors are kept to different shares.
 
     Raises:
         ConfigError, WeightsError: as `zoo.disk.read`.
@@ -37,9 +38,16 @@ def sizes(folder: str | Path) -> dict[str, dict[str, Any]]:
             "numbers": count,
             "kept": kept,
             "bytes": taken,
-            "golomb": (golomb_bits(count, share) if share < 1 else 2.0 * count + 16) / 8,
+            "table": parts["table"].numel(),
+            "golomb": _golomb(count, share) / 8,
+            "by_tensor": sum(_golomb(math.prod(row.shape), row.kept / math.prod(row.shape)) for row in rows) / 8,
             "entropy": entropy_bits(count, share) / 8,
             "half": 2 * count,
             "ratio": 2 * count / taken,
         }
     return found
+
+
+def _golomb(count: int, share: float) -> float:
+    """Bits by the formula, also where nothing is kept, or all."""
+    return golomb_bits(count, share) if 0 < share < 1 else 16 + 2.0 * count * share
