@@ -194,15 +194,28 @@ class AdaLoRA(OfTriplets):
         pool = service.reduce(torch.cat(found))
         return list(pool.split([len(s) for s in found]))
 
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The ranks within the present budget, as an evaluation sees them."""
+        found: dict[str, float] = dict(self.ranks())
+        if self.schedule is not None and self.step > self.schedule.warmup:
+            found |= {name: int(mask.sum()) for name, mask in zip(self.parts(), self._staying(), strict=True)}
+        return {"rank": found}
+
     @torch.no_grad()
-    def _prune(self) -> list[Tensor]:
-        """e <- 0 outside of the present budget; returns what stays. In the final phase scores are fixed, and so is that."""
+    def _staying(self) -> list[Tensor]:
+        """What is within the present budget. In the final phase scores are fixed, and so is that."""
         assert self.schedule is not None
         final = self.schedule.is_final(self.step)
-        masks = self._masks if final and self._masks is not None else None
-        if masks is None:
-            masks = kept(self.scores(), self.schedule.last if final else self.schedule.budget(self.step))
+        if final and self._masks is not None:
+            return self._masks
+        masks = kept(self.scores(), self.schedule.last if final else self.schedule.budget(self.step))
         self._masks = masks if final else None
+        return masks
+
+    @torch.no_grad()
+    def _prune(self) -> list[Tensor]:
+        """e <- 0 outside of the present budget; returns what stays."""
+        masks = self._staying()
         for part, mask in zip(self.parts().values(), masks, strict=True):
             part.get_parameter("lora_e").masked_fill_(~mask, 0.0)
         return masks

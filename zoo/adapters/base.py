@@ -225,6 +225,13 @@ class Adapter(Structured):
     def fit_end(self, model: Host) -> None:
         """Training is over, the chosen weights are in the model."""
 
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """What every layer has now of that which training changes, such as its rank: {"rank": {"blocks.0.attn.q": 3}}.
+
+        Asked at the end of every epoch, in every process; a fit's report holds it and draws it (`layers.png`).
+        """
+        return {}
+
     def ready(self) -> bool:
         """Whether this method has reached what it trains towards, such as a budget of parameters.
 

@@ -182,6 +182,13 @@ class DiffoRA(Adapter):
             finally:
                 model.remove_adapter(added.name)
 
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The gates that the search found, and 1 where a projection has a change of its own; neither moves in a fit."""
+        plan = self.plan or {}
+        names = [point.name for point in self.selected(model.points)] if plan else []
+        kept = set(plan.get("kept", ()))
+        return {"gate": dict(plan.get("gates", {})), "kept": {name: int(name in kept) for name in names}}
+
     # -- attaching --------------------------------------------------------------------------------------------------
 
     def selected(self, points: Points) -> list[LinearPoint]:

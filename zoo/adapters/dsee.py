@@ -45,6 +45,8 @@ from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.lowest import lowest
 from zoo.adapters.parts.outliers import outliers
+from zoo.adapters.parts.pictured import filled
+from zoo.adapters.parts.pruning import zeros_of
 from zoo.adapters.parts.sparse_low_rank import SparseLowRank
 from zoo.arguments import number, typed
 from zoo.errors import ConfigError, MergeError
@@ -195,6 +197,11 @@ class DSEE(Adapter):
             merger.add_weight(point, part.delta())
         for name, gates in self.gates().items():
             merger.rescale_input(merger.points[name], gates.scale)
+
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The part of each weight of the blocks that a pruned backbone has left."""
+        masks = {p.name: mask for p in model.points.linears("all-linear") if (mask := zeros_of(p)) is not None}
+        return {"part left": {name: filled(mask) for name, mask in masks.items()}}
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from torch import Tensor
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.lowest import smallest
+from zoo.adapters.parts.pictured import filled
 from zoo.adapters.parts.sparse import Sparse, sparse
 from zoo.errors import MismatchError
 from zoo.host import Host
@@ -147,6 +148,11 @@ class DSL(Adapter):
         if not self._fired:
             return None
         return sum(int(f.sum()) for f in self._fired.values()) / sum(f.numel() for f in self._fired.values())
+
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The part of each matrix that is there, and that which has been there at some time of the fit in progress."""
+        found = {"part left": {name: filled(part.mask) for name, part in self.parts().items()}}
+        return found | {"part ever there": {name: filled(fired) for name, fired in self._fired.items()}}
 
     def merge(self, merger: Merger) -> None:
         """W <- M . (W + D)."""

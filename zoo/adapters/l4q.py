@@ -36,6 +36,7 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.stepped import Levels, Stepped
 from zoo.errors import AttachError, ConfigError
+from zoo.host import Host
 from zoo.model.model import Model
 from zoo.model.packed import pack
 from zoo.model.pruning import changed
@@ -108,6 +109,15 @@ class L4Q(Adapter):
         for point in self.selected(merger.points):
             with torch.no_grad():
                 merger.set_weight(point, self.module_at(point).rounded(merger.weight(point)))
+
+    @torch.no_grad()
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The steps of each weight as they are now by those that it began with, the geometric mean over its groups."""
+        found = {}
+        for point in self.selected(model.points):
+            part: Any = self.module_at(point)
+            found[point.name] = part.stepped_by(point.weight)
+        return {"step, by the first": found}
 
     def packed(self, points: Points) -> dict[str, tuple[int, dict[str, Tensor]]]:
         """Module path -> bits, and its parts: whole numbers from 0 (o, i), `scale` and `shift` (o, i / g): W = scale q + shift.

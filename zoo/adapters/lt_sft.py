@@ -211,6 +211,12 @@ class LTSFT(Adapter):
         scale = self.l1 / float(self.plan["report"]["numbers"])
         return scale * torch.stack([d.abs().sum() for d in deltas]).sum()
 
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The part of each candidate, weight or bias, that phase 1 chose."""
+        counts = (self.plan or {}).get("entries", {})
+        sizes = {slot.key: slot.size for slot in linear_slots(model.points)} if counts else {}
+        return {"part tuned": {key: counts.get(key, 0) / size for key, size in sizes.items()}}
+
     def merge(self, merger: Merger) -> None:
         """W <- W + scatter(delta), b <- b + scatter(delta_b)."""
         for name, module in self.named_modules():

@@ -49,6 +49,7 @@ from zoo.adapters.base import Adapter
 from zoo.adapters.parts.blockwise import Samples, by_block, reconstruct, untouched
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.masked import UPDATES, Masked, folded, unfolded
+from zoo.adapters.parts.pictured import filled
 from zoo.adapters.parts.pruning import CRITERIA, Pruning, pattern_of
 from zoo.engine.changes import BiasDelta
 from zoo.errors import ConfigError, MismatchError
@@ -173,6 +174,10 @@ class PERP(Adapter):
         """The part of the weights that is pruned."""
         masks = self.masks().values()
         return 1 - sum(int(m.sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
+
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The part of each weight that stays."""
+        return {"part left": {name: filled(mask) for name, mask in self.masks().items()}}
 
     @torch.no_grad()
     def _keep(self, point: str, mask: Tensor, change: Tensor | None = None) -> None:

@@ -129,6 +129,10 @@ class PST(Adapter):
         parts = self.parts().values()
         return sum(int(p.removed) for p in parts) / max(1, sum(p.numel for p in parts))
 
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The part of each matrix that is left."""
+        return {"part left": {name: 1 - int(p.removed) / p.numel for name, p in self.parts().items()}}
+
     def merge(self, merger: Merger) -> None:
         """W <- M . W'."""
         for name, part in self.parts().items():

@@ -323,8 +323,9 @@ def _show_fit(result: dict[str, Any]) -> None:
     rows.append(("time", f"{result['seconds']:.0f} s, {result['steps']} steps"))
     out = console()
     out.print(table(["", ""], rows, right=[]))
+    layers = ", layers.png" if (Path(result["out"]) / "layers.png").exists() else ""
     out.print(
-        f"saved in {result['out']}: adapter_config.json, adapter_model.safetensors, README.md, report.json, curves.png"
+        f"saved in {result['out']}: adapter_config.json, adapter_model.safetensors, README.md, report.json, curves.png{layers}"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.disk import write_file
-from zoo.train.report import finite
+from zoo.train.report import finite, save_layers
 
 __all__ = ["RunReport"]
 
@@ -40,7 +40,7 @@ class RunReport:
     Attributes:
         regime: the regime, with its settings.
         phases: one dict for each phase: "name", and the numbers of its fit: "epochs", "steps", "seconds", "parameters",
-            "metrics", "history" (as `zoo.train.Report`).
+            "metrics", "history", "layers" (as `zoo.train.Report`).
         values: what `run.evaluate` and `run.once` gave, by name.
         summary: what the regime says about all of it.
         seconds: over all resumed parts.
@@ -79,11 +79,14 @@ class RunReport:
         return buffer.getvalue()
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json`, `report.md` and `report.png`; returns the folder."""
+        """Write `report.json`, `report.md`, `report.png` and `layers.png` (if a method said something); returns the folder."""
         folder = Path(folder)
         write_file(folder / "report.json", self.to_json().encode())
         write_file(folder / "report.md", f"# {self.regime.name}\n\n{self.table()}\n".encode())
         write_file(folder / "report.png", self.picture())
+        found = [(phase["name"], entry) for phase in self.phases for entry in phase.get("layers", ())]
+        labels = [f"{entry['epoch']}, {name}" for name, entry in found]
+        save_layers(folder, [entry for _, entry in found], labels)
         self.out = str(folder)
         return folder
 

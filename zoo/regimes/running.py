@@ -168,6 +168,7 @@ def _fit(this: Run, regime: Regime, phase: Phase, place: Path | None) -> dict[st
         "parameters": report.parameters,
         "metrics": report.metrics,
         "history": report.history,
+        "layers": report.layers,
     }
 
 

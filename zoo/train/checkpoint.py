@@ -66,6 +66,8 @@ class Run:
     step: int = 0
     images: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """What the layers had at the end of epochs in which it changed (`zoo.train.report`)."""
     best: dict[str, Any] | None = None
     waited: int = 0
     """Epochs since the best one."""

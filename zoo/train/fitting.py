@@ -174,7 +174,7 @@ def fit(
             the end of a finished one if more epochs (or steps) are asked for. Another run is refused, naming what differs.
         resume: False begins anew; names of settings that may differ from the checkpoint's, such as ["lr", "batch_size"], are a
             change on the way (`zoo.train.resuming`).
-        out: folder for report.json and curves.png.
+        out: folder for report.json, curves.png and, of methods whose layers change, layers.png.
         workers: processes that load images; by default none beside a CPU model, up to 8 beside a GPU.
         device: by default where the model is if that is a GPU, else what accelerate chooses.
         loggers: "tensorboard", "wandb", "mlflow" ..., or trackers of accelerate (`zoo.train.loggers`); files go to `out`.

@@ -140,6 +140,13 @@ class Hooks:
         """An epoch (counted from 0) is over; before its evaluation."""
         self._call("epoch_end", epoch)
 
+    def by_layer(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What each layer has now, by adapter or class of a callback, and by what it is; without those that say nothing."""
+        told = {n: a.by_layer(self.model) for n, a in zip(self.model.active, self.adapters, strict=True)}
+        told |= {type(c).__name__: c.by_layer(self.model) for c in self.callbacks if hasattr(c, "by_layer")}
+        found = {owner: {what: layers for what, layers in said.items() if layers} for owner, said in told.items()}
+        return {owner: said for owner, said in found.items() if said}
+
     def eval_start(self) -> None:
         """An evaluation begins."""
         self._call("eval_start")

@@ -177,6 +177,15 @@ class IST:
         """A line of the history."""
         self.history.append({"epoch": epoch + 1, "scores": self.scores.tolist(), "updates": list(self.updates)})
 
+    def by_layer(self, model: Any) -> dict[str, dict[str, float]]:
+        """In how many steps of the epoch that is over each block learned, and its score."""
+        if not self.history:
+            return {}
+        former = self.history[-2]["updates"] if len(self.history) > 1 else [0] * len(self.blocks)
+        learned = [now - then for now, then in zip(self.history[-1]["updates"], former, strict=True)]
+        found = {"steps in which it learned": learned, "score": self.history[-1]["scores"]}
+        return {what: dict(zip(self.blocks, values, strict=True)) for what, values in found.items()}
+
     def fit_end(self, model: Any) -> None:
         """Nothing rests."""
         self._thaw()

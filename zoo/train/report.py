@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zoo.adapters.parts.pictured import Panel, pictured
 from zoo.disk import write_file
 
-__all__ = ["Report", "finite", "report_of"]
+__all__ = ["Report", "finite", "layers_picture", "report_of", "save_layers"]
 
 TRAIN, VAL, CHOSEN = "#8a8f98", "#1f6feb", "#d1242f"
 
@@ -24,6 +27,8 @@ class Report:
     Attributes:
         history: one dict per epoch: "epoch" (from 1), "step", "lr", "loss", "accuracy", "val_loss", "val_accuracy", "val_top5",
             "seconds", "images_per_second"; what does not apply is not there.
+        layers: what the layers had at the end of epochs in which it changed: "epoch", "step", and "of": by adapter (or class of a
+            callback) and by what it is, a number for each layer: {"adalora": {"rank": {"blocks.0.attn.q": 3}}}.
         best: the epoch whose weights the model now holds, with the metrics of that epoch and "chosen" ("best" or "last").
         stopped: "finished" or "early".
         steps: optimizer steps done.
@@ -34,7 +39,7 @@ class Report:
         skipped: places of images that could not be read (only with on_error="skip").
         settings: the arguments of the run.
         data: names and sizes of the data sets, and what their "items" are called.
-        out: where report.json and curves.png are.
+        out: where report.json, curves.png and, if there is something to show of the layers, layers.png are.
     """
 
     history: list[dict[str, Any]]
@@ -45,6 +50,7 @@ class Report:
     seconds: float
     images_per_second: float
     parameters: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -64,10 +70,11 @@ class Report:
         return json.dumps(finite({k: v for k, v in asdict(self).items() if k != "out"}), indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json` and `curves.png`; returns the folder."""
+        """Write `report.json`, `curves.png` and `layers.png` (if a method said something of layers); returns the folder."""
         folder = Path(folder)
         write_file(folder / "report.json", self.to_json().encode())
         write_file(folder / "curves.png", self.curves())
+        save_layers(folder, self.layers)
         self.out = str(folder)
         return folder
 
@@ -124,6 +131,31 @@ class Report:
         )
 
 
+def layers_picture(layers: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> bytes:
+    """`Report.layers` as colours, PNG bytes: a row for each layer, a column for each epoch in which they changed.
+
+    Args:
+        labels: of the columns; by default the numbers of the epochs.
+    """
+    labels = [str(entry["epoch"]) for entry in layers] if labels is None else labels
+    panels = []
+    for owner, what in dict.fromkeys((o, w) for entry in layers for o, said in entry["of"].items() for w in said):
+        told = [(label, e["of"][owner][what]) for label, e in zip(labels, layers) if what in e["of"].get(owner, {})]
+        found = [told[0], *(now for before, now in pairwise(told) if now[1] != before[1])]
+        names = dict.fromkeys(name for _, numbers in found for name in numbers)
+        rows = {name: [numbers.get(name) for _, numbers in found] for name in names}
+        panels.append(Panel(rows, [label for label, _ in found], what, "at the end of epoch", owner))
+    return pictured(panels)
+
+
+def save_layers(folder: Path, layers: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> None:
+    """Write `layers.png`; where there is nothing to show, one of an older run goes."""
+    if layers:
+        write_file(folder / "layers.png", layers_picture(layers, labels))
+    else:
+        (folder / "layers.png").unlink(missing_ok=True)
+
+
 def finite(value: Any) -> Any:
     """The same with None for NaN and infinities, as JSON can hold it."""
     if isinstance(value, dict):
@@ -152,6 +184,7 @@ def report_of(trainer: Any) -> Report:
     )
     return Report(
         history=run.history,
+        layers=run.layers,
         best=best,
         stopped="early" if run.stopped else "finished",
         steps=run.step,

@@ -95,6 +95,7 @@ def new_leg(trainer: Any, saved: Saved, rates: Mapping[str, float]) -> None:
         run.epoch, run.batch, run.sums = run.epoch - 1, run.cut["batch"], run.cut["sums"]
         run.epoch_seconds = run.cut["epoch_seconds"]
         run.history.pop()
+        run.layers = [entry for entry in run.layers if entry["epoch"] <= run.epoch]
     if other_batches and run.batch:  # the batches that are left are not those of the new size
         run.batch, run.epoch_seconds, run.sums = 0, 0.0, [0.0] * len(run.sums)
         done = run.epoch

@@ -275,6 +275,7 @@ class Trainer:
         run, settings = self.run, self.settings
         seed_everything(settings.seed, "epoch", run.epoch)
         self.hooks.epoch_end(run.epoch)
+        self._note_layers()
         images, loss, extra, hits, labelled = self.stepper.sums.tolist()
         if not images:
             raise DataError(
@@ -304,6 +305,12 @@ class Trainer:
         self.bar.line(epoch_line(record, self.epochs, best, self.items))
         for listener in self.listeners:
             getattr(listener, "log", listener)(dict(record))
+
+    def _note_layers(self) -> None:
+        """What the layers have now, if that is not what they had before."""
+        found, run = self.hooks.by_layer(), self.run
+        if found and (not run.layers or run.layers[-1]["of"] != found):
+            run.layers.append({"epoch": run.epoch + 1, "step": run.step, "of": found})
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.inside()

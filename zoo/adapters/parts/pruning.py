@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.errors import AttachError, DataError
 from zoo.points import LinearPoint
 
-__all__ = ["CRITERIA", "Pruning", "largest", "pattern_of", "sparsegpt"]
+__all__ = ["CRITERIA", "Pruning", "largest", "pattern_of", "sparsegpt", "zeros_of"]
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "random", "given")
 
@@ -54,6 +54,12 @@ def _without_smallest_of_each(scores: Tensor, kept: int) -> Tensor:
     """True (..., m) for the `kept` largest of each group."""
     order = scores.argsort(dim=-1, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., scores.shape[-1] - kept :], True)
+
+
+def zeros_of(point: LinearPoint) -> Tensor | None:
+    """Which entries of the weight (o, i) a sparse backbone has left (`zoo.sparsify`); None: it is not sparse."""
+    mask = point.module._buffers.get("weight_mask")
+    return None if mask is None else (mask.T if point.transposed else mask)[point.start : point.stop].flatten(1)
 
 
 def largest(scores: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
@@ -187,7 +193,5 @@ class Pruning:
     @staticmethod
     def _and_given(point: LinearPoint, mask: Tensor) -> Tensor:
         """What is zero in a sparse backbone stays so."""
-        zeros = point.module._buffers.get("weight_mask")
-        if zeros is None:
-            return mask
-        return mask & (zeros.T if point.transposed else zeros)[point.start : point.stop].flatten(1)
+        zeros = zeros_of(point)
+        return mask if zeros is None else mask & zeros

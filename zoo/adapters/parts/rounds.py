@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.adapters.base import Adapter
+from zoo.adapters.parts.pictured import Panel, pictured
 from zoo.errors import ConfigError
 from zoo.host import Host
 
@@ -100,24 +100,12 @@ class InRounds(Adapter):
 
     def picture(self) -> bytes:
         """The ranks of all points (rows) after every round (columns, by their steps) as colours, as PNG bytes."""
-        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+        steps = ["start", *(str(step) for step, _ in self.grown)]
+        return pictured([Panel(self.history(), steps, "rank", "grown at step")])
 
-        history, steps = self.history(), ["start", *(str(step) for step, _ in self.grown)]
-        figure = Figure(
-            figsize=(max(4.0, 2.6 + 0.16 * len(steps)), max(2.0, 0.9 + 0.13 * len(history))), layout="constrained"
-        )
-        axes = figure.add_subplot()
-        image = axes.imshow(list(history.values()), cmap="viridis", aspect="auto", interpolation="nearest", vmin=0)
-        axes.set_yticks(range(len(history)), list(history), fontsize=6)
-        shown = range(0, len(steps), max(1, len(steps) // 12))
-        axes.set_xticks(shown, [steps[n] for n in shown], fontsize=6, rotation=90)
-        axes.set_xlabel("grown at step", fontsize=7)
-        bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label("rank", fontsize=7)
-        bar.ax.tick_params(labelsize=6)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=144)
-        return buffer.getvalue()
+    def by_layer(self, model: Host) -> dict[str, dict[str, float]]:
+        """The ranks."""
+        return {"rank": dict(self.ranks())}
 
     def check_growth(self) -> None:
         """Raise ConfigError for settings that cannot be, or with which nothing can grow."""

@@ -74,6 +74,13 @@ class Stepped(nn.Module):
         return [self.lora_a, self.lora_b, self.log_step, *(() if self.offset is None else (self.offset,))]
 
     @torch.no_grad()
+    def stepped_by(self, weight: Tensor) -> float:
+        """s by the first s of this weight (o, i), the geometric mean over all groups; those of zeros alone do not count."""
+        first = first_step(weight, weight.shape[1] // self.log_step.shape[1], self.levels)
+        moved = (self.log_step - first.to(self.log_step).log())[first > 0]
+        return float(moved.mean().exp()) if len(moved) else 1.0
+
+    @torch.no_grad()
     def whole_numbers(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """q (o, i), s and z (o, i / group)."""
         _, q, s, z = _divided(self, weight, *self.numbers())
