@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zoo import registry
-from zoo.adapters.base import Adapter, fits
+from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, UnknownNameError, nearest
+from zoo.fields import fits
 
 __all__ = ["adapter"]
 

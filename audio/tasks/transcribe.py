@@ -61,9 +61,10 @@ class Transcribe(Task):
     noun, monitor, hub = "sounds", "wer", "automatic-speech-recognition"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for what in ("length", "beams"):
             value = getattr(self, what)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and value < 1:
                 raise ConfigError(f"{what} is {value!r}; expected a whole number from 1.")
 
     def open(

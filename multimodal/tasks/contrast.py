@@ -64,8 +64,13 @@ class Contrast(Task):
     noun, monitor, hub = "pairs", "recall", "zero-shot-image-classification"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.captions < 1:
             raise ConfigError(f"captions is {self.captions}; expected 1 or more.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(
+                f"scale is {self.scale}; expected the least and the largest share of an image, 0 < a <= b <= 1."
+            )
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None

@@ -74,6 +74,7 @@ class Generate(Task):
     noun, monitor, hub = "questions", "score", "visual-question-answering"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for what in ("question_length", "answer_length", "beams"):
             value = getattr(self, what)
             if value is not None and value < 1:

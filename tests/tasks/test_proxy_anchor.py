@@ -13,6 +13,7 @@ from torch import Tensor
 from train_parts import easy_data, tiny_model
 
 import zoo
+from zoo import registry
 from zoo.errors import ConfigError, DataError
 from zoo.tasks.metrics import metric
 from zoo.tasks.proxy_anchor import ProxyAnchor, proxy_anchor
@@ -107,3 +108,23 @@ def test_clusters() -> None:
         found = metric("nmi")
         found.update(apart, torch.tensor(labels))
         assert float(found.compute()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("proxy-anchor", {"margin": "a"}, "margin is 'a' .str.; expected float"),
+        ("proxy-anchor", {"margin": math.nan}, "margin is nan; expected a finite number"),
+        ("proxy-anchor", {"present": 2}, "present is 2 .int.; expected bool"),
+        ("semantic-proxies", {"tokens": "5"}, "tokens is '5' .str.; expected int"),
+        ("semantic-proxies", {"depth": 1.5}, "depth is 1.5 .float.; expected int"),
+        ("semantic-proxies", {"scale": math.inf}, "scale is inf; expected a finite number"),
+        ("contrast", {"captions": None}, "captions is None"),
+        ("contrast", {"scale": (0.9, 0.1)}, "the least and the largest share"),
+        ("generate", {"beams": "2"}, "beams is '2'"),
+        ("transcribe", {"length": 2.5}, "length is 2.5"),
+    ],
+)
+def test_settings_of_tasks_are_of_their_types(task: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        type(registry.task(task))(**settings)

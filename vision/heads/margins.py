@@ -53,6 +53,8 @@ class Margin(Head):
         for name, value, most in (("scale", scale, 1e4), ("margin", margin, math.pi)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
                 raise ConfigError(f"{name} is {value!r}; expected a number from 0 to {most:g}.")
+            if name == "scale" and not value:
+                raise ConfigError("scale is 0; all logits would be 0, and nothing could learn. Expected more.")
             self.register_buffer(name, torch.tensor(float(value), **place))
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place))
         nn.init.normal_(self.weight, std=0.01)
@@ -117,9 +119,10 @@ class AdaFaceHead(Margin):
         self, in_features: int, out_features: int, *, h: float = 1 / 3, momentum: float = 0.01, **more: Any
     ) -> None:
         super().__init__(in_features, out_features, **more)
+        for name, value, most in (("h", h, 1e4), ("momentum", momentum, 1)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+                raise ConfigError(f"{name} is {value!r}; expected a number from 0 to {most:g}.")
         for name, value in (("slope", h), ("momentum", momentum), ("mean", 20.0), ("std", 100.0)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{'h' if name == 'slope' else name} is {value!r}; expected a number, 0 or more.")
             self.register_buffer(name, torch.full_like(self.scale, float(value)))
 
     def harder(self, cosine: Tensor, z: Tensor) -> Tensor:

@@ -180,9 +180,9 @@ class Identify(Task):
             raise ConfigError(
                 f"gallery is {gallery!r}; expected data, or a number of images of each identity, 1 or more."
             )
-        if not all(isinstance(k, int) and k >= 1 for k in self.ranks):
+        if not all(type(k) is int and k >= 1 for k in self.ranks):
             raise ConfigError(f"ranks are {self.ranks}; expected whole numbers, 1 or more.")
-        if not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in self.rates):
+        if not all(type(f) in (int, float) and 0 <= f <= 1 for f in self.rates):
             raise ConfigError(f"rates are {self.rates}; expected shares of the pairs of two identities, from 0 to 1.")
         if singles not in ("refuse", "gallery", "leave"):
             raise ConfigError(f"singles is {singles!r}; expected 'refuse', 'gallery' or 'leave'.")

@@ -134,6 +134,7 @@ class SemanticProxies(MetricLearning):
     margin: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, fits, expected in (
             ("tokens", self.tokens >= 1, "1 or more"),
             ("depth", self.depth >= 1, "1 or more"),

@@ -7,7 +7,6 @@ module paths of a library, so freezing, saving, counting and sharding follow, an
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.structure import Structured
 from zoo.errors import ConfigError, MergeError, nearest
+from zoo.fields import check_fields, fits, other_type
 from zoo.points import Point, Points
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zoo.points import Merger
     from zoo.tasks.base import Task
 
-__all__ = ["Adapter", "Initial", "fits"]
+__all__ = ["Adapter", "Initial"]
 
 LARGEST = 1e6  # of a setting that is a float; none has a meaning beyond
 # What a setting is called that makes a method larger, the first of them that it has (`Adapter.of_size`)
@@ -107,6 +107,7 @@ class Adapter(Structured):
             None  # what it starts as, instead of its own initial values; until it is attached
         )
         self.of_values = False  # values that are there already are put into it: its sizes are theirs, and not to choose
+        check_fields(self, f"'{self.method or type(self).__name__}' setting '{{}}'")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             finite = not isinstance(value, float) or abs(value) <= LARGEST  # false for NaN
@@ -291,9 +292,7 @@ class Adapter(Structured):
             if name not in known:
                 raise ConfigError(f"'{cls.method}' has no setting '{name}'. {nearest(name, known)}")
             if not fits(value, hints[name]):
-                raise ConfigError(
-                    f"'{cls.method}' setting '{name}' is {value!r} ({type(value).__name__}); expected {_name(hints[name])}."
-                )
+                raise ConfigError(other_type(f"'{cls.method}' setting '{name}'", value, hints[name]))
         if strict and (missing := known - set(config) - set(cls.later)):
             raise ConfigError(f"the settings of '{cls.method}' lack {', '.join(sorted(missing))}.")
         values = {k: tuple(v) if isinstance(v, list) and _wants_tuple(hints[k]) else v for k, v in config.items()}
@@ -333,32 +332,5 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
 def _wants_tuple(hint: Any) -> bool:
     return any(h is tuple or typing.get_origin(h) is tuple for h in (hint, *typing.get_args(hint)))
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of the type that a field of a dataclass is annotated with."""
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, h) for h in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin in (tuple, list):
-        inner = [h for h in typing.get_args(hint) if h is not Ellipsis]
-        return isinstance(value, (list, tuple)) and all(any(fits(v, h) for h in inner) for v in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)

@@ -29,9 +29,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from zoo.adapters.base import fits
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError, nearest
+from zoo.fields import check_fields, fits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,6 +104,7 @@ class Regime:
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass calls `super().__post_init__()` first."""
+        check_fields(self, f"The regime '{self.name or type(self).__name__}': setting '{{}}'")
         self.check(self.seed >= 0, f"seed is {self.seed}; expected 0 or more.")
 
     def phases(self, run: Run) -> Iterator[Phase]:

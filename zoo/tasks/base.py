@@ -7,6 +7,8 @@ do everything else. A model with a classification head is trained to classify; t
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from zoo.data.labels import bare
 from zoo.data.seeds import kept_generators
 from zoo.errors import ConfigError, MismatchError
+from zoo.fields import check_fields
 
 if TYPE_CHECKING:
     from zoo.data.dataset import ImageDataset
@@ -66,6 +69,14 @@ class Task:
     head: ClassVar[str | None] = None  # the kind of head that the command line gives a model for it; None: a linear one
     # Of a task that trains no head: how many outputs the command line gives a model for it; None: as many as it has
     head_width: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        """Of a task that is a dataclass: check the types of its settings. A subclass calls `super().__post_init__()` first."""
+        check_fields(self, f"The task '{self.name or type(self).__name__}': {{}}")
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"The task '{self.name}': {field.name} is {value}; expected a finite number.")
 
     def open(
         self, model: Host, data: Any, *, train: bool, split: str | None = None, augment: str | None = None

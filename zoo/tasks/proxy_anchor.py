@@ -162,6 +162,7 @@ class ProxyAnchor(MetricLearning):
     present: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.scale > 0:
             raise ConfigError(f"scale is {self.scale}; expected a number above 0.")
 

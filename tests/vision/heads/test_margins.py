@@ -142,5 +142,9 @@ def test_what_is_refused() -> None:
         head("arcface", margin=-1)
     with pytest.raises(ConfigError, match="h is 'big'"):
         head("adaface", h="big")
+    with pytest.raises(ConfigError, match="scale is 0; all logits would be 0"):
+        head("cosface", scale=0)
+    with pytest.raises(ConfigError, match=r"momentum is 2\.0; expected a number from 0 to 1"):
+        head("adaface", momentum=2.0)
     with pytest.raises(ConfigError, match="one identity for each image"):
         head("cosface")({"pooled": features()[0]}, torch.rand(6, 4))
