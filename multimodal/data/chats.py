@@ -139,6 +139,7 @@ class Chats:
         codes = self.codes(kind, (chosen, *question.answers))
         target[1, : len(codes)] = torch.tensor(codes)
         ids, *seen = self.words.asked(self.text(question), self.pictures(question, where), where)
+        self.words.check_context(ids, len(answer) if self.train else self.answer_length, where)
         chat = Chat((ids, target[0, : self.answer_length].clone(), *seen))
         chat.pad = self.words.pad
         return chat, target
@@ -176,10 +177,21 @@ class Writer:
         processor: of transformers; for a model without eyes its tokenizer.
         visual: the names of the images' tensors in the order of the family's inputs; (): no eyes.
         packed: images are patches in one row rather than (images, 3, H, W).
+        context: places that the network has; None: any number. flat: the word of which a whole image takes few places, if any.
     """
 
-    def __init__(self, processor: Any, tokenizer: Any, visual: tuple[str, ...], packed: bool, name: str) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        tokenizer: Any,
+        visual: tuple[str, ...],
+        packed: bool,
+        name: str,
+        context: int | None = None,
+        flat: int | None = None,
+    ) -> None:
         self.processor, self.tokenizer, self.visual, self.packed, self.name = processor, tokenizer, visual, packed, name
+        self.context, self.flat = context, flat
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"The tokenizer of '{name}' has no eos_token, with which answers end. Set one.")
 
@@ -198,6 +210,16 @@ class Writer:
         """Words of an answer and its end."""
         found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*map(int, found), int(self.tokenizer.eos_token_id)]
+
+    def check_context(self, ids: Tensor, answer: int, where: str) -> None:
+        """Raise DataError if a text (L,) and an answer of so many words have more places than the network was made for."""
+        count = len(ids) if self.flat is None else int((ids != self.flat).sum())
+        if self.context is not None and count + answer > self.context:
+            raise DataError(
+                f"{where}: the question has {count} tokens and its answer up to {answer}, and the context of '{self.name}' is "
+                f"{self.context}; what stands behind it was never learned. Shorten the question, leave it out, or cut questions: "
+                "task=Generate(question_length=...)."
+            )
 
     def cut(self, text: str, length: int) -> str:
         """The first `length` tokens of a text."""

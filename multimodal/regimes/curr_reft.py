@@ -147,6 +147,7 @@ class CurrReFT(Regime):
         for stage, data in stages.items():
             if not len(data):
                 raise DataError(f"There is no exercise of the stage '{stage}'. Leave it out of stages, or add some.")
+            self._check_context(run.model, data)
         seen = bool(getattr(run.model.family, "visual", ()))
         for stage, data in stages.items():
             exercises = _exercises(data)
@@ -158,6 +159,20 @@ class CurrReFT(Regime):
                 raise DataError(
                     f"Of the stage '{stage}', exercise {other.key} has no image, and exercise {having[0].key} has one; answers "
                     "are written for all of a batch at once. Give all of a stage an image, or none."
+                )
+
+    def _check_context(self, model: Model, data: ImageDataset) -> None:
+        words: Any = model.family
+        for exercise, index in (data.rows.read(int(i)) for i in data.indices):
+            text = f"{self.system}{exercise.question}"
+            if words.context is None or len(text.encode()) + self.length <= words.context:
+                continue  # no token is less than a byte
+            count = len(words.tokenizer(text)["input_ids"])
+            if count + self.length > words.context:
+                raise DataError(
+                    f"{data.where(index)}: the question has {count} tokens with system=, and its answer up to {self.length} "
+                    f"(length=), and the context of '{model.backbone_name}' is {words.context}. Shorten the question or the "
+                    "answers, or leave the exercise out."
                 )
 
     def phases(self, run: Run) -> Iterator[Phase]:

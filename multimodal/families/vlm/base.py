@@ -161,6 +161,14 @@ class LanguageBackbone(TransformersBackbone):
         """V, the size of the vocabulary."""
         return int(self.text_config.vocab_size)
 
+    @property
+    def context(self) -> int | None:
+        """Places of words that the network was made for, stretched if its configuration says so; None: it does not say."""
+        config = self.text_config
+        count, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+        factor = rope.get("factor") if isinstance(rope, dict) else None
+        return None if count is None else int(count * max(1.0, factor or 1.0))
+
     # -- points -----------------------------------------------------------------------------------------------------
 
     def language_points(self, prefix: str, **place: Any) -> list[Point]:
@@ -323,7 +331,7 @@ class LanguageBackbone(TransformersBackbone):
 
     def writer(self) -> Writer:
         """Tokenizer and chat template as data and tasks use them."""
-        return Writer(self.processor, self.tokenizer, (), False, self.name)
+        return Writer(self.processor, self.tokenizer, (), False, self.name, self.context)
 
     def written(self, ids: Tensor, mask: Tensor, seen: Sequence[Any], **options: Any) -> Tensor:
         """Words (B, T) that the network writes behind texts (B, L); `options` of the library's `generate`.

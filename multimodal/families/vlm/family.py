@@ -249,8 +249,7 @@ class VisionLanguage(LanguageBackbone):
             return
         from zoo.families.split_attention import record
 
-        attention = point.module
-        place: Fields = {"block": None, "attention": attention, "norm": None, "leave": None}
+        place: Fields = {"block": None, "attention": point.module, "norm": None, "leave": None}
         record(session, point, verb, module, options=options, kind=ImageSite, **place)
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -347,7 +346,8 @@ class VisionLanguage(LanguageBackbone):
 
     def writer(self) -> Writer:
         """Processor and chat template as data and tasks use them."""
-        return Writer(self.processor, self.tokenizer, self.visual, self.eyes.packed, self.name)
+        flat = self.image_token if self.eyes.packed else None  # an image has places by row and column
+        return Writer(self.processor, self.tokenizer, self.visual, self.eyes.packed, self.name, self.context, flat)
 
     def hub_task(self, num_classes: int) -> str | None:
         """The Hub's word for it."""

@@ -48,6 +48,9 @@ def test_wrong_data_models_and_rewards_are_refused(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             open_exercises([bad])[0]
+    long = Exercise(None, "why? " * 2000, "so", "open", key="long")
+    with pytest.raises(DataError, match=r"the question has \d+ tokens with system=.*the context of"):
+        zoo.run(small_vlm(), "curr-reft", open_exercises([long, *data[:8]]), **SETTINGS)
     with pytest.raises(MismatchError, match="writes no answers"):
         zoo.run(
             zoo.load("vit-micro", "lora", num_classes=2, pretrained=False),

@@ -264,3 +264,22 @@ def test_one_answer_that_is_no_tuple(model: zoo.Model) -> None:
 def test_what_is_no_question_is_refused(model: zoo.Model, images: Any, asked: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         Generate().answer(model, images, asked)
+
+
+def test_a_text_beyond_the_context_is_refused(model: zoo.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was read at places that the network has never learned, and something was answered."""
+    family: Any = model.family
+    long = [Question(picture("red", 64, 64), "what color? " * 9, ("red",))]
+    ids = Generate().open(model, long, train=True)[0][0][0]
+    flat = int((ids == family.image_token).sum())
+    assert flat > 0
+    monkeypatch.setattr(family.text_config, "max_position_embeddings", len(ids) - flat + 10)
+    Generate().open(model, long, train=False)[0]  # an image takes the places of its rows and columns alone
+    monkeypatch.setattr(family.text_config, "max_position_embeddings", len(ids) - flat + 9)
+    with pytest.raises(DataError, match=f"item 0: the question has {len(ids) - flat} tokens and its answer up to 10"):
+        Generate().answer(model, [picture("red", 64, 64)], ["what color? " * 9])
+    trained = Generate().open(model, long, train=True)  # its answer is shorter
+    assert len(trained[0][0][0]) == len(ids)
+    Generate(question_length=4).open(model, long, train=False)[0]
+    monkeypatch.setattr(family.text_config, "rope_parameters", {**family.text_config.rope_parameters, "factor": 2.0})
+    Generate().open(model, long, train=False)[0]
