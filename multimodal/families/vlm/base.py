@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from multimodal.data.chats import Writer
 from multimodal.families.vlm.language import LANGUAGE, LanguageSite, check_attention
 from multimodal.families.vlm.options import TEXT_OPTIONS, merged
-from multimodal.families.vlm.words import NONE, check_words, places, untold
+from multimodal.families.vlm.words import NONE, check_names, check_words, places, untold
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.families.children import mixes
@@ -226,8 +226,11 @@ class LanguageBackbone(TransformersBackbone):
         """Scores; see the top of this file.
 
         Raises:
-            ConfigError: padding behind the text and an answer. DataError: images that are missing or do not fit the text.
+            ConfigError: padding behind the text and an answer, or a name that is no input. DataError: images that are missing or
+                do not fit the text.
         """
+        if more and not torch.compiler.is_compiling():
+            check_names(self.name, self.module, more)
         return self._run(self.module, input_ids, attention_mask, answer, seen, more)
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:

@@ -292,3 +292,15 @@ def test_what_is_no_text_is_refused_in_words() -> None:
     ):
         with pytest.raises(DataError, match=f"(?i){message}"):
             model(*given)
+
+
+@pytest.mark.parametrize("family", ["decoder", "vlm"])
+def test_a_misspelt_input_is_refused(family: str) -> None:
+    """The library's forward takes any name: a misspelt mask was no mask, in silence."""
+    model, batch = tiny_model(family)
+    ids, mask, _, *seen = batch
+    more = dict(zip(model.family.visual, seen))  # type: ignore[attr-defined]
+    expected = model(ids, mask, None, **more)
+    assert torch.equal(model(ids, attention_mask=mask, use_cache=False, **more), expected)
+    with pytest.raises(ConfigError, match=r"has no input 'atention_mask'.*'attention_mask'"):
+        model(ids, atention_mask=mask, **more)
