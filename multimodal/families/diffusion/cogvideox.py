@@ -204,6 +204,7 @@ class CogVideoX(VideoBackbone):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         self.check_latents(latents, "B F C H W", self.latent_channels)
         frames, patch = latents.shape[1], self.frame_patch
+        self._check_places(latents)
         if frames % patch:
             raise DataError(
                 f"The video has {frames} latent frames; '{self.name}' takes them in chunks of {patch}. Repeat the first one, or "
@@ -225,6 +226,15 @@ class CogVideoX(VideoBackbone):
         if image_latents is not None:
             latents = torch.cat([latents, self._image(image_latents, latents)], dim=2)
         return latents, timesteps(timestep, latents), text, rest
+
+    def _check_places(self, latents: Tensor) -> None:
+        config, size = self.config, tuple(latents.shape[3:])
+        own = (int(config.sample_height), int(config.sample_width))
+        if config.use_learned_positional_embeddings and size != own:
+            raise DataError(
+                f"Latents are of {size[0]} x {size[1]}; the positions of '{self.name}' were learned for {own[0]} x {own[1]}, "
+                f"of videos of {8 * own[0]} x {8 * own[1]} pixels."
+            )
 
     def _image(self, image: Tensor, latents: Tensor) -> Tensor:
         """The image's latents at every frame: zero behind the first patch of frames."""

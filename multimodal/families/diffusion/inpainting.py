@@ -34,6 +34,7 @@ from torch import Tensor
 
 from multimodal.data.masks import check_mask, dilated, hidden, latent_mask
 from multimodal.tasks.latents import decode, encode
+from zoo.arguments import NOTHING, number, one_of, whole
 from zoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -153,7 +154,17 @@ class InpaintingPipeline(DiffusionPipeline):
             DataError: a video shorter than a chunk, masks of another number or size, an empty mask, a first frame that is masked.
             ConfigError: windows that do not fit, no conditions, or a model without the adapter.
         """
-        model, family = self._checked(steps, output_type)
+        model, family = self._checked(output_type)
+        steps, seed, dilate = (
+            kind.of(what, value)
+            for what, kind, value in (
+                ("steps", whole(1), steps),
+                ("seed", whole(0, 2**63 - 1), seed),
+                ("dilate", whole(), dilate),
+            )
+        )
+        window, stride = ((whole() | NOTHING).of(*pair) for pair in (("window", window), ("stride", stride)))
+        guidance, resample = number().of("guidance", guidance), number(0).of("resample", resample)
         clip, marks = _frames(video, "video"), (_frames(mask, "mask") > 0.5).float()
         check_mask(marks[None], clip[None])
         windows = Windows.of(len(clip), family.clip_frames if window is None else window, stride, family.frame_ratio)
@@ -165,6 +176,10 @@ class InpaintingPipeline(DiffusionPipeline):
                     "filled in (image=...), by a model of images or by hand."
                 )
             first = clip[:1] if first is None else first
+            if first.shape != clip[:1].shape:
+                raise DataError(
+                    f"image is {tuple(first.shape)}; expected one frame of the video's size, {tuple(clip[:1].shape)}."
+                )
             clip, marks = torch.cat([first.to(clip), clip[1:]]), torch.cat([torch.zeros_like(marks[:1]), marks[1:]])
             check_mask(marks[None], clip[None])
         marks = dilated(marks, dilate)
@@ -189,13 +204,12 @@ class InpaintingPipeline(DiffusionPipeline):
         pixels = (windows.joined(parts) / 2 + 0.5).clamp(0, 1).cpu()
         return Inpainted([pixels if output_type == "pt" else [_image(p) for p in pixels]])
 
-    def _checked(self, steps: int, output_type: str) -> tuple[Any, Any]:
+    def _checked(self, output_type: str) -> tuple[Any, Any]:
         if self.model is None:
             raise ConfigError(
                 "the pipeline has no model; make it by multimodal.families.diffusion.inpainting.inpainting(model)."
             )
-        if steps < 1 or output_type not in ("pil", "pt"):
-            raise ConfigError(f"steps is {steps}, output_type {output_type!r}; expected 1 or more, and 'pil' or 'pt'.")
+        one_of("pil", "pt").of("output_type", output_type)
         return self.model, self.model.family
 
     def _told(
@@ -311,6 +325,8 @@ def _frames(given: Any, what: str) -> Tensor:
             raise DataError(f"{what} is {tuple(given.shape)}; expected (frames, channels, height, width).")
         if not given.numel():
             raise DataError(f"{what} is {tuple(given.shape)}; expected some frames.")
+        if what != "mask" and given.shape[1] != 3:
+            raise DataError(f"{what} is {tuple(given.shape)}; expected frames of 3 channels, red, green and blue.")
         low = 0.0 if what == "mask" else -1.0
         least, most = float(given.min()), float(given.max())
         if not (least >= low - 0.01 and most <= 1.01):

@@ -181,6 +181,25 @@ def test_the_pipeline_fills_in_a_video_of_two_windows() -> None:
         pipe(video, hole[:, :, :16], (text,), **options)
     with pytest.raises(DataError, match="fewer than the 5"):
         pipe(video[:4], hole[:4], (text,), **options)
+    refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (DataError, "image is .*expected one frame of the video's size", {"image": Image.new("RGB", (16, 16))}),
+        (DataError, "image is .*expected one frame", {"image": video[:2]}),
+        (ConfigError, "guidance is nan", {"guidance": float("nan")}),  # every pixel was nan
+        (ConfigError, "guidance is '2'", {"guidance": "2"}),
+        (ConfigError, "steps is 1.5", {"steps": 1.5}),
+        (ConfigError, "stride is 4.5", {"stride": 4.5}),
+        (ConfigError, "seed is 'x'", {"seed": "x"}),
+        (ConfigError, "resample is -1", {"resample": -1}),
+        (ConfigError, "output_type is 'np'", {"output_type": "np"}),
+    ]
+    for error, message, wrong in refused:
+        with pytest.raises(error, match=message):
+            pipe(video, hole, (text,), **{**options, **wrong})
+    with pytest.raises(DataError, match="expected frames of 3 channels"):
+        pipe(video[:, :1], hole, (text,), **options)
+    tall = (torch.zeros(9, 3, 48, 32), torch.cat([torch.zeros(1, 1, 48, 32), torch.ones(8, 1, 48, 32)]))
+    with pytest.raises(DataError, match=r"of 6 x 4; the positions of .* were learned for 4 x 4"):
+        pipe(*tall, (text,), **options)
     with pytest.raises(ConfigError, match="conditions are missing"):
         pipe(video, hole, (text,), window=9, stride=4)
     with pytest.raises(ConfigError, match="no text encoder"):
