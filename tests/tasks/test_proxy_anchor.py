@@ -128,3 +128,10 @@ def test_clusters() -> None:
 def test_settings_of_tasks_are_of_their_types(task: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         type(registry.task(task))(**settings)
+
+
+def test_a_search_for_the_rate_compares_what_is_measured() -> None:
+    report = zoo.fit(embedding_model(), easy_data(32), epochs=1, task="proxy-anchor", lr="auto", progress=False)
+    tried = report.settings["lr_search"]
+    assert len(tried) == 4 and all(0 <= t["recall@1"] <= 1 for t in tried)
+    assert report.settings["lr"] == max(tried, key=lambda t: t["recall@1"])["lr"]

@@ -66,6 +66,7 @@ class Task:
     on_head: ClassVar[bool] = False  # whether it trains a head, with an output for each class of the data
     labels: ClassVar[str] = "auto"  # what labels it is trained on (`zoo.data.labels`)
     measures: ClassVar[bool] = False  # it measures only: there is no loss to report
+    evaluated_loss: ClassVar[bool] = True  # whether its loss is a number in evaluation, too
     head: ClassVar[str | None] = None  # the kind of head that the command line gives a model for it; None: a linear one
     # Of a task that trains no head: how many outputs the command line gives a model for it; None: as many as it has
     head_width: ClassVar[int | None] = None

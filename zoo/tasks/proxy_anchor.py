@@ -71,6 +71,7 @@ class MetricLearning(Task):
 
     monitor, labels = "recall@1", "classes"
     hub = "feature-extraction"
+    evaluated_loss = False  # classes that are measured may have no proxies
     head_width = 0  # a model without a head: pooled features are the embedding
     classes: int = 0  # of the training data
 

@@ -9,7 +9,8 @@ and a batch is the largest power of two of at most a 16th of the items, from 8 t
 
 `lr="auto"` tries a third of the default, the default, and 3 and 10 times as much for equally many steps each (half of the run's,
 at most 200), from the same start, and takes what has the least loss on the validation data, or on a fifth of the training data
-set aside for the search. The model is then as it was, and trained on everything.
+set aside for the search; a task without a loss in evaluation (embeddings) is compared by what its epochs are chosen by. The
+model is then as it was, and trained on everything.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.data.sampling import split_train_val
 from zoo.errors import ConfigError
+from zoo.train.choice import is_better_low
 from zoo.train.failing import Before
 from zoo.train.progress import Progress
 from zoo.train.schedule import default_lr
@@ -49,7 +51,7 @@ def few_steps(rate: float, total: int) -> float:
 
 
 def search(trainer: Any) -> tuple[float | dict[str, float], list[dict[str, float]]]:
-    """The learning rates for a run that is about to begin, and what was tried: "lr" and "loss".
+    """The learning rates for a run that is about to begin, and what was tried: "lr" and "loss", or what stands for it.
 
     Args:
         trainer: a `zoo.train.trainer.Trainer`; its model is as it was afterwards.
@@ -62,18 +64,21 @@ def search(trainer: Any) -> tuple[float | dict[str, float], list[dict[str, float
     if val is None:
         train, val = split_train_val(train, PART, trainer.settings.seed)
         val = val.with_transform(trainer.plain or val.transform)
+    task = trainer.task
+    what = "loss" if task.evaluated_loss else task.monitor
+    sign = 1 if is_better_low(what, task.metrics(trainer.model)) else -1
     tried: list[dict[str, float]] = []
     for factor in TRIED:
         rates = _rates(trainer.model, factor)
-        loss = _try(trainer, train, val, rates, steps)
+        value = _try(trainer, train, val, rates, steps, what)
         first = rates if isinstance(rates, float) else rates["default"]
-        tried.append({"lr": first, "loss": loss})
-        trainer.bar.line(f"lr auto: {first:g} gives a validation loss of {loss:.4f} after {steps} steps")
-    best = min(range(len(tried)), key=lambda i: tried[i]["loss"])
-    if not math.isfinite(tried[best]["loss"]):
+        tried.append({"lr": first, what: value if math.isfinite(value) else sign * math.inf})
+        trainer.bar.line(f"lr auto: {first:g} gives a validation {what} of {value:.4f} after {steps} steps")
+    best = min(range(len(tried)), key=lambda i: sign * tried[i][what])
+    if not math.isfinite(tried[best][what]):
         names = ", ".join(format(trial["lr"], "g") for trial in tried)
         raise ConfigError(
-            f"lr='auto' tried {names}, and the loss is not finite with any of them. Look for NaN in the data."
+            f"lr='auto' tried {names}, and the {what} is not finite with any of them. Look for NaN in the data."
         )
     trainer.bar.line(f"lr auto: {tried[best]['lr']:g}")
     return _rates(trainer.model, TRIED[best]), tried
@@ -88,8 +93,8 @@ def _rates(model: Model, factor: float) -> float | dict[str, float]:
     return {"default": base * factor, **{name: rate * factor for name, rate in own.items()}}
 
 
-def _try(trainer: Any, train: Any, val: Any, rates: Any, steps: int) -> float:
-    """The validation loss after so many steps."""
+def _try(trainer: Any, train: Any, val: Any, rates: Any, steps: int, what: str) -> float:
+    """The validation loss, or what stands for it, after so many steps; NaN where it failed."""
     model = trainer.model
     before = Before(model, None)
     settings = replace(trainer.settings, lr=rates, steps=steps, ema=None, patience=None, keep="last")
@@ -113,9 +118,8 @@ def _try(trainer: Any, train: Any, val: Any, rates: Any, steps: int) -> float:
         while trial.run.step < trial.total:
             trial.one_epoch()
             trial.run.epoch, trial.run.batch = trial.run.epoch + 1, 0
-        loss = float(trial.evaluate()["loss"])
-        return loss if math.isfinite(loss) else math.inf
+        return float(trial.evaluate()[what])
     except TrainingError:
-        return math.inf
+        return math.nan
     finally:
         before.undo()
