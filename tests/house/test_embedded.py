@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,9 +127,12 @@ def test_adapters_load_by_name_alone(name: str) -> None:
     assert model.active and model.num_classes > 1
     text = (embedded_adapters()[name] / "README.md").read_text()
     assert f'zoo.load(adapter="{name}")' in text
-    assert "accuracy" in text and "More Information Needed" not in text
-    with torch.no_grad():
-        assert model(*model.example_batch(1)).shape == (1, model.num_classes)
+    assert "More Information Needed" not in text
+    tasks = list(getattr(model.head, "sizes", ()))  # of maps; else classes
+    assert ("accuracy" in text) != bool(tasks)
+    with torch.no_grad(), model.context(**({"task": tasks[0]} if tasks else {})):
+        shape = model(*model.example_batch(1)).shape
+    assert shape[:2] == (1, model.num_classes) and len(shape) == (4 if tasks else 2)
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(embedded_adapters()) if n.endswith("-digits")])
@@ -140,3 +144,26 @@ def test_accuracy_on_digits(name: str) -> None:
     _, _, test = digits(model)
     measured = zoo.evaluate(model, test, progress=False)["accuracy"]
     assert measured == pytest.approx(model.record["metrics"]["test"]["accuracy"], abs=2e-3)
+
+
+@NEEDS_DATA
+def test_maps_of_camvid() -> None:
+    """Every task of the whole validation split, anew, against the card; and single tasks taken out as the card shows."""
+    pytest.importorskip("timm")
+    from benchmarks.dense_tasks import TASKS, opened
+    from vision.tasks.dense_tasks import ManyDense
+    from zoo.regimes.multitask import single_task
+
+    name = "swin-micro-polyhistor-lite-camvid"
+    stated = zoo.load(adapter=name).record["metrics"]["val"]
+    size: Any = tuple(zoo.load(adapter=name).image_size)
+    data = opened(DATA / "camvid", "val", size)
+    many = ManyDense(data)
+    for task, key in (("segment", "miou"), ("edges", "edges_ods_f"), ("distance", "distance_rmse")):
+        model = zoo.load(adapter=name)
+        measure = many.single(task).monitor
+        whole = zoo.evaluate(model, data[task], task=many.single(task), record="", progress=False)[measure]
+        assert whole == pytest.approx(stated[key], abs=2e-3)
+        alone = zoo.evaluate(single_task(model, task), data[task], task=TASKS[task][0], record="", progress=False)
+        assert alone[measure] == pytest.approx(whole, abs=2e-3)
+        assert f"| 0 | val | {100 * stated['miou']:.2f} |" in card(name)
