@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 IN_IMAGES = ("maple",)  # what puts something into the image tower, too
 SETS = ("cifar10", "flowers17")
-SHOTS = (1, 4, 16)
+SHOTS = (1, 2, 4, 8, 16)
 NO_NEW = ("linear", "tip-adapter", "tip-adapter-f", "cones")  # what they learn belongs to the classes that they saw
 RESULTS = Path(__file__).parent / "results"
 RATES = {"linear": 1e-2, "coop": 2e-3, "clip-adapter": 1e-3, "tip-adapter-f": 1e-3}
@@ -92,7 +92,7 @@ def load(name: str, names: list[str], seed: int = 0, saved: Any = None) -> zoo.M
     method, settings = METHODS[name]
     if method:
         adapter = saved or zoo.adapter(method, **settings)
-        counted = {} if saved else {"num_classes": len(names), "seed": seed}
+        counted: dict[str, Any] = {} if saved else {"num_classes": len(names), "seed": seed}
         model = zoo.load("clip-micro", adapter=adapter, classes=names, **counted)
     else:
         model = zoo.load("clip-micro", num_classes=0)
@@ -117,7 +117,7 @@ def fitted(name: str, train: Any, val: Any, seed: int, steps: int) -> zoo.Model:
     if method == "tip-adapter":
         zoo.calibrate(model, train, augment="none", seed=seed)
     else:
-        options = {"optimizer_options": {"eps": 1e-4}} if method == "tip-adapter-f" else {}
+        options: dict[str, Any] = {"optimizer_options": {"eps": 1e-4}} if method == "tip-adapter-f" else {}
         zoo.fit(
             *(model, train, val),
             epochs=min(steps, max(1, round(steps * BATCH / len(train)))),

@@ -4,9 +4,10 @@
 
 Session 0 has `--base` images of each class, each later one 5 of each. The highest rate (the authors' 0.1, or ten times
 that; `lr_min` is a hundredth) is chosen for each method by what a run over all sessions gives on images that were set aside of
-every class of the training data, with a seed of its own; the test images are seen once, by the runs that are reported. Prints
-accuracies over all classes seen after each session: zero-shot, CPE-CLIP with and without shrunken gradients, CoOp and MaPLe
-trained in the same way.
+every class of the training data, with a seed of its own (whole gradients have the rate of shrunken ones); the test images are
+seen once, by the runs that are reported. Measured are accuracies over all classes seen after each session: zero-shot, CPE-CLIP
+with and without shrunken gradients, CoOp and MaPLe trained in the same way. Rows are written as they come; a run that was
+stopped goes on, so do runs with further methods. Writes `results/cpe_clip.{json,md}`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,20 @@ from multimodal.tasks.zero_shot import put_zero_shot_classifier
 from zoo.data import by_class
 from zoo.data.dataset import ImageDataset
 from zoo.data.sampling import known_labels
+from zoo.disk import write_file
 
 SIZES = {"cifar10": [4, 2, 2, 2], "flowers17": [9, 2, 2, 2, 2]}
 # names that say what is to be seen
 NAMES = {"cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
+WHOLE = "cpe-clip, whole gradients"  # at the rate that was chosen for cpe-clip
 METHODS: dict[str, dict[str, Any]] = {
     "cpe-clip": {},
-    "cpe-clip, whole gradients": {"balance": False},
+    WHOLE: {"balance": False},
     "maple": {"method": "maple"},
     "coop": {"method": "coop"},
 }
 RATES = (0.1, 1.0)
+RESULTS = Path(__file__).parent / "results"
 
 
 def parts(folder: Path, base: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
@@ -71,8 +76,16 @@ def zero_shot(test: ImageDataset, sizes: list[int]) -> list[float]:
     return found
 
 
+def chosen_rate(method: str, train: ImageDataset, held: ImageDataset, sizes: list[int]) -> dict[str, list[float]]:
+    """Accuracies on the images set aside by highest rate."""
+    tried = {}
+    for rate in RATES:
+        tried[f"{rate:g}"] = go(train, held, sizes, 100, **METHODS[method], lr_max=rate, lr_min=rate / 100)
+    return tried
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, write and print."""
     logging.disable(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -80,22 +93,69 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--base", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, help="the highest rate, instead of choosing it on the images set aside")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "cpe_clip.json", help="file of the rows")
     options = parser.parse_args()
+    found: dict[str, Any] = {"base": options.base, "rates": {}, "rows": {}}
+    if options.rows.is_file():
+        found = json.loads(options.rows.read_text())
+    if found["base"] != options.base:
+        raise SystemExit(f"{options.rows} is of --base {found['base']}; name another file by --rows")
+
+    def keep(where: str, key: str, value: Any) -> None:
+        found[where][key] = value
+        print(json.dumps({key: value}), flush=True)
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        write_file(options.rows, (json.dumps(found, indent=1) + "\n").encode())
+        write_file(options.rows.with_suffix(".md"), markdown(found).encode())
+
     for name in options.sets:
         train, held, test = parts(options.data / name, options.base)
-        print(json.dumps({"set": name, "method": "zero-shot", "seen": zero_shot(test, SIZES[name])}), flush=True)
+        if (key := f"{name}, zero-shot, seed 0") not in found["rows"]:
+            keep("rows", key, zero_shot(test, SIZES[name]))
         for method in options.methods:
-            tried = {}
-            for rate in RATES if options.rate is None else ():
-                settings = {**METHODS[method], "lr_max": rate, "lr_min": rate / 100}
-                tried[rate] = go(train, held, SIZES[name], 100, **settings)
-            rate = max(tried, key=lambda r: sum(tried[r])) if tried else options.rate
-            settings = {**METHODS[method], "lr_max": rate, "lr_min": rate / 100}
-            runs = [go(train, test, SIZES[name], seed, **settings) for seed in range(options.seeds)]
-            line = {"set": name, "method": method, "rate": rate, "held out": tried, "runs": runs}
-            line["mean"] = [round(float(v), 4) for v in np.mean(runs, axis=0)]
-            print(json.dumps(line), flush=True)
+            key = f"{name}, {method}"
+            if rated(key) not in found["rates"]:
+                keep("rates", rated(key), chosen_rate(rated(method), train, held, SIZES[name]))
+            rate = best(found["rates"][rated(key)])
+            for seed in range(options.seeds):
+                if (row := f"{key}, seed {seed}") not in found["rows"]:
+                    rates = {"lr_max": rate, "lr_min": rate / 100}
+                    keep("rows", row, go(train, test, SIZES[name], seed, **METHODS[method], **rates))
+    print(markdown(found))
+
+
+def rated(key: str) -> str:
+    """The row whose highest rate this one has."""
+    return key.replace(WHOLE, "cpe-clip")
+
+
+def best(tried: dict[str, list[float]]) -> float:
+    """The highest rate whose accuracies over the sessions are the largest on average."""
+    return float(max(tried, key=lambda rate: sum(tried[rate])))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A table for each data set: accuracy in % over all classes seen behind each session, mean and deviation over the seeds."""
+    text = []
+    for name, sizes in SIZES.items():
+        lines = []
+        for method in ("zero-shot", *METHODS):
+            key = f"{name}, {method}"
+            runs = [seen for row, seen in found["rows"].items() if row.startswith(f"{key}, seed ")]
+            if not runs:
+                continue
+            cells = []
+            for column in zip(*runs, strict=True):
+                values = [100 * v for v in column]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            rate = f"{best(found['rates'][rated(key)]):g}" if rated(key) in found["rates"] else ""
+            lines.append(f"| {method} | {rate} | {len(runs) if rate else ''} | {' | '.join(cells)} |")
+        if lines:
+            heads = " | ".join(f"{count} classes" for count in np.cumsum(sizes).tolist())
+            text += [f"{name}\n", f"| method | highest rate | seeds | {heads} |"]
+            text += ["| --- | ---: | ---: |" + " ---: |" * len(sizes), *lines, ""]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":
