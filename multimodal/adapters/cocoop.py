@@ -66,8 +66,9 @@ class Conditioned(nn.Module):
         seen = self.image.get()
         if seen is not None:
             shifts = self.up(F.relu(self.down(seen.to(self.down.weight.dtype))))
-            texts = len(ids) // max(1, len(seen))
-            vectors = vectors + shifts.repeat_interleave(texts, dim=0).unsqueeze(1)
+            # texts of an image behind one another; no length is read, so that a graph takes any
+            each = ids.unflatten(0, (seen.shape[0], -1))
+            vectors = (vectors.unflatten(0, each.shape[:2]) + shifts[:, None, None]).flatten(0, 1)
         return torch.where((ids < 0).unsqueeze(-1), vectors.to(words.dtype), words)
 
 

@@ -54,11 +54,12 @@ class ImageTextHead(TextHead):
         ids, images = self.ids(model), F.normalize(outputs["pooled"], dim=-1)
         active: list[Any] = [model.adapters[name] for name in model.active]
         looking = [adapter for adapter in active if hasattr(adapter, "look")]
-        step = max(1, len(images) if torch.is_grad_enabled() else TEXTS // len(ids))
+        step = max(1, TEXTS // len(ids))
+        # a graph takes batches of any size, so it has no loop over their parts
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
         found = []
-        for start in range(0, len(images), step):
-            part = images[start : start + step]
+        for part in (images,) if whole else images.split(step):
             for adapter in looking:
                 adapter.look(part)
-            found.append(model.outputs(texts=ids.repeat(len(part), 1), want=("text",))["text"])
-        return {"text": torch.cat(found).unflatten(0, (len(images), len(ids)))}
+            found.append(model.outputs(texts=ids.repeat(part.shape[0], 1), want=("text",))["text"])
+        return {"text": torch.cat(found).unflatten(0, (images.shape[0], len(ids)))}

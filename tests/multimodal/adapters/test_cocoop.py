@@ -49,6 +49,17 @@ def test_every_image_has_texts_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert runs[1:] == [6, 6]
 
 
+def test_a_graph_takes_batches_of_any_size() -> None:
+    """The number of images was read while the graph was made, and stood in it: no ONNX file could be written."""
+    model = build("cocoop", init="", num_tokens=3)
+    shapes = {"inputs": ({0: torch.export.Dim("batch")},)}
+    with torch.no_grad():
+        model(IMAGES)  # the texts' words are written
+        graph = torch.export.export(model, (IMAGES,), dynamic_shapes=shapes, strict=False).module()
+    for count in (1, 3, 4):
+        torch.testing.assert_close(graph(IMAGES[:count]), model(IMAGES[:count]))
+
+
 def test_texts_of_ones_own_are_left_alone() -> None:
     model = build("cocoop", init="", num_tokens=3)
     with torch.no_grad():
