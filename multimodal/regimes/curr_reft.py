@@ -33,13 +33,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from multimodal.data.exercises import LEVELS, Exercise, open_exercises
+from multimodal.metrics.rewards import REWARDS
 from multimodal.regimes.parts.grpo import GRPO, Reward, Scores
 from multimodal.regimes.parts.lending import check_model
 from multimodal.regimes.parts.rejection import Judge, Rule, Sampled, digest
 from multimodal.regimes.parts.tuning import Tuning, write
 from zoo import Phase, Regime
 from zoo.data.dataset import ImageDataset
-from zoo.errors import DataError
+from zoo.errors import DataError, nearest
 from zoo.regimes import Run, RunReport
 from zoo.registry import register_regime
 
@@ -143,6 +144,12 @@ class CurrReFT(Regime):
             DataError: a damaged exercise, a stage without any. ConfigError: several processes.
         """
         check_model(run.model)
+        for name, reward in self.rewards.items():  # of another name no exercise is
+            self.check(name in REWARDS, f"rewards has '{name}'. {nearest(name, REWARDS)}")
+            self.check(
+                callable(reward), f"rewards['{name}'] is {reward!r:.60}; expected a function (answer, reference)."
+            )
+        self.check(self.judge is None or callable(self.judge), f"judge is {self.judge!r:.60}; expected a function.")
         stages = self._by_stage(run.data)
         for stage, data in stages.items():
             if not len(data):
@@ -150,27 +157,27 @@ class CurrReFT(Regime):
             self._check_context(run.model, data)
         seen = bool(getattr(run.model.family, "visual", ()))
         for stage, data in stages.items():
-            exercises = _exercises(data)
-            having = [e for e in exercises if e.image is not None]
-            if having and not seen:
-                raise DataError(f"'{run.model.backbone_name}' has no eyes, and exercise {having[0].key} has an image.")
-            if having and len(having) < len(exercises):
-                other = next(e for e in exercises if e.image is None)
+            there = [e.image is not None for e in _exercises(data)]
+            if any(there) and not seen:
+                having = data.where(there.index(True))
+                raise DataError(f"'{run.model.backbone_name}' has no eyes, and the exercise at {having} has an image.")
+            if any(there) and not all(there):
+                other, having = (data.where(there.index(one)) for one in (False, True))
                 raise DataError(
-                    f"Of the stage '{stage}', exercise {other.key} has no image, and exercise {having[0].key} has one; answers "
-                    "are written for all of a batch at once. Give all of a stage an image, or none."
+                    f"Of the stage '{stage}', the exercise at {other} has no image, and that at {having} has one; answers are "
+                    "written for all of a batch at once. Give all of a stage an image, or none."
                 )
 
     def _check_context(self, model: Model, data: ImageDataset) -> None:
         words: Any = model.family
-        for exercise, index in (data.rows.read(int(i)) for i in data.indices):
+        for place, exercise in enumerate(_exercises(data)):
             text = f"{self.system}{exercise.question}"
             if words.context is None or len(text.encode()) + self.length <= words.context:
                 continue  # no token is less than a byte
             count = len(words.tokenizer(text)["input_ids"])
             if count + self.length > words.context:
                 raise DataError(
-                    f"{data.where(index)}: the question has {count} tokens with system=, and its answer up to {self.length} "
+                    f"{data.where(place)}: the question has {count} tokens with system=, and its answer up to {self.length} "
                     f"(length=), and the context of '{model.backbone_name}' is {words.context}. Shorten the question or the "
                     "answers, or leave the exercise out."
                 )

@@ -47,7 +47,12 @@ class Rule:
 
     def __call__(self, exercise: Exercise, completion: str) -> float:
         """0 to 100."""
-        return 80 * self.scores.score(completion, exercise) + 20 * form(completion)
+        score = self.scores.score(completion, exercise)
+        if not 0 <= score <= 1:
+            raise ConfigError(
+                f"the reward '{exercise.scored}' is {score:g}, and this rule takes 0 to 1: scale it, or set regime.judge"
+            )
+        return 80 * score + 20 * form(completion)
 
 
 class Asking:
@@ -76,7 +81,7 @@ class Asking:
         text = self.question.format(question=exercise.question, reference=exercise.answer, answer=completion)
         asked = Exercise(exercise.image if self.image else None, text, "100", key=exercise.key)
         reply = write(self.model, [asked], "", length=16)[0]
-        number = re.search(r"\d+(?:\.\d+)?", reply)
+        number = re.search(r"(?<!\w)-\d+|\d+(?:\.\d+)?", reply)
         if number is None or not 0 <= float(number.group()) <= 100:
             raise DataError(
                 f"The judge replied {reply!r:.60} to exercise {exercise.key}; expected a number from 0 to 100."

@@ -10,7 +10,9 @@ from small_chat import SETTINGS, exercises, scored_by_length, small_vlm
 import zoo
 from multimodal.data.exercises import Exercise, open_exercises
 from multimodal.families.vlm.micro import micro_tokenizer
+from multimodal.regimes.parts import rejection
 from multimodal.regimes.parts.grpo import Scores
+from multimodal.regimes.parts.rejection import Asking, Rule
 from zoo.errors import CombinationError, ConfigError, DataError, MismatchError
 
 pytest.importorskip("trl")
@@ -135,7 +137,7 @@ def test_a_stage_with_and_without_images_is_refused():
     model = zoo.load("vlm-micro", "lora", pretrained=False)
     mixed = [*exercises()[:1], Exercise(None, "is 3 even?", "no", exercises()[0].level)]
     settings = {**SETTINGS, "stages": (mixed[0].level,), "steps": (1,), "epochs": (1,), "generations": (2,)}
-    with pytest.raises(DataError, match="has no image, and exercise"):
+    with pytest.raises(DataError, match=r"row 1 has no image, and that at .*row 0 has one"):
         zoo.run(model, "curr-reft", open_exercises(mixed), **settings)
 
 
@@ -169,3 +171,32 @@ def test_the_command_line(tmp_path):
 def test_a_level_without_exercises_is_refused() -> None:
     with pytest.raises(DataError, match="is no data set of exercises"):
         zoo.run(zoo.load("vlm-micro", "lora"), "curr-reft", {"open": []}, improve=False)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ({"txt": lambda a, r: 1.0}, "rewards has 'txt'.*'text'"),  # it was taken, and never asked
+        ({"text": 5}, r"rewards\['text'\] is 5; expected a function"),
+    ],
+)
+def test_rewards_that_no_exercise_has_are_refused(rewards: dict[str, Any], message: str) -> None:
+    regime: Any = zoo.registry.regime("curr-reft", **SETTINGS)
+    regime.rewards |= rewards
+    with pytest.raises(ConfigError, match=message):
+        zoo.run(small_vlm(), regime, open_exercises(exercises()))
+
+
+def test_judges_give_numbers_from_0_to_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    exercise, answer = Exercise(None, "what?", "red"), "<think></think><answer>red</answer>"
+    assert Rule(Scores([exercise]))(exercise, answer) == 100.0
+    with pytest.raises(ConfigError, match="the reward 'text' is 5, and this rule takes 0 to 1"):
+        Rule(Scores([exercise], {"text": lambda a, r: 5.0}))(exercise, answer)
+    asking = Asking(small_vlm())
+    for reply, score in (("85", 85.0), ("Score-90.5 of 100", 90.5)):
+        monkeypatch.setattr(rejection, "write", lambda *_, reply=reply, **__: [reply])
+        assert asking(exercise, answer) == score
+    for reply in ("-5", "none", "120"):
+        monkeypatch.setattr(rejection, "write", lambda *_, reply=reply, **__: [reply])
+        with pytest.raises(DataError, match="expected a number from 0 to 100"):
+            asking(exercise, answer)
