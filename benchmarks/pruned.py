@@ -9,7 +9,7 @@ of LoRA in `learning.py`; nothing is chosen, and the last epoch counts. Measured
 
 Operations of one image, and images/s of one core (float32, merged where that can be) by those of the whole network, with which
 the pruned one takes turns: processor time, so that other programs disturb little. A row that is written is not run again, so a
-run that was stopped goes on. Writes `results/pruned.json` and `.md`.
+run that was stopped goes on. Writes `results/pruned.json` and `.md`; `pruned_longer` is of 12 epochs.
 """
 
 from __future__ import annotations
@@ -149,15 +149,16 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=40, help="training images of each class")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--test", type=int, default=500, help="test images, the first of the shuffled split")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "pruned.json", help="file of the rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = RESULTS / "pruned.json"
+    file = args.rows
     settings = {"shots": args.shots, "epochs": args.epochs, "test": args.test}
     record: dict[str, Any] = {"settings": settings, "rows": []}
     if file.exists():
         record = json.loads(file.read_text())
     if record["settings"] != settings:
-        raise SystemExit(f"{file} is of other settings, {record['settings']}; move it away.")
+        raise SystemExit(f"{file} is of other settings, {record['settings']}; name another file by --rows.")
     for seed in range(args.seeds):
         for label in args.methods:
             if any((r["method"], r["seed"]) == (label, seed) for r in record["rows"]):
