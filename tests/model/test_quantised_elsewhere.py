@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import AttachError, MergeError
+from zoo.points import foreign
 
 ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
@@ -80,3 +81,48 @@ def test_merging_into_what_was_quantised_afterwards() -> None:
     ao.quantize_(model.backbone, ao.Int8WeightOnlyConfig())
     with pytest.raises(MergeError, match="keeps its weight as Int8Tensor of torchao"):
         model.merge()
+
+
+class _AsTheirs(torch.autograd.Function):
+    """As that of 8 bits in bitsandbytes: what it returns is a view made without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return (x.flatten(0, -2) @ weight.float().T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.saved_tensors[0].float(), None
+
+
+class Theirs(nn.Linear):
+    """A projection of whole numbers, as a library keeps it."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__(*reversed(numbers.shape), bias=False)
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _AsTheirs.apply(input, self.weight)
+
+
+@pytest.mark.parametrize("method", ["lora", "ssf"])
+def test_outputs_that_are_views(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is added to them in place, and gradients are those of the same numbers in floating point."""
+    monkeypatch.setattr(foreign, "LIBRARIES", (*foreign.LIBRARIES, __name__.partition(".")[0]))
+    numbers = torch.randint(-9, 9, (6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    plain = nn.Linear(8, 6, bias=False)
+    plain.weight.data = numbers.float()
+    found = []
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    for one in (Theirs(numbers), plain):
+        torch.manual_seed(0)
+        model = zoo.load(nn.Sequential(nn.LayerNorm(8), one, nn.LayerNorm(6)), method, example=x, seed=0).train()
+        for n, p in enumerate(model.adapters.parameters()):
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+        model(x).square().sum().backward()
+        found.append({k: p.grad for k, p in model.parameters_to_train().items()})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][key])

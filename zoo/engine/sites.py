@@ -25,6 +25,7 @@ from zoo.engine.memory import Saver
 from zoo.engine.second_order import exact
 from zoo.engine.state import Place, State
 from zoo.engine.swaps import held
+from zoo.points.foreign import kept_by
 from zoo.points.rows import is_transposed
 
 
@@ -82,6 +83,8 @@ class Site:
     arounds: tuple[Op, ...] = ()
     # Which outputs can be given back by recomputation: "" nothing; "cheap": elementwise; "product": a matrix product
     recompute: str = ""
+    # The weight is kept by another library: its function may return a view, to which nothing can be added in place
+    foreign: bool = False
     _handles: list[Any] = field(default_factory=list)
 
     def refresh(self) -> None:
@@ -93,6 +96,7 @@ class Site:
         self.forwards = tuple(op for op in live if op.where == "forward")
         self.arounds = tuple(op for op in live if op.where == "around")
         wanted = bool(self.ops) or bool(self.recompute)
+        self.foreign = bool(kept_by(self.module))
         if wanted and not self._handles:
             self._handles = [self.module.register_forward_hook(self._after, with_kwargs=True)]
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -186,6 +190,8 @@ class Site:
             return None
         x = self.read_input(args, kwargs)
         y = self.read_output(output)
+        if self.foreign and self.outputs:
+            y = y.clone()
         product = noting and self.recompute == "product" and not self.stochastic()
         if product and self.outputs:  # an op may keep the product itself (a scale's gradient needs it)
             self.state.saver.note(y, self._replay, ((held(module), self.forwards, (), self.state.place()), x))
