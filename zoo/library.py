@@ -201,6 +201,24 @@ def _config(source: str, file: str) -> dict[str, Any] | str:
     return found
 
 
+def kernels(source: str) -> dict[str, Any]:
+    """How transformers is to load weights of GPTQ or AWQ, so that gradients pass them: {} for all others.
+
+    Left to itself it takes the fastest kernel, which may be for inference only.
+    """
+    config = pretrained_config(source)
+    kept = config.get("quantization_config") if isinstance(config, dict) else None
+    name = (
+        {"gptq": "GPTQConfig", "awq": "AwqConfig"}.get(str(kept.get("quant_method")))
+        if isinstance(kept, dict)
+        else None
+    )
+    if kept is None or name is None:
+        return {}
+    made = getattr(importlib.import_module("transformers"), name)
+    return {"quantization_config": made(bits=kept.get("bits", 4), backend="auto_trainable")}
+
+
 def check_loaded(
     source: str,
     made: str,

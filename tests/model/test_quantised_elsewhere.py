@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import AttachError, MergeError
+from zoo.library import kernels
 from zoo.points import foreign
 
 ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -126,3 +128,56 @@ def test_outputs_that_are_views(method: str, monkeypatch: pytest.MonkeyPatch) ->
     assert found[0].keys() == found[1].keys()
     for key, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][key])
+
+
+class Packed(nn.Module):
+    """As the projections of GPTQ: eight numbers of 4 bits in an int32 of `qweight` (i / 8, o), one scale for each output."""
+
+    def __init__(self, numbers: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = numbers.shape
+        parts = numbers.T.reshape(-1, 8, self.out_features).long() << torch.arange(0, 32, 4)[:, None]
+        self.register_buffer("qweight", parts.sum(1).to(torch.int32))
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = (self.qweight[:, None] >> torch.arange(0, 32, 4)[:, None] & 15).flatten(0, 1).float()  # type: ignore[operator,index]
+        return x @ ((numbers - 8) * self.scales)  # type: ignore[operator]
+
+
+def test_projections_of_gptq_and_awq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules without a weight: what adds to outputs works, and equals that on the same numbers in floating point."""
+    monkeypatch.setattr(foreign, "PACKED", (__name__.partition(".")[0],))
+    draw = torch.Generator().manual_seed(0)
+    numbers, scales = torch.randint(0, 16, (6, 8), generator=draw), torch.rand(6, generator=draw)
+    plain = nn.Linear(8, 6, bias=False)
+    plain.weight.data = (numbers - 8) * scales[:, None]
+    x, models = torch.randn(2, 5, 8, generator=draw), []
+    for one in (Packed(numbers, scales), plain, Packed(15 - numbers, scales)):
+        model = zoo.load(nn.Sequential(nn.LayerNorm(8), one, nn.LayerNorm(6)), "lora", example=x, seed=0).train()
+        for n, p in enumerate(model.adapters.parameters()):
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+        model(x).square().sum().backward()
+        models.append(model)
+    kept, whole, other = models
+    torch.testing.assert_close(kept(x), whole(x))
+    for key, value in whole.parameters_to_train().items():
+        torch.testing.assert_close(kept.parameters_to_train()[key].grad, value.grad)
+    assert kept.num_parameters(trainable=True) == whole.num_parameters(trainable=True)
+    assert kept.fingerprint != other.fingerprint
+    for adapter in (zoo.adapter("svfit"), zoo.adapter("lora", dora=True), zoo.adapter("full"), zoo.adapter("perp")):
+        with pytest.raises(AttachError, match="kept as Packed of"):
+            kept.add_adapter(adapter, "other")
+    with pytest.raises(MergeError, match="Packed of"):
+        kept.merge()
+
+
+def test_kernels_that_have_gradients_are_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    for method, name in (("gptq", "GPTQConfig"), ("awq", "AwqConfig"), ("bitsandbytes", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, "bits": 4}}))
+        found = kernels(str(tmp_path))
+        assert (type(found["quantization_config"]).__name__ if found else None) == name
+        assert not found or found["quantization_config"].backend == "auto_trainable"
+    (tmp_path / "config.json").write_text("{}")
+    assert kernels(str(tmp_path)) == {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo import registry
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError, MissingPackageError, nearest
-from zoo.library import check_loaded, library, pretrained_config
+from zoo.library import check_loaded, kernels, library, pretrained_config
 from zoo.points import NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
 
@@ -181,7 +181,7 @@ class TransformersBackbone(Backbone):
         transformers = library("transformers", cls.extra)
         model = getattr(transformers, cls.library_classes[cls.described(source)[0]][1])
         try:
-            given = {"dtype": torch.float32, **options}
+            given = {"dtype": torch.float32, **kernels(source), **options}
             module, report = model.from_pretrained(
                 source, attn_implementation=attention, output_loading_info=True, **given
             )

@@ -24,7 +24,7 @@ def fingerprint(module: nn.Module) -> str | None:
     """
     digest = hashlib.sha256()
     parts = []
-    rounded = [(name, b) for name, b in module.named_buffers() if b.dtype in SMALL]
+    rounded = _rounded(module)
     for name, parameter in sorted([*module.named_parameters(), *rounded], key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
@@ -33,6 +33,17 @@ def fingerprint(module: nn.Module) -> str | None:
     if parts:
         digest.update(torch.cat([p.cpu() for p in parts]).numpy().tobytes())
     return "v1:" + digest.hexdigest()[:32]
+
+
+def _rounded(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are weights: those of `zoo.quantise`, and the packed numbers of GPTQ and AWQ, byte by byte."""
+    found = []
+    for name, buffer in module.named_buffers():
+        if buffer.dtype in SMALL:
+            found.append((name, buffer))
+        elif name.rpartition(".")[2] == "qweight":
+            found.append((name, buffer.contiguous().view(torch.uint8)))
+    return found
 
 
 # Tables of positions belong to a resolution: libraries resample them for another one
@@ -48,7 +59,7 @@ def at_any_resolution(module: nn.Module) -> str | None:
     """
     tables = {n: p for n, p in module.named_parameters() if POSITIONS.search(n)}
     rest = nn.Module()
-    for i, (name, b) in enumerate((n, b) for n, b in module.named_buffers() if b.dtype in SMALL):
+    for i, (name, b) in enumerate(_rounded(module)):
         rest.register_buffer(f"{i:06d}-{name}".replace(".", "/"), b)
     for i, (name, parameter) in enumerate((n, p) for n, p in module.named_parameters() if n not in tables):
         rest.register_parameter(f"{i:06d}-{name}".replace(".", "/"), parameter)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from zoo.errors import AttachError
-from zoo.points.foreign import kept_by
+from zoo.points.foreign import is_packed, kept_by
 from zoo.points.point import Point, is_pointwise
 
 KINDS = ("linear", "sublayer", "attention", "tokens", "norm", "block", "condition")
@@ -121,7 +121,7 @@ class LinearPoint(Point):
         self._record("reparametrize", module)
 
     def _tokens_only(self, what: str) -> None:
-        if not (isinstance(self.module, nn.Linear) or self.transposed or getattr(self.module, "linear_like", False)):
+        if not (isinstance(self.module, nn.Linear) or self.transposed or is_packed(self.module)):
             raise AttachError(
                 f"point '{self.name}' is a {type(self.module).__name__}: its input is not a sequence of tokens, so {what} "
                 "is not available there. Leave it out of the targets."

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo.points.foreign import is_packed
 from zoo.points.kinds import (
     AttentionPoint,
     BlockPoint,
@@ -59,8 +60,8 @@ def find(module: nn.Module, path: str) -> nn.Module | None:
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
     """(dim_in, dim_out) of a Linear, or of a convolution as the matrix that it is; None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if isinstance(module, nn.Linear) or is_packed(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
     if is_conv(module):
         return module.weight[0].numel(), module.out_channels  # type: ignore[index,return-value,union-attr,operator]
     if is_transposed(module):

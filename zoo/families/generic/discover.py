@@ -20,7 +20,7 @@ from zoo.engine.sites import site_at
 from zoo.families.generic.roles import is_norm, linear_role
 from zoo.families.generic.watch import Pass
 from zoo.points import BlockPoint, ConditionPoint, NormPoint, Point, SublayerPoint
-from zoo.points.foreign import kept_by
+from zoo.points.foreign import is_packed, kept_by
 from zoo.points.rows import is_conv, is_transposed, make_linear
 
 SUBLAYERS = {
@@ -88,14 +88,12 @@ def _point(
     if isinstance(module, nn.MultiheadAttention):
         refused[f"{path}.in_proj"] = "nn.MultiheadAttention keeps q, k and v in one parameter that is no module"
         return None
-    projection = isinstance(module, nn.Linear) or is_conv(module) or is_transposed(module)
+    projection = isinstance(module, nn.Linear) or is_conv(module) or is_transposed(module) or is_packed(module)
     if not projection and not is_norm(module):
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
             refused[path] = f"{what} keeps no (out, in) matrix of floats (a quantised projection?)"
         return None
-    if weight is None and not getattr(
-        module, "kept_in", ""
-    ):  # `zoo.quantise`: a projection, with nothing to merge into
+    if weight is None and not (getattr(module, "kept_in", "") or is_packed(module)):  # nothing to merge into is no harm
         refused[path] = f"the weight of this {what} is made of other parameters (a parametrisation?)"
         return None
     kept = kept_by(module)

@@ -16,7 +16,7 @@ from zoo.errors import ConfigError, ZooError, nearest
 from zoo.families.generic.conventions import place
 from zoo.families.generic.micro import Micro
 from zoo.families.timm_names import architecture
-from zoo.library import check_loaded, library, pretrained_config
+from zoo.library import check_loaded, kernels, library, pretrained_config
 
 # What a saved adapter may say of its backbone: sizes of the libraries' classes, never what is read and how
 _SIZES = (
@@ -125,7 +125,8 @@ def _transformers(source: str, pretrained: bool, options: dict[str, Any]) -> nn.
             config.architectures or []
         )  # the library looks through them where a type has several classes
         return made.from_config(config).eval()  # type: ignore[no-any-return]
-    module, report = made.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+    given = {**kernels(source), **options}
+    module, report = made.from_pretrained(source, output_loading_info=True, use_safetensors=True, **given)
     classifiers = r"^(classifier|score|head|classification_head|projector)\."
     check_loaded(source, type(module).__name__, report, optional=(classifiers, r"\bpooler\."), spare=(r"^(?!.*\d)",))
     for key in report["missing_keys"]:
