@@ -151,11 +151,23 @@ def class_ids(family: Any, names: Sequence[str], template: str, specific: bool =
                 number = number + torch.arange(len(ids)).unsqueeze(1) * slots
             return torch.where(here, -1 - number, ids)
     except DataError as error:
-        what = f"A class name with its {slots} vectors" if slots else "A class name"
-        raise ConfigError(f"{what} does not fit the text tower: {error}") from error
+        name, why = _too_long(family, names, clean, template.replace(SLOT, _FILLERS[0]))
+        what = f"{name} with its {slots} vectors" if slots else name
+        less = "give it a shorter name" + (", or take fewer vectors." if slots else ".")
+        raise ConfigError(f"{what} does not fit the text tower{why}; {less}") from error
     raise ConfigError(
         f"The vectors of '{template}' cannot be told from words by this tokenizer; choose another class position."
     )
+
+
+def _too_long(family: Any, names: Sequence[str], clean: Sequence[str], template: str) -> tuple[str, str]:
+    """The first class whose text is not taken, and why."""
+    for name, text in zip(names, clean, strict=True):
+        try:
+            family.tokenize([template.replace("{}", text)])
+        except DataError as error:
+            return f"The class name '{name:.60}'", f" ({str(error).partition(':')[0].replace('text 0 has', 'it has')})"
+    return "A class name", ""
 
 
 def check_seen(family: Any, names: Sequence[str], ids: Tensor, template: str) -> None:
