@@ -195,7 +195,7 @@ class Generate(Task):
         ready = [Question(i, q, ("?",), k) for k, (i, q) in enumerate(zip(images, questions, strict=True))]
         dataset = self.open(model, ready, train=False)
         batch, _ = collate([dataset[i] for i in range(len(dataset))])
-        inputs = [part.to(model.device) for part in batch]
+        inputs = [part.to(model.device, model.dtype if part.is_floating_point() else None) for part in batch]
         training = model.training
         model.eval()
         try:

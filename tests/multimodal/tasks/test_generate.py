@@ -370,6 +370,13 @@ def test_words_name_visual_tokens_from_the_end() -> None:
     assert words("What color, is it?").input_ids[-1] == words.eos_token_id
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_answers_in_half_precision(dtype: torch.dtype) -> None:
+    """Features of images came in float32: "mat1 and mat2 must have the same dtype"."""
+    half = model(dtype=dtype)
+    assert len(_task(front()).answer(half, [png((255, 0, 0))] * 2, ["what color is it?"] * 2)) == 2
+
+
 @pytest.mark.slow
 def test_easy_vqa_is_readable(data_dir: Path) -> None:
     from multimodal.families.seq2seq.words import EASY_VQA, words_of
