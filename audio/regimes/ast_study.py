@@ -47,7 +47,7 @@ from audio.regimes.parts.study_table import draw_study, order, study_table
 from zoo import Adapter, Phase, Regime
 from zoo.data import ImageDataset, few_shot
 from zoo.data.seeds import seed_everything
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.regimes import Run, RunReport
 from zoo.registry import adapter, register_regime
 from zoo.tasks import Classify
@@ -175,6 +175,11 @@ class AstStudy(Regime):
                 few_shot(data, most)  # what it does not have is said before the first training
         if len(run.model.adapters):
             raise ConfigError("ast-study attaches its own adapters: load the model without one.")
+        whole = run.model.num_parameters(head=False)
+        self.check(
+            max(self.budgets) <= whole,
+            f"budgets are {list(self.budgets)}, and {run.model.backbone_name} has {whole:,} parameters; expected at most those.",
+        )
         if self.head == "mean" and "tokens" not in run.model.family.gives:
             raise ConfigError(
                 f"ast-study: the head 'mean' stands on tokens, which {run.model.backbone_name} does not give. Set head='linear'."
@@ -206,8 +211,16 @@ class AstStudy(Regime):
             one, two = (_count(run.model, method.make(n)) for n in (1, 2))
             for budget in self.budgets:
                 size = method.size(run.model.family.feature_dim) if not budget else 1 + (budget - one) // (two - one)
-                if size >= 1:
-                    found[name, budget] = size
+                if size < 1:
+                    continue
+                try:  # before the first training
+                    _count(run.model, method.make(size))
+                except ZooError as error:
+                    raise ConfigError(
+                        f"ast-study: '{name}' cannot be as large as {budget:,} parameters here ({error}) Give a smaller budget, "
+                        "or leave the method out."
+                    ) from error
+                found[name, budget] = size
         if not found:
             raise ConfigError(f"ast-study: no method fits into {min(self.budgets):,} parameters; give a larger budget.")
         return found

@@ -86,6 +86,10 @@ def test_budgets_choose_the_largest_size() -> None:
     assert report.table().splitlines()[0] == "| method | budget | trained | % | loud, all | three, all | mean |"
     with pytest.raises(ConfigError, match="no method fits into 100 parameters"):
         go(methods=["lora"], budgets=[100])
+    with pytest.raises(ConfigError, match=r"has [\d,]+ parameters; expected at most those"):
+        go(methods=["lora"], budgets=[10**9])
+    with pytest.raises(ConfigError, match=r"'lora' cannot be as large as 30,000 parameters here .*rank 78"):
+        go(methods=["linear", "lora"], budgets=[30_000])  # before the first training
 
 
 def test_goes_on_where_it_was_killed(tmp_path: Path) -> None:
