@@ -168,7 +168,8 @@ class SamViT(TimmBackbone):
         """Make `head` (a linear one on the pooled features) the classifier of a merged module."""
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
             raise MismatchError(
-                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it."
+                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it. "
+                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
             )
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own: Any = module.head.fc  # type: ignore[union-attr]

@@ -271,7 +271,8 @@ class TransformersBackbone(Backbone):
             super().put_head(module, head)
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
             raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it."
+                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it. "
+                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
             )
         merged: Any = module
         merged.num_labels = merged.config.num_labels = head.out_features

@@ -12,7 +12,7 @@ from torch import Tensor
 from train_parts import easy_data, fit, tiny_model
 
 import zoo
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, MismatchError
 
 KINDS = ("cosface", "arcface", "adaface")
 each = pytest.mark.parametrize("kind", KINDS)
@@ -148,3 +148,15 @@ def test_what_is_refused() -> None:
         head("adaface", momentum=2.0)
     with pytest.raises(ConfigError, match="one identity for each image"):
         head("cosface")({"pooled": features()[0]}, torch.rand(6, 4))
+
+
+@pytest.mark.parametrize("kind", ["cosface", "dense"])
+def test_a_head_that_no_library_holds_is_merged_without(kind: str) -> None:
+    model, images = tiny_model(num_classes=0), easy_data(2)[:][0]
+    model.reset_head(3, kind=kind)
+    with pytest.raises(
+        MismatchError, match=r"classifier cannot hold it\. Merge the backbone alone .model\.reset_head\(0\)"
+    ):
+        model.merge()
+    model.reset_head(0)
+    torch.testing.assert_close(model.merge().eval()(images), model.eval()(images))

@@ -255,7 +255,8 @@ class TimmBackbone(Backbone):
         """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
             raise MismatchError(
-                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it."
+                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it. "
+                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
             )
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own = module.get_classifier()  # type: ignore[operator]
