@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import zoo
 from zoo.adapters.l4q import packed
 from zoo.cli import app
-from zoo.errors import ConfigError, MergeError, MissingPackageError, SaveError
+from zoo.errors import ConfigError, ContextError, MergeError, MissingPackageError, SaveError
 from zoo.table import tiny_model
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -89,6 +89,18 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingPackageError, match="onnx of export"):
         zoo.to_onnx(model, tmp_path / "m.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_value_that_a_pass_needs_is_part_of_the_graph(tmp_path: Path) -> None:
+    method = zoo.adapter("polyhistor-lite", tasks=("x", "y"), rank=4, inner=2, task_dim=4, hidden=8, projected=8)
+    model = zoo.load("vit-micro", method, num_classes=3, pretrained=False, embed_dim=48, depth=1, num_heads=3)
+    with pytest.raises(
+        ContextError, match=r"needs 'task'.*\. A graph has one value for all its inputs: `with model\.context"
+    ):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+    with model.context(task="y"):
+        assert zoo.to_onnx(model, tmp_path / "m.onnx")["largest_difference"] < 1e-5
 
 
 def test_command(tmp_path: Path) -> None:

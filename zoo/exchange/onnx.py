@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.arguments import FLAG, NOTHING, PATH, typed, whole
-from zoo.errors import ConfigError, MergeError, SaveError
+from zoo.errors import ConfigError, ContextError, MergeError, SaveError
 from zoo.library import library
 
 if TYPE_CHECKING:
@@ -134,6 +134,10 @@ def _exported(graph: nn.Module, model: Model, batch_size: int | None) -> Any:
         why: BaseException = error
         while (deeper := why.__cause__ or why.__context__) is not None:
             why = deeper
+        if isinstance(why, ContextError):
+            raise ContextError(
+                f"{why} A graph has one value for all its inputs: `with model.context(...): zoo.to_onnx(model, path)`."
+            ) from error
         reason = next((line.strip() for line in str(why).splitlines() if line.strip()), "")[:300]
         hint = "" if batch_size else " A graph for batches of one size may do: batch_size=1 (--batch-size 1)."
         raise ConfigError(
