@@ -50,7 +50,11 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def other_type(where: str, value: Any, hint: Any) -> str:
     """The words for a value of another type."""
-    return f"{where} is {value!r} ({type(value).__name__}); expected {_name(hint)}."
+    several = isinstance(value, str) and any(
+        typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint))
+    )
+    how = f": a list, on the command line [{value}]" if several else ""
+    return f"{where} is {value!r} ({type(value).__name__}); expected {_name(hint)}{how}."
 
 
 def check_fields(settings: Any, where: str) -> None:

@@ -27,3 +27,10 @@ def test_wrong_types_are_named(cls: Any) -> None:
             if not fits(wrong, hints[field.name]):
                 with pytest.raises(ConfigError, match=rf"{field.name}'? is .*; expected"):
                     cls(**{field.name: wrong})
+
+
+def test_one_text_in_the_place_of_a_list() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'tasks' is 'a,b' .str.; expected .*: a list, on the command line \[a,b\]\.$"
+    ):
+        zoo.adapter("polyhistor-lite", tasks="a,b")
