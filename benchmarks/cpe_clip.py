@@ -72,6 +72,7 @@ def zero_shot(test: ImageDataset, sizes: list[int]) -> list[float]:
         model = zoo.load("clip-micro", num_classes=0)
         shown = by_class(test, [count, len(names) - count] if count < len(names) else [count])[0]
         put_zero_shot_classifier(model, [n.replace("_", " ") for n in names[:count]])
+        model.classes = names[:count]  # as the data set writes them
         found.append(round(float(zoo.evaluate(model, shown, task="classify", progress=False)["accuracy"]), 4))
     return found
 
