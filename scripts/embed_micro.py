@@ -129,6 +129,14 @@ def numbers(log: Log, labels: dict[str, str]) -> str:
     return "\n".join(rows)
 
 
+def kept(old: str, new: str) -> str:
+    """The new card with the sections of the old one that it does not write itself, such as those by hand, before the licence."""
+    known = [part.partition("\n")[0] for part in new.split("\n## ")[1:]]
+    own = [part for part in old.split("\n## ")[1:] if part.partition("\n")[0] not in known]
+    head, mark, licence = new.rpartition("## Licence\n")
+    return head + "".join(f"## {part.strip()}\n\n" for part in own) + mark + licence
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(WORDS["members"]))
@@ -138,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     name, member = args.name, WORDS["members"][args.name]
     weights = ROOT / member["package"] / "weights" / f"{name}.safetensors"
-    kept = ROOT / "model_cards" / f"{name}.log.json"
+    log_file = ROOT / "model_cards" / f"{name}.log.json"
     run = args.run or ROOT / "runs" / name
     if (run / f"{name}.safetensors").exists():
         weights.parent.mkdir(exist_ok=True)
@@ -147,10 +155,10 @@ def main() -> None:
         record = json.loads((run / "log.json").read_text())
         skip = ("data", "out", "limit_steps", "limit_clips", "limit_questions", "name", "member")
         record["arguments"] = {k: v for k, v in record["arguments"].items() if k not in skip}
-        kept.write_text(json.dumps(record, indent=1) + "\n")
-    elif not (weights.exists() and kept.exists()):
+        log_file.write_text(json.dumps(record, indent=1) + "\n")
+    elif not (weights.exists() and log_file.exists()):
         raise SystemExit(f"There is neither a finished run in {run} nor an embedded member to write anew.")
-    log = Log(**json.loads(kept.read_text()))
+    log = Log(**json.loads(log_file.read_text()))
     model = zoo.load(name)
     options = dict(log.arguments)
     text = CARD.format(
@@ -174,7 +182,10 @@ def main() -> None:
         learned=learned(name, model.fingerprint),
         data=words("The weights: Apache-2.0. " + member["data"]),
     )
-    (ROOT / "model_cards" / f"{name}.md").write_text(text)
+    card = ROOT / "model_cards" / f"{name}.md"
+    if card.exists():
+        text = kept(card.read_text(), text)
+    card.write_text(text)
     print(text)
 
 

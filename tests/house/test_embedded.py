@@ -167,3 +167,14 @@ def test_maps_of_camvid() -> None:
         alone = zoo.evaluate(single_task(model, task), data[task], task=TASKS[task][0], record="", progress=False)
         assert alone[measure] == pytest.approx(whole, abs=2e-3)
         assert f"| 0 | val | {100 * stated['miou']:.2f} |" in card(name)
+
+
+def test_sections_by_hand_survive_a_card_that_is_written_anew() -> None:
+    from scripts.embed_micro import kept
+
+    new = "# a\n\nnew\n\n## Training\n\nnew\n\n## Licence\n\nnew\n"
+    old = "# a\n\nold\n\n## Training\n\nold\n\n## Several tasks\n\nby hand\n\n| a |\n\n## Licence\n\nold\n"
+    expected = "# a\n\nnew\n\n## Training\n\nnew\n\n## Several tasks\n\nby hand\n\n| a |\n\n## Licence\n\nnew\n"
+    assert kept(old, new) == expected
+    assert kept(expected, new) == expected
+    assert kept("", new) == new
