@@ -31,8 +31,8 @@ others are LoRA's. (3) LoRA that is pruned when it is merged, or not at all, is 
 the trained one. (4) Their head gets a LoRA; a new head is trained whole. (5) SparseGPT goes 128 columns at a time; theirs as
 many as there are samples (128). Tokens, positions and tables of relative positions stay frozen.
 
-In memory: as LoRA. The gradient of a masked change is a full product for each projection, which LoRA has not: a step takes 1.5
-times LoRA's of the same rank (ViT-B/16's blocks on one CPU core).
+In memory: as LoRA. The gradient of a masked change is a full product for each projection, which LoRA has not: a step takes 1.44
+times LoRA's of as many numbers (ViT-B/16's blocks on one CPU core, `benchmarks/step_speed.py`).
 """
 
 from __future__ import annotations
