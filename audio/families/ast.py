@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from audio.families.parts.positions import BODY, GEOMETRY, grid, refit
 from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError
+from zoo.families.names import check_names
 from zoo.library import library
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, make_linear
@@ -233,6 +234,7 @@ class AST(TransformersAudio):
                 f"spectrograms of shape {tuple(spectrograms.shape)}; expected (B, {config.max_length}, {config.num_mel_bins}). "
                 "model.preprocess() makes one out of a waveform; zoo.load(..., max_length=...) takes another length."
             )
+        check_names(self.name, self.body, kwargs)
         return self.body(spectrograms, **kwargs)
 
     @property

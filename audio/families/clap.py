@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from audio.families.parts.transformers_family import OPTIONS, Fields, TransformersAudio
 from zoo.errors import DataError
+from zoo.families.names import check_names
 from zoo.points import Layout, Point
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -181,6 +182,7 @@ class CLAP(TransformersAudio):
         Raises:
             DataError: features of another size.
         """
+        check_names(self.name, None, kwargs)
         return self.run(self.module, *inputs)
 
     def run(self, module: Any, *inputs: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from audio.families.parts.projected import Projected
 from audio.families.parts.transformers_family import Fields, TransformersAudio
 from zoo.errors import AttachError, ConfigError, DataError
+from zoo.families.names import check_names
 from zoo.points import Layout, Point
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -232,6 +233,7 @@ class Wav2Vec2(Projected, TransformersAudio):
             raise DataError(
                 f"waveforms of shape {tuple(waves.shape)}; expected (B, samples), at least {SHORTEST} samples at 16 kHz."
             )
+        check_names(self.name, self.module, kwargs)
         # its projector and classifier were taken off, so the library's own pooling comes out
         return self.module(waves, **kwargs).logits  # type: ignore[no-any-return]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from audio.families.parts.projected import Projected
 from audio.families.parts.whisper_parts import PUBLISHED, SHORT, WhisperFamily
 from zoo.errors import AttachError
+from zoo.families.names import check_names
 from zoo.library import pretrained_config
 from zoo.points import Point
 from zoo.registry import register_backbone
@@ -121,6 +122,7 @@ class WhisperEncoder(Projected, WhisperFamily):
         """
         (features,) = inputs
         self.check_features(features)
+        check_names(self.name, self.module, kwargs)
         # its projector and classifier were taken off, so the library's own pooling comes out
         return self.module(features, **kwargs).logits  # type: ignore[no-any-return]
 
@@ -131,6 +133,7 @@ class WhisperEncoder(Projected, WhisperFamily):
             return {"pooled": self.features(*inputs, **kwargs)}
         (features,) = inputs
         self.check_features(features)
+        check_names(self.name, self.encoder, kwargs)
         tokens = self.encoder(features, **kwargs).last_hidden_state
         everything = {"pooled": tokens.mean(1), "tokens": tokens}
         return {name: everything[name] for name in want}

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vision.families.parts.transformers_family import IMAGENET, OPTIONS, Places, TransformersVision
+from zoo.families.names import check_names
 from zoo.points import Layout, Point
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -191,6 +192,7 @@ class TransformersSAM(TransformersVision):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """The neck's map (B, C, H, W)."""
         self.check_wanted(want)
+        check_names(self.name, None, kwargs)
         output = self.look(self.body, *inputs)
         everything = {"pooled": self.pool(output), "maps": [output.last_hidden_state]}
         return {name: everything[name] for name in want}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vision.families.parts.transformers_family import IMAGENET, Places, TransformersVision
 from zoo.backbone import told
 from zoo.errors import DataError
+from zoo.families.names import check_names
 from zoo.families.transformers_tables import OUTPUT_APART
 from zoo.points.rows import Row
 from zoo.registry import register_backbone
@@ -137,6 +138,7 @@ class VideoMAE(TransformersVision):
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """Tokens as the last block (or the final norm) leaves them, by time, then row by row."""
         self.check_wanted(want)
+        check_names(self.name, None, kwargs)
         output = self.look(self.body, *inputs)
         everything = {"pooled": self.pool(output), "tokens": output.last_hidden_state}
         return {name: everything[name] for name in want}

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from multimodal.data.chats import Writer
 from multimodal.families.vlm.language import LANGUAGE, LanguageSite, check_attention
 from multimodal.families.vlm.options import TEXT_OPTIONS, merged
-from multimodal.families.vlm.words import NONE, check_names, check_words, places, untold
+from multimodal.families.vlm.words import NONE, SPARE, check_words, places, untold
 from zoo.engine.attention import Given, recorder
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.families.children import mixes
+from zoo.families.names import check_names
 from zoo.families.precision import stored_dtype, through
 from zoo.families.transformers_family import Fields, TransformersBackbone
 from zoo.library import library
@@ -229,8 +230,7 @@ class LanguageBackbone(TransformersBackbone):
             ConfigError: padding behind the text and an answer, or a name that is no input. DataError: images that are missing or
                 do not fit the text.
         """
-        if more and not torch.compiler.is_compiling():
-            check_names(self.name, self.module, more)
+        check_names(self.name, self.module, more, SPARE)
         return self._run(self.module, input_ids, attention_mask, answer, seen, more)
 
     def run(self, module: nn.Module, *inputs: Any) -> Tensor:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.errors import ConfigError, DataError, nearest
-from zoo.library import library
+from zoo.errors import DataError
 
 ASKED = " multimodal.tasks.generate.Generate().answer(model, images, questions) asks and answers in words."
 
-__all__ = ["NONE", "check_names", "check_words", "places", "untold"]
+__all__ = ["NONE", "SPARE", "check_words", "places", "untold"]
 
 NONE = -100  # where an answer has no word
 # What a processor may make that not every network asks for
@@ -49,16 +45,3 @@ def check_words(name: str, ids: Any, mask: Any, answer: Any, more: str = ASKED) 
         raise DataError(
             f"attention_mask is {told}; expected {tuple(ids.shape)}, as input_ids: 1 for words, 0 for padding."
         )
-
-
-def check_names(name: str, module: nn.Module, given: Iterable[str]) -> None:
-    """Raise ConfigError for an input that the library's forward has no name for: it would be taken, and not read."""
-    known = _names(type(module))  # type: ignore[arg-type]
-    if wrong := [word for word in given if word not in known]:
-        raise ConfigError(f"'{name}' has no input '{wrong[0]}'. {nearest(wrong[0], sorted(known))}")
-
-
-@cache
-def _names(kind: type[nn.Module]) -> frozenset[str]:
-    rest = library("transformers", "multimodal").utils.TransformersKwargs.__annotations__
-    return frozenset({*inspect.signature(kind.forward).parameters, *rest, *SPARE} - {"self", "kwargs"})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
+from zoo.families.names import check_names
 from zoo.families.split_attention import QUERY, WIDTH, named
 from zoo.families.transformers_family import COMMON, TransformersBackbone
 from zoo.library import library
@@ -260,12 +261,14 @@ class TransformersVision(TransformersBackbone):
 
     def features(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
         """Images (B, C, H, W) -> pooled features (B, d)."""
+        check_names(self.name, None, kwargs)
         (images,) = inputs
         return self.pool(self.look(self.body, images)).contiguous()  # a class token is a view of all tokens
 
     def outputs(self, *inputs: Tensor, want: Sequence[str] = ("pooled",), **kwargs: Any) -> dict[str, Any]:
         """Tokens behind the final norm, [prefix | prompts that stay | patches]; the map is that of the patches."""
         self.check_wanted(want)
+        check_names(self.name, None, kwargs)
         (images,) = inputs
         output = self.look(self.body, images)
         tokens = self.tokens(output)
