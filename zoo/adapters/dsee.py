@@ -26,6 +26,9 @@ Deviations: exactly N places for each matrix. Theirs, where fewer than N entries
 tie, which can be every entry of a small matrix. Only N numbers are trained: theirs hold a dense S behind a mask. W and S by
 `by="sum"` is |W + s (B A + S)|, in which theirs multiplies S alone by s. The pruning of a pooler is left out: it has none here.
 
+The paper finds comparable accuracy; `vit-micro` with half of all entries at zero has 46.6 +- 3.7 % of CIFAR-10, LoRA on the whole
+network 57.1 +- 0.9 (4 epochs of 400 images, LoRA's learning rate; `benchmarks/pruned.py`).
+
 Attaching decomposes the weights: 4 s for one of 768 x 768 on one CPU core, so 90 s for ViT-B/16. Loading does not.
 In memory: backward needs x and r + N numbers of each token. A step on ViT-B/16 takes 1.02 x that of LoRA of the same rank.
 """
