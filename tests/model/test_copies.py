@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,6 +28,14 @@ def pickled(model: zoo.Model) -> zoo.Model:
 SOME = [m for m in ("bitfit", "lora", "spt", "ssf", "vpt") if m in METHODS]
 WAYS = [("vit", m, copy.deepcopy) for m in METHODS]
 WAYS += [(family, m, how) for family, how in (("vit", pickled), ("swin", copy.deepcopy)) for m in SOME]
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_new() -> Iterator[None]:
+    """What there is already is left out of collections, which are the longest part of these tests otherwise."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def models() -> int:

@@ -91,14 +91,12 @@ def test_int8_refusals() -> None:
         zoo.sparsify(small, "up")
     assert list(small.adapters) == []
     data = torch.utils.data.TensorDataset(images()[[0, 1, 2, 3, 0]], torch.arange(5))
-    for adapter, error, words in (
-        (zoo.adapter("spt", budget=0.004, num_batches=1), AttachError, "Int8Linear has none"),
-        (zoo.adapter("ladder", init="fisher", reduction=4), ConfigError, "kept in int8"),
-    ):
-        small.add_adapter(adapter)
-        with pytest.raises(error, match=words):
-            zoo.fit(small, data, steps=1, batch_size=2, progress=False)
-        small.remove_adapter(adapter.method)
+    with pytest.raises(AttachError, match="kept in int8"):
+        small.add_adapter(zoo.adapter("spt", budget=0.004, num_batches=1))
+    small.add_adapter(zoo.adapter("ladder", init="fisher", reduction=4))
+    with pytest.raises(ConfigError, match="kept in int8"):
+        zoo.fit(small, data, steps=1, batch_size=2, progress=False)
+    small.remove_adapter("ladder")
     part = zoo.quantise(zoo.quantise(model, "up"))  # by default whatever can be
     assert all(
         torch.equal(a, b) for a, b in zip(part.backbone.state_dict().values(), small.backbone.state_dict().values())
