@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from audio.families.parts.whisper_parts import DECODER, PUBLISHED, SHORT, WhisperFamily
 from zoo.errors import ConfigError
-from zoo.library import library, pretrained_config
+from zoo.library import library, pretrained_config, reaching
 from zoo.points import Point
 from zoo.registry import register_backbone
 
@@ -172,7 +172,8 @@ class Whisper(WhisperFamily):
         if self._tokenizer is None:
             try:
                 made: Any = library("transformers", self.extra).AutoTokenizer
-                self._tokenizer = made.from_pretrained(self.source, trust_remote_code=False)
+                with reaching():
+                    self._tokenizer = made.from_pretrained(self.source, trust_remote_code=False)
             except Exception as error:  # a class of its own for each way in which network and files can fail
                 raise ConfigError(
                     f"The tokenizer of '{self.name}' could not be loaded: {type(error).__name__}: "

@@ -33,7 +33,7 @@ from zoo.errors import ConfigError, DataError, MismatchError
 from zoo.families.split_attention import SplitAttention
 from zoo.families.transformers_family import COMMON, TransformersBackbone
 from zoo.families.transformers_tables import OUTPUT_APART
-from zoo.library import library
+from zoo.library import library, reaching
 from zoo.points import Layout, Point
 from zoo.registry import register_backbone
 
@@ -276,9 +276,9 @@ class ViLT(TransformersBackbone):
             ConfigError: it cannot be had.
         """
         try:
-            return library("transformers", self.extra).AutoProcessor.from_pretrained(
-                self.source, trust_remote_code=False
-            )
+            made: Any = library("transformers", self.extra).AutoProcessor
+            with reaching():
+                return made.from_pretrained(self.source, trust_remote_code=False)
         except Exception as error:  # a class of its own for each way in which network and files can fail
             raise ConfigError(
                 f"The processor of '{self.name}' could not be loaded: {type(error).__name__}: "

@@ -82,3 +82,17 @@ def test_a_function_taken_along_works_outside(tries: list[Any], monkeypatch: pyt
     assert not taken() and len(tries) == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert taken()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("qwen2-vl-2b", "processor"), ("whisper-b", "tokenizer"), ("vl-t5", "tokenizer")]
+)
+def test_words_of_texts_are_asked_for_once(
+    name: str, part: str, tries: list[Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = zoo.load(name, pretrained=False, device="meta")
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="could not be loaded"):
+        getattr(model.family, part)
+    assert len(tries) == 1 and time.monotonic() - began < library.HELD

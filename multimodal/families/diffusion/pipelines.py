@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
-from zoo.library import library, only_tensors
+from zoo.library import library, only_tensors, reaching
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -61,7 +61,7 @@ def pipeline(
     if source is not None:
         if model.dtype != torch.float32:
             components.setdefault("torch_dtype", model.dtype)
-        with only_tensors():
+        with only_tensors(), reaching():
             return made.from_pretrained(source, **{family.part: part, **components})
     components.setdefault("scheduler", family.scheduler())
     try:

@@ -17,7 +17,7 @@ from torch import nn
 
 from multimodal.families.seq2seq import released, words
 from zoo.errors import ConfigError, MismatchError, WeightsError
-from zoo.library import check_loaded, library, pretrained_config
+from zoo.library import check_loaded, library, pretrained_config, reaching
 
 VISUAL: dict[str, Any] = {
     "feat_dim": 2048,
@@ -169,7 +169,8 @@ def tokenizer(family: Any, own_words: Sequence[str] | None) -> Any:
         return words.tokenizer(own_words or words.EASY_VQA)
     try:
         made = library("transformers", "multimodal").AutoTokenizer
-        found: Any = made.from_pretrained(source, trust_remote_code=False)  # or it asks, and waits for an answer
+        with reaching():
+            found: Any = made.from_pretrained(source, trust_remote_code=False)  # or it asks, and waits for an answer
     except Exception as error:
         raise ConfigError(
             f"The tokenizer of '{family.name}' could not be loaded: {_reason(error)}. Check the network, or set "

@@ -32,7 +32,7 @@ from zoo.families.children import mixes
 from zoo.families.names import check_names
 from zoo.families.precision import stored_dtype, through
 from zoo.families.transformers_family import Fields, TransformersBackbone
-from zoo.library import library
+from zoo.library import library, reaching
 from zoo.points import Layout, Point
 
 if TYPE_CHECKING:
@@ -356,7 +356,8 @@ class LanguageBackbone(TransformersBackbone):
         """A tokenizer or processor of the weights' source."""
         try:
             made: Any = getattr(library("transformers", self.extra), kind)
-            return made.from_pretrained(self.source, trust_remote_code=False)
+            with reaching():
+                return made.from_pretrained(self.source, trust_remote_code=False)
         except Exception as error:  # a class of its own for each way in which network and files can fail
             raise ConfigError(
                 f"The {what} of '{self.name}' could not be loaded: {type(error).__name__}: {str(error).splitlines()[0][:250]}. "
