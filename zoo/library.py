@@ -201,6 +201,9 @@ def _config(source: str, file: str) -> dict[str, Any] | str:
     return found
 
 
+CONFIGS = {"gptq": "GPTQConfig", "awq": "AwqConfig"}  # transformers' classes
+
+
 def kernels(source: str) -> dict[str, Any]:
     """How transformers is to load weights of GPTQ or AWQ, so that gradients pass them: {} for all others.
 
@@ -208,13 +211,9 @@ def kernels(source: str) -> dict[str, Any]:
     """
     config = pretrained_config(source)
     kept = config.get("quantization_config") if isinstance(config, dict) else None
-    name = (
-        {"gptq": "GPTQConfig", "awq": "AwqConfig"}.get(str(kept.get("quant_method")))
-        if isinstance(kept, dict)
-        else None
-    )
-    if kept is None or name is None:
+    if not isinstance(kept, dict) or kept.get("quant_method") not in CONFIGS:
         return {}
+    name = CONFIGS[kept["quant_method"]]
     made = getattr(importlib.import_module("transformers"), name)
     return {"quantization_config": made(bits=kept.get("bits", 4), backend="auto_trainable")}
 
