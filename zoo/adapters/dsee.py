@@ -43,7 +43,7 @@ from torch import Tensor
 
 from zoo.adapters.base import Adapter
 from zoo.adapters.parts.entries import index_of
-from zoo.adapters.parts.gates import Gates, add_gates, block_of, readers
+from zoo.adapters.parts.gates import Gates, add_gates, block_of, readers, taken
 from zoo.adapters.parts.highest import highest
 from zoo.adapters.parts.low_rank import check_rank
 from zoo.adapters.parts.lowest import lowest
@@ -279,9 +279,7 @@ class DSEE(Adapter):
     def _weakest(self, scores: dict[str, Tensor], share: float, what: str) -> dict[str, list[int]]:
         """The `share` lowest of each block, equal ones in their order."""
         self.check(0 < share < 1, f"share is {share}; expected 0 < share < 1.")
-        found = {
-            b: s.argsort(stable=True)[: int(share * len(s) + 1e-9)].sort().values.tolist() for b, s in scores.items()
-        }
+        found = {b: s.argsort(stable=True)[: taken(share, len(s))].sort().values.tolist() for b, s in scores.items()}
         self.check(any(found.values()), f"share={share:g} takes no {what} out of any block. Give a larger one.")
         return found
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zoo.adapters.parts.gates import readers
+from zoo.adapters.parts.gates import readers, taken
 from zoo.model.lighter import check_whole, sparsify
 from zoo.model.pruning import prune
 from zoo.regimes.base import Phase, Regime
@@ -98,7 +98,7 @@ class DuallySparse(Regime):
         """Raise ConfigError where the part that is to go is less than one in every block: before anything is trained."""
         share = getattr(self, what)
         self.check(
-            not share or any(int(share * count + 1e-9) for count in counts),
+            not share or any(taken(share, count) for count in counts),
             f"{what}={share:g} takes none: a block has {max(counts, default=0)} of them at most. Give a larger part, or 0.",
         )
 

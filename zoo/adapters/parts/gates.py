@@ -14,7 +14,7 @@ from zoo.engine.memory import recomputable
 from zoo.errors import AttachError
 from zoo.points import LinearPoint, Points
 
-__all__ = ["Gates", "add_gates", "block_of", "readers"]
+__all__ = ["Gates", "add_gates", "block_of", "readers", "taken"]
 
 
 class Gates(nn.Module):
@@ -37,6 +37,11 @@ class Gates(nn.Module):
 
 def _gated(x: Tensor, scale: Tensor) -> Tensor:
     return (x * scale).to(x.dtype)
+
+
+def taken(share: float, count: int) -> int:
+    """How many of `count` heads or neurons a share is, rounded down."""
+    return int(share * count + 1e-9)  # 0.3 of 10 are 3
 
 
 def readers(points: Points, method: str) -> tuple[list[LinearPoint], list[LinearPoint]]:
