@@ -131,6 +131,14 @@ class Adapter(Structured):
         """
         raise MergeError(f"'{self.method}' cannot be merged: {self.unmerged}")
 
+    def check_decided(self) -> None:
+        """Raise MergeError where data decide what is attached, and none were seen: merged, it would be another network."""
+        if self.needs_calibration and self.plan is None:
+            raise MergeError(
+                f"'{self.method}' decides by data where it acts, and has seen none: nothing is decided yet. Train it with "
+                "zoo.fit, or call calibrate, then merge."
+            )
+
     def low_rank(self, points: Points) -> dict[str, tuple[Tensor, Tensor]] | None:
         """A (r, i) and B (o, r) of each point's change `B A` of its weight, by name; None: it is none (the default)."""
         return None

@@ -19,17 +19,8 @@ from zoo.points.point import Point
 class Mergeable(Protocol):
     """An adapter, as merging sees it."""
 
-    @property
-    def method(self) -> str:
-        """Its registered name."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it decides by data."""
-
-    @property
-    def plan(self) -> Any:
-        """What it decided; None before."""
+    def check_decided(self) -> None:
+        """Raise MergeError where data decide what is folded in, and none were seen."""
 
     def merge(self, merger: Merger) -> None:
         """Fold this method into the weights."""
@@ -65,11 +56,7 @@ class Merger:
             MergeError: one of them cannot be merged, or has not seen the data that it decides by.
         """
         for adapter in adapters:
-            if adapter.needs_calibration and adapter.plan is None:
-                raise MergeError(
-                    f"'{adapter.method}' decides by data where it acts, and has seen none: nothing is decided yet. Train it with "
-                    "zoo.fit, or call calibrate, then merge."
-                )
+            adapter.check_decided()
         turns = list(enumerate(adapters))
         for phase in ("weight", "output", "input", "entry"):
             self._phase = phase
