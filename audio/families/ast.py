@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from audio.families.parts.positions import BODY, GEOMETRY, grid, refit
 from audio.families.parts.transformers_family import Fields, TransformersAudio
-from zoo.errors import ConfigError, DataError, MismatchError, MissingPackageError
+from zoo.errors import ConfigError, DataError, MissingPackageError
 from zoo.families.names import check_names
+from zoo.heads.base import not_held
 from zoo.library import library
 from zoo.points import Layout, NormPoint, Point
 from zoo.points.rows import Row, make_linear
@@ -260,10 +261,7 @@ class AST(TransformersAudio):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` the classifier of a merged module."""
         if not isinstance(head, NormedHead) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held()
         merged: Any = module
         merged.num_labels = merged.config.num_labels = head.out_features
         parts = library(

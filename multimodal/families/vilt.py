@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from multimodal.families.vlm.words import check_words, untold
 from zoo.engine.attention import mask_bias
-from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.errors import ConfigError, DataError
 from zoo.families.split_attention import SplitAttention
 from zoo.families.transformers_family import COMMON, TransformersBackbone
 from zoo.families.transformers_tables import OUTPUT_APART
+from zoo.heads.base import not_held
 from zoo.library import library, reaching
 from zoo.points import Layout, Point
 from zoo.registry import register_backbone
@@ -258,10 +259,7 @@ class ViLT(TransformersBackbone):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` the classifier of a merged module."""
         if not isinstance(head, TwoLayers) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held()
         merged: Any = module
         merged.num_labels = merged.config.num_labels = head.out_features
         merged.classifier = nn.Sequential(*head)

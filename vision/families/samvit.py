@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from vision.families.parts.timm_family import OPTIONS, TimmBackbone
 from zoo.engine.attention import AttentionSite, FusedKeys, Given, Prompts, heads, recorder
 from zoo.engine.sites import BlockSite
-from zoo.errors import AttachError, MismatchError
+from zoo.errors import AttachError
+from zoo.heads.base import not_held
 from zoo.points import Layout, NormPoint, Point, SublayerPoint
 from zoo.points.rows import Row, find, make_linear, norm_dim
 from zoo.registry import register_backbone
@@ -167,10 +168,7 @@ class SamViT(TimmBackbone):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` (a linear one on the pooled features) the classifier of a merged module."""
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held("timm")
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own: Any = module.head.fc  # type: ignore[union-attr]
         own.load_state_dict(head.state_dict())

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.backbone import Backbone
-from zoo.errors import ConfigError, MismatchError, MissingPackageError, nearest
+from zoo.errors import ConfigError, MissingPackageError, nearest
+from zoo.heads.base import not_held
 from zoo.library import check_loaded, kernels, library, pretrained_config
 from zoo.points import NormPoint, Point
 from zoo.points.rows import find, make_linear, norm_dim
@@ -270,10 +271,7 @@ class TransformersBackbone(Backbone):
         if "classifier" not in module._modules:
             super().put_head(module, head)
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held()
         merged: Any = module
         merged.num_labels = merged.config.num_labels = head.out_features
         merged.classifier = head

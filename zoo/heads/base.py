@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -22,6 +22,14 @@ __all__ = ["HEADS", "Head", "register_head"]
 
 HEADS: dict[str, type[nn.Module]] = {}
 H = TypeVar("H", bound=type[nn.Module])
+
+
+def not_held(library: str = "the library") -> MismatchError:
+    """The error where a merged module's classifier cannot be this head."""
+    return MismatchError(
+        f"the head does not sit on the backbone's own features, so {library}'s classifier cannot hold it. Merge the backbone "
+        "alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
+    )
 
 
 def register_head(name: str) -> Callable[[H], H]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import MismatchError
+from zoo.heads.base import not_held
 
 
 class ProjectedHead(nn.Module):
@@ -51,10 +51,7 @@ class Projected(Backbone):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` the classifier of a merged module."""
         if not isinstance(head, ProjectedHead) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so the library's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held()
         merged: Any = module
         merged.config.num_labels = head.out_features
         merged.projector, merged.classifier = head.projector, head.classifier

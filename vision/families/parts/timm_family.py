@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, MismatchError, UndescribedError
 from zoo.families.timm_names import architecture, image_config, resampled
+from zoo.heads.base import not_held
 from zoo.points import Point
 
 if TYPE_CHECKING:
@@ -254,10 +255,7 @@ class TimmBackbone(Backbone):
     def put_head(self, module: nn.Module, head: nn.Module) -> None:
         """Make `head` (an nn.Linear on the pooled features) the classifier of a merged timm module."""
         if not isinstance(head, nn.Linear) or head.in_features != self.feature_dim:
-            raise MismatchError(
-                "the head does not sit on the backbone's own features, so timm's classifier cannot hold it. "
-                "Merge the backbone alone (model.reset_head(0) takes the head off, save it before), or keep the model as it is."
-            )
+            raise not_held("timm")
         module.reset_classifier(head.out_features)  # type: ignore[operator]
         own = module.get_classifier()  # type: ignore[operator]
         # Distilled models average two classifiers of two tokens: twice the same one is one on the mean of the tokens.
