@@ -16,7 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.report import broken_off, left_out, means, picture, read, tables
+from zoo.bench.picture import picture
+from zoo.bench.report import broken_off, left_out, means, read, tables
 from zoo.bench.study import Study
 from zoo.disk import write_file
 from zoo.sources import embedded_adapters

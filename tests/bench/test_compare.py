@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from zoo import registry
 from zoo.bench import study as module
 from zoo.bench.journal import Journal
+from zoo.bench.picture import MANY, picture
 from zoo.bench.report import read
 from zoo.bench.sets import named_sets
 from zoo.bench.sizes import parse_methods
@@ -322,3 +324,11 @@ def test_command(root: Path, tmp_path: Path) -> None:
             refused.output,
         )
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("name", "height"), [("vit-micro-cifar10", 820), ("swin-micro-tasks", 3 * 560)])
+def test_of_many_methods_each_has_a_line_of_its_own(name: str, height: int) -> None:
+    """Names beside the points of 35 methods would hide each other."""
+    study = read(Path(__file__).parents[2] / "benchmarks" / "results" / "comparison" / f"{name}.json")
+    assert (len(study.lines) > 2 * MANY) is (height == 820)
+    assert Image.open(io.BytesIO(picture(study))).size == (1600, height)

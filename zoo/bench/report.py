@@ -1,18 +1,17 @@
-"""A comparison as tables and as a picture: accuracy against parameters, kept bytes and step time."""
+"""A comparison as tables; its picture is `zoo.bench.picture`."""
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.bench.picture import picture
 from zoo.bench.study import Protocol, Study
 from zoo.disk import write_file
 from zoo.errors import SaveError
-from zoo.regimes.report import style
 
 __all__ = [
     "COLUMNS",
@@ -25,25 +24,12 @@ __all__ = [
     "markdown",
     "mean_and_deviation",
     "means",
-    "picture",
     "read",
     "tables",
     "write",
 ]
 
-PICTURED = {
-    "trained": "trained parameters, without the head",
-    "saved_ratio": "kept for backward / full fine-tuning",
-    "step_ratio": "step time / full fine-tuning",
-}
 COLUMNS = ("method", "setting", "trained", "lr", "test accuracy, %", "kept / full", "step / full")
-COLOURS = {
-    "additive": "#1f6feb",
-    "selective": "#bf8700",
-    "reparametrised": "#1a7f37",
-    "hybrid": "#d1242f",
-    "system": "#8250df",
-}
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
@@ -179,73 +165,6 @@ def tables(study: Study) -> list[str]:
 
 def _row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
-
-
-def picture(study: Study) -> bytes:
-    """A row of pictures for each data set, as PNG: accuracy against parameters, kept bytes and step time."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-    from matplotlib.lines import Line2D
-
-    from zoo import registry
-
-    names = list(dict.fromkeys(line["data"] for line in study.lines))
-    figure = Figure(figsize=(16, 5.6 * len(names)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(names), 3, sharey="row", squeeze=False)
-    for row, name in zip(axes, names):
-        lines = [line for line in study.lines if line["data"] == name and line["step_ratio"] is not None]
-        for axis, (key, label) in zip(row, PICTURED.items()):
-            places = []
-            for line in lines:
-                values = [100 * a for a in line["accuracy"]]
-                x, y = line[key], statistics.mean(values)
-                colour = COLOURS.get(registry.adapter_class(line["name"]).taxonomy, "#6e7781")
-                bar = statistics.stdev(values) if len(values) > 1 else 0.0
-                axis.errorbar(x, y, yerr=bar, fmt="o", markersize=5, color=colour, elinewidth=0.7, alpha=0.9)
-                places.append((x, y, line["label"], colour))
-            style(axis, label)
-            axis.margins(0.1, 0.06)
-            if key == "trained" and max((x for x, *_ in places), default=0) > 4 * min(
-                (x for x, *_ in places), default=1
-            ):
-                axis.set_xscale("symlog", linthresh=1000)
-                axis.set_xlim(-100, 2 * max(x for x, *_ in places))
-            _annotate(axis, places)
-        row[0].set_ylabel(f"{name}: test accuracy, %")
-    used = sorted({registry.adapter_class(line["name"]).taxonomy for line in study.lines})
-    marks = [Line2D([], [], marker="o", ls="", color=COLOURS.get(t, "#6e7781"), label=t) for t in used]
-    figure.legend(handles=marks, loc="outside upper center", ncols=max(1, len(marks)), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _annotate(axis: Any, places: list[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, moved up or down where others stand already, with a thin line to the point."""
-    axis.figure.canvas.draw()
-    taken: list[tuple[float, float, float, float]] = []
-    box = axis.get_window_extent()
-    for x, y, name, colour in sorted(places, key=lambda p: -p[1]):
-        px, py = axis.transData.transform((x, y))
-        width, height = 6.0 * len(name) + 4, 11.0
-        right = px + 8 + width < box.x1
-        left = px + 7 if right else px - 7 - width
-        shift = next(
-            s
-            for s in sorted((n * 6 for n in range(-60, 61)), key=abs)
-            if all(left + width < a or left > c or py + s + height < b or py + s > d for a, b, c, d in taken)
-        )
-        taken.append((left, py + shift, left + width, py + shift + height))
-        axis.annotate(
-            name,
-            (x, y),
-            (7 if right else -7, shift),
-            textcoords="offset pixels",
-            ha="left" if right else "right",
-            va="center",
-            fontsize=7,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colour} if abs(shift) > 6 else None,
-        )
 
 
 def write(study: Study, out: Path) -> None:
