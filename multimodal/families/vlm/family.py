@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from multimodal.data.chats import Writer
 from multimodal.families.vlm.base import LanguageBackbone
+from multimodal.families.vlm.examples import with_images
 from multimodal.families.vlm.eyes import EYES, VISION_OPTIONS, Eyes, in_one_row
 from multimodal.families.vlm.micro import MICRO, NAME, micro_processor, micro_weights
 from multimodal.families.vlm.options import TEXT_OPTIONS
@@ -362,36 +362,9 @@ class VisionLanguage(LanguageBackbone):
 
     # -- examples ---------------------------------------------------------------------------------------------------
 
-    def example_images(self, size: int, grid: int) -> tuple[tuple[Tensor, ...], int]:
-        """One random image each, of grid x grid patches where sizes are free; and how many visual tokens it is."""
-        vision = self.config.vision_config
-        if self.eyes.packed:
-            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            sizes = torch.tensor([[1, grid, grid]] * size)
-            return (torch.randn(size, grid * grid, width), sizes), grid * grid // vision.spatial_merge_size**2
-        pixels = torch.randn(size, 1, 3, vision.image_size, vision.image_size)
-        places = (vision.image_size // vision.patch_size) ** 2
-        if self.model_type == "llava":
-            return (pixels,), places + (self.config.vision_feature_select_strategy == "full")
-        return (pixels, torch.ones_like(pixels[:, :, 0], dtype=torch.long)), places // self.config.scale_factor**2
-
-    def _plain(self, ids: Tensor) -> Tensor:
-        """Words without places for images and videos; in a small vocabulary random words soon are some."""
-        places = {self.image_token, int(getattr(self.config, "video_token_id", None) or self.image_token)}
-        kept = next(word for word in range(5, self.feature_dim) if word not in places)
-        for word in places:
-            ids = ids.masked_fill(ids.eq(word), kept)
-        return ids
-
     def example(self, size: int, length: int, words: int, grid: int) -> tuple[Tensor, ...]:
         """Random texts with an image in the middle, answers and images."""
-        ids, mask, answer = (self._plain(x) for x in self.example_text(size, length, words))
-        seen, count = self.example_images(size, grid)
-        image = torch.full((size, count), self.image_token)
-        half = length // 2
-        ids = torch.cat([ids[:, :half], image, ids[:, half:]], dim=1)
-        mask = torch.cat([mask[:, :half], torch.ones_like(image), mask[:, half:]], dim=1)
-        return ids, mask, answer, *seen
+        return with_images(self, size, length, words, grid)
 
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two short texts with a small image each."""
