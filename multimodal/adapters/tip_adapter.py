@@ -93,6 +93,7 @@ class TipAdapter(Adapter):
     needs_calibration = True
     head_kind = "text"
     paper = "Zhang et al. 2022"
+    looks_back = True
     taxonomy = "additive"
     merges = False
     trial = {"passes": 1}

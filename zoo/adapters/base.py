@@ -58,6 +58,8 @@ class Adapter(Structured):
     # A network beside the backbone that only reads it: alone, it learns nothing through the backbone, whose inputs then get
     # no gradient
     side_network: ClassVar[bool] = False
+    # What it does to a token of a causal tower never depends on later tokens: texts may run without what fills their context
+    looks_back: ClassVar[bool] = False
     # Names of the blocks that shall run again in backward from their input whatever `model.memory` is, but "off": `attach` may
     # say so where they learn nothing themselves and only hand gradients on
     reruns: ClassVar[tuple[str, ...]] = ()

@@ -4,8 +4,8 @@
 
 `features(images)` is I (B, d), on which a classifier can stand; `features(images, texts)` are the scores (B_images, B_texts).
 Points of the two towers are `image.blocks.3.attn.q`, `text.blocks.0.mlp` and so on (`multimodal.families.clip.towers`).
-Attentions whose
-projections are no modules are swapped for equal ones (`multimodal.families.clip.attention`), and `merge` puts the library's back.
+Attentions whose projections are no modules are swapped for equal ones (`multimodal.families.clip.attention`), and `merge` puts
+the library's back.
 
 With a classifier the image tower alone is adapted, since what the text tower computes is read by nobody; `tower="image"`, "text"
 or "both" chooses otherwise.
@@ -158,9 +158,7 @@ class CLIPBackbone(Backbone):
         Raises:
             MismatchError: one of them is not described here; the message says why.
         """
-        from multimodal.families.clip.towers import towers
-
-        found = towers(self.module)
+        found = clip_towers.towers(self.module)
         chosen = [found[name] for name in ("image", "text") if self.tower in (name, "both")]
         for name, tower in found.items():
             if isinstance(tower, str) and self.tower in (name, "both"):
@@ -272,10 +270,8 @@ class CLIPBackbone(Backbone):
         Raises:
             DataError: images or texts that an output needs are not given.
         """
-        from multimodal.families.clip.towers import named_outputs
-
         self.check_wanted(want)
-        return named_outputs(self.module, images, None if texts is None else self._ids(texts), want)
+        return clip_towers.named_outputs(self.module, images, None if texts is None else self._ids(texts), want)
 
     def run(self, module: Any, images: Any = None, texts: Any = None) -> Tensor:  # type: ignore[override]
         """`features` of a plain module."""
@@ -295,6 +291,10 @@ class CLIPBackbone(Backbone):
                 f"token ids have the shape {tuple(texts.shape)}; expected (n, {self.context_length}), as `tokenize` gives them."
             )
         return texts
+
+    def text_length(self, ids: Tensor) -> int:
+        """How many columns of token ids (n, L) the embeddings of these texts depend on, if no token is told of later ones."""
+        return clip_towers.length(self.module, ids)
 
     def check_routed(self, *inputs: Any) -> None:
         """Scores compare every image with every text, so their rows belong to no single adapter."""
