@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +199,7 @@ def train_one(out: Path) -> None:
 
 
 def test_two_processes_compute_a_part_each(tmp_path: Path) -> None:
-    launch(__file__, tmp_path / "two.pt")
+    launch(train_one, tmp_path, tmp_path / "two.pt")
     train_one(tmp_path / "one.pt")
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert difference(one, two) < 1e-5 and len(one["head/bias"]) == CLASSES
-
-
-if __name__ == "__main__":
-    train_one(Path(sys.argv[1]))
