@@ -29,7 +29,7 @@ from zoo.heads.base import Head, register_head
 if TYPE_CHECKING:
     from zoo.host import Host
 
-__all__ = ["SLOT", "TextHead", "check_seen", "check_slots", "class_ids"]
+__all__ = ["SLOT", "TextHead", "check_seen", "check_slots", "class_ids", "cut"]
 
 SLOT = "<*>"
 _FILLERS = ("x", "z", "q", "j", "*", "~", "@", "%")  # one token each, to be replaced by vectors
@@ -110,8 +110,7 @@ class TextHead(Head):
         wanted = (self.template, self.specific, self.classes)
         if self._written != wanted:
             self._ids = _untraced(model.family, self.classes, self.template, self.specific)
-            family: Any = model.family
-            self._length = family.text_length(self._ids)
+            self._length = _length(model, self._ids)
             self._written = wanted
         assert self._ids is not None
         if self._ids.device != model.device:
@@ -121,8 +120,23 @@ class TextHead(Head):
     def cut(self, model: Host) -> Tensor:
         """`ids` without the columns behind the last end of a text (K, L'), if nothing in use looks at them."""
         ids = self.ids(model)
-        looks_back = all(getattr(model.adapters[name], "looks_back", False) for name in model.active)
-        return ids[:, : self._length] if looks_back else ids
+        return ids[:, : self._length] if look_back(model) else ids
+
+
+def look_back(model: Host) -> bool:
+    """Whether no adapter in use lets a token of a causal tower depend on later ones."""
+    return all(getattr(model.adapters[name], "looks_back", False) for name in model.active)
+
+
+def cut(model: Host, ids: Tensor) -> Tensor:
+    """Token ids (n, L) without the columns behind the last end of a text, if nothing in use looks at them."""
+    return ids[:, : _length(model, ids)] if len(ids) and look_back(model) else ids
+
+
+def _length(model: Host, ids: Tensor) -> int:
+    """Columns that count; all of them in a family that does not say."""
+    says = getattr(model.family, "text_length", None)
+    return says(ids) if says else ids.shape[1]
 
 
 def check_slots(head: TextHead, model: Host) -> None:

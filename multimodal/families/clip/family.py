@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.families.clip import build as clip_build
@@ -278,15 +279,16 @@ class CLIPBackbone(Backbone):
         if texts is not None:
             texts = self._ids(texts)
         if images is not None and texts is not None:
-            return module.get_logits(images, texts)[0]
+            return module.get_logits(images, F.pad(texts, (0, self.context_length - texts.shape[1])))[0]
         if images is None and texts is None:
             raise DataError("neither images nor texts are given.")
-        return module.encode_text(texts) if images is None else module.encode_image(images)
+        return clip_towers.encode_text(module, texts) if images is None else module.encode_image(images)
 
     def _ids(self, texts: Any) -> Tensor:
         if not isinstance(texts, Tensor):
             return self.tokenize(texts).to(self.module.logit_scale.device)  # type: ignore[union-attr,arg-type]
-        if texts.dim() != 2 or texts.shape[1] > self.context_length:
+        least = self.context_length if clip_towers.reads_all(self.module) else 1
+        if texts.dim() != 2 or not least <= texts.shape[1] <= self.context_length:
             raise DataError(
                 f"token ids have the shape {tuple(texts.shape)}; expected (n, {self.context_length}), as `tokenize` gives them."
             )
@@ -330,8 +332,7 @@ class CLIPBackbone(Backbone):
     @property
     def num_prefix(self) -> int:
         """Class and register tokens of the image tower."""
-        visual: Any = self.module.visual
-        trunk = getattr(visual, "trunk", None)
+        trunk = getattr(self.module.visual, "trunk", None)
         return 1 if trunk is None else int(getattr(trunk, "num_prefix_tokens", 0))
 
     @property

@@ -119,7 +119,7 @@ def named_outputs(module: Any, images: Tensor | None, ids: Tensor | None, want: 
 def encode_text(module: Any, ids: Tensor) -> Tensor:
     """Token ids (n, L) -> (n, d): the library's `encode_text`, and the same for texts without their last columns (`length`)."""
     text = getattr(module, "text", module)
-    if ids.shape[1] == module.context_length or text.attn_mask is None:
+    if ids.shape[1] == module.context_length or reads_all(module):
         return module.encode_text(ids)  # type: ignore[no-any-return]
     from open_clip.transformer import text_global_pool
 
@@ -136,12 +136,18 @@ def encode_text(module: Any, ids: Tensor) -> Tensor:
 
 def length(module: Any, ids: Tensor) -> int:
     """Columns of token ids (n, L) that the embeddings depend on: in a causal tower that reads the ends, up to the last end."""
-    text = getattr(module, "text", module)
-    pooling, end = _pooling(module)
-    if text.attn_mask is None or getattr(text, "use_pad_mask", False) or pooling not in ("argmax", "eos"):
+    if reads_all(module):
         return ids.shape[1]
+    pooling, end = _pooling(module)
     ends = ids.argmax(1) if pooling == "argmax" else torch.eq(ids, -1 if end is None else end).int().argmax(1)
     return int(ends.max()) + 1
+
+
+def reads_all(module: Any) -> bool:
+    """Whether the embedding of a text depends on what fills the context behind its end."""
+    text = getattr(module, "text", module)
+    masked = getattr(text, "attn_mask", None) is None or getattr(text, "use_pad_mask", False)
+    return masked or _pooling(module)[0] not in ("argmax", "eos")
 
 
 def _pooling(module: Any) -> tuple[str, int | None]:
@@ -149,7 +155,7 @@ def _pooling(module: Any) -> tuple[str, int | None]:
     text = getattr(module, "text", None)
     if text is None:
         return module.text_pool_type, getattr(module, "text_eos_id", None)
-    return text.pool_type, getattr(text, "eos_id", None)
+    return getattr(text, "pool_type", ""), getattr(text, "eos_id", None)
 
 
 def look(visual: Any, images: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import zoo
@@ -16,7 +17,8 @@ from clip_models import MICRO, TEXT, make
 from multimodal.families.clip import text as clip_text
 from multimodal.families.clip import towers
 from multimodal.families.clip.micro import ShortTokenizer
-from zoo.errors import AttachError
+from multimodal.tasks.zero_shot import zero_shot_classifier
+from zoo.errors import AttachError, DataError
 
 NAMES = ["cat", "dog", "pick-up_truck of the fire brigade"]
 IN_TEXTS = ["coop", "cocoop", "maple", "cpe-clip"]
@@ -140,3 +142,37 @@ def test_the_end_by_its_id() -> None:
     padded = torch.cat([ids, ids.new_zeros(2, 34)], dim=1)
     whole = model.backbone.encode_text(padded)
     torch.testing.assert_close(towers.encode_text(model.backbone, ids), whole, rtol=0, atol=1e-12)
+
+
+def test_ids_without_padding() -> None:
+    """Features and scores of short ids are those of padded ones; a tower that reads all tokens asks for them."""
+    model: Any = build()
+    ids = model.family.tokenize(["a cat", "a dog in the park"])
+    x = images(model)
+    model.reset_head(0)
+    short = ids[:, : model.family.text_length(ids)]
+    torch.testing.assert_close(model.features(texts=short), model.features(texts=ids), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.features(x, short), model.features(x, ids), rtol=0, atol=1e-12)
+    model = build("no mask")
+    with pytest.raises(DataError, match=r"expected \(n, 40\)"):
+        model.features(texts=short)
+
+
+def test_zero_shot_and_contrast_run_short_texts() -> None:
+    model: Any = build()
+    seen = lengths(model)
+    whole = zero_shot_classifier(model, NAMES, ["a {}.", "a photo of a {}."])
+    assert max(seen) < 36
+    texts = model.family.tokenize([t.format(name) for name in NAMES for t in ("a {}.", "a photo of a {}.")])
+    embedded = F.normalize(model.features(texts=texts), dim=-1).unflatten(0, (3, 2)).mean(1)
+    expected = model.backbone.logit_scale.exp().float() * F.normalize(embedded.float(), dim=-1)
+    torch.testing.assert_close(whole.weight, expected, rtol=0, atol=1e-5)
+    model.reset_head(0)
+    del seen[:]
+    given = model.family.tokenize(["a cat", "a dog", "an ox", "a big grey cat"])
+    loss, _ = zoo.registry.task("contrast").loss(model, (images(model), given), torch.arange(4))
+    scores = model.features(images(model), given)
+    label = torch.arange(4)
+    both = (F.cross_entropy(scores.float(), label) + F.cross_entropy(scores.T.float(), label)) / 2
+    torch.testing.assert_close(loss.float(), both, rtol=1e-5, atol=1e-5)
+    assert seen[0] < 16 and seen[1] == 40
