@@ -48,7 +48,7 @@ def masked_tokens(mask: Tensor, count: int) -> Tensor:
     """Mask of latents (B, F, 1, H, W) -> (B, count), true where one of the `count` tokens of a video holds any of it."""
     frames, height, width = mask.shape[1], *mask.shape[3:]
     side = round((frames * height * width / count) ** 0.5)
-    return (F.max_pool2d(mask.float().flatten(0, 1), side) > 0).reshape(len(mask), -1)
+    return (F.max_pool2d(mask.float().flatten(0, 1), side) > 0).reshape(mask.shape[0], -1)
 
 
 class Once(nn.Module):

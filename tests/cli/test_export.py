@@ -103,6 +103,42 @@ def test_a_value_that_a_pass_needs_is_part_of_the_graph(tmp_path: Path) -> None:
         assert zoo.to_onnx(model, tmp_path / "m.onnx")["largest_difference"] < 1e-5
 
 
+SWIN: dict[str, Any] = {"pretrained": False, "embed_dim": 8, "depths": (1,), "num_heads": (1,)}
+
+
+@pytest.mark.parametrize("quality", [None, 0.3])
+def test_what_mixes_by_each_image_takes_batches_of_any_size(tmp_path: Path, quality: float | None) -> None:
+    """`len` of a tensor fixed the graph to two images, and ONNX Runtime's own error was all that one read."""
+    torch.manual_seed(0)
+    model = zoo.load("swin-micro", zoo.adapter("petalface", rank=2), num_classes=3, **SWIN)
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(torch.randn(p.shape) * 0.2)
+    with model.context(**({} if quality is None else {"quality": quality})):
+        assert zoo.to_onnx(model, tmp_path / "m.onnx")["largest_difference"] < 1e-5
+
+
+def test_values_of_single_samples_go_with_their_number_of_samples_only(tmp_path: Path) -> None:
+    model = zoo.load("swin-micro", zoo.adapter("petalface", rank=2), num_classes=3, **SWIN)
+    with (
+        model.context(quality=torch.tensor([0.3, 0.6])),
+        pytest.raises(ContextError, match=r"2 values for a batch of 1.*one for each sample goes with batches of their"),
+    ):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_torch_fixed_to_one_size_is_not_given_out_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny("vit", "vpt")
+    wide = torch.export.Dim
+    monkeypatch.setattr(torch.export, "Dim", lambda name, **options: wide.STATIC)
+    with pytest.raises(ConfigError, match=r"batches of 2 only: .*batch_size=1"):
+        zoo.to_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_command(tmp_path: Path) -> None:
     model = zoo.load("vit-micro", "lora", num_classes=2)
     model.classes = ["ant", "bee"]

@@ -10,6 +10,7 @@ import zoo
 from zoo.table import tiny_model
 
 PLACES = [(f, m) for m in ("lora", "vpt", "prefix", "spt", "bitfit") for f in ("vit", "swin")]
+PLACES += [("vit", "unipelt")]  # of prefixes with a number for each sample
 PLACES += [(f, m) for f in ("clip", "ast") for m in ("lora", "vpt", "prefix")]
 
 

@@ -30,7 +30,6 @@ gets a = 1/2 (`unknown="middle"`). (6) Their shifted windows go without a mask: 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,7 +62,7 @@ class Down(nn.Module):
         hidden = F.linear(x, torch.cat([self.low_a, self.high_a]))
         a = self.mixing.rows(hidden)[:, None]
         share = torch.cat([(1 - a).expand(-1, len(self.low_a)), a.expand(-1, len(self.high_a))], dim=1)
-        return hidden * share.view(len(share), *[1] * (hidden.dim() - 2), share.shape[1])
+        return hidden * share.view(share.shape[0], *[1] * (hidden.dim() - 2), share.shape[1])
 
 
 class Branches(nn.Module):
@@ -173,7 +172,7 @@ class PetalFace(Adapter):
             )
         score = None if given else SCORES[self.quality]
         mixing = Mixing(score, moments, (self.plan or {}).get("threshold", self.threshold), self.gain, self.unknown)
-        example = functools.partial(torch.linspace, 0.2, 0.8) if given else None
+        example = (lambda n: torch.linspace(0.2, 0.8, n)) if given else None
         values = [points.context("quality", required=given, example=example)]
         values += [] if given else [points.context("inputs")]
         made = points.generate("mixing", mixing, *values)

@@ -79,7 +79,7 @@ class Gates(nn.Module):
             lora, prefix = self.gate(x.flatten(1, -2)).relu().mean(dim=1).softmax(dim=-1).split(1, dim=-1)
             self.way.put(torch.cat([lora, lora, prefix], dim=-1))
             return
-        none = x.new_zeros(len(x), 1)
+        none = x.new_zeros(x.shape[0], 1)
         found = [opened(x, self.gates[n]) if n in self.names else none for n in ("q", "v", "prefix")]  # type: ignore[arg-type]
         self.way.put(torch.cat([g.to(x.dtype) for g in found], dim=-1))
 

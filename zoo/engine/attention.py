@@ -123,12 +123,14 @@ def prepend(own: Tensor, *extra: Tensor) -> Tensor:
 
     own (R, h, N, c), R = B * windows, an image's windows together; each extra (1 or B, h, T, c) -> (R, h, sum T + N, c).
     """
-    rows = own.shape[0]
-    wide = [
-        e.expand(rows, -1, -1, -1) if e.shape[0] == 1 else e.repeat_interleave(rows // max(1, len(e)), dim=0)
-        for e in extra
-    ]
-    return torch.cat([*(e.to(own.dtype) for e in wide), own], dim=2)
+    return torch.cat([*(_for_rows(e, own.shape[0]).to(own.dtype) for e in extra), own], dim=2)
+
+
+def _for_rows(extra: Tensor, rows: int) -> Tensor:
+    count = extra.shape[0]  # not `len`, by which a graph would be fixed to the batch that it is written with
+    if count in (1, rows):
+        return extra.expand(rows, -1, -1, -1)
+    return extra.repeat_interleave(rows // count, dim=0)
 
 
 def heads(projected: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,9 +135,7 @@ def _exported(graph: nn.Module, model: Model, batch_size: int | None) -> Any:
         while (deeper := why.__cause__ or why.__context__) is not None:
             why = deeper
         if isinstance(why, ContextError):
-            raise ContextError(
-                f"{why} A graph has one value for all its inputs: `with model.context(...): zoo.to_onnx(model, path)`."
-            ) from error
+            raise _one_for_all(why) from error
         reason = next((line.strip() for line in str(why).splitlines() if line.strip()), "")[:300]
         hint = "" if batch_size else " A graph for batches of one size may do: batch_size=1 (--batch-size 1)."
         raise ConfigError(
@@ -145,22 +143,42 @@ def _exported(graph: nn.Module, model: Model, batch_size: int | None) -> Any:
         ) from error
 
 
+def _one_for_all(error: ContextError) -> ContextError:
+    return ContextError(
+        f"{error} A graph has one value for all its inputs: `with model.context(...): zoo.to_onnx(model, path)`; one for each "
+        "sample goes with batches of their number only (batch_size=)."
+    )
+
+
 def _compared(runtime: Any, file: Path, model: Model, batch_size: int | None) -> dict[str, Any]:
     """The graph beside the model, on batches of several sizes."""
+    wanted: list[tuple[tuple[Tensor, ...], list[Tensor]]] = []
+    for size in (batch_size,) if batch_size else (1, 2, 3):
+        batch = _batch(model, size, seed=size)
+        try:
+            with torch.no_grad():
+                wanted.append((batch, _tensors(model(*batch))))
+        except ContextError as error:
+            raise _one_for_all(error) from error
     try:
         session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         inputs = session.get_inputs()
+        if batch_size is None and (fixed := [i for i in inputs if i.shape and isinstance(i.shape[0], int)]):
+            raise ConfigError(
+                f"The graph of '{model.backbone_name}' takes batches of {fixed[0].shape[0]} only: something in it (of the "
+                f"adapters {', '.join(model.active) or 'none'}, or of the network) reads how many samples there are while it is "
+                "written. Ask for a graph of one size: batch_size=1 (--batch-size 1). Nothing was written."
+            )
         largest, scale = 0.0, 0.0
-        for size in (batch_size,) if batch_size else (1, 2, 3):
-            batch = _batch(model, size, seed=size)
-            with torch.no_grad():
-                wanted = _tensors(model(*batch))
+        for batch, outputs in wanted:
             given = {i.name: x.detach().cpu().numpy() for i, x in zip(inputs, batch, strict=True)}
-            for found, want in zip(session.run(None, given), wanted, strict=True):
+            for found, want in zip(session.run(None, given), outputs, strict=True):
                 expected = want.detach().cpu().double()
                 difference = (torch.from_numpy(found).double() - expected).abs().max()
                 largest = max(largest, float(difference.nan_to_num(float("inf"))))
                 scale = max(scale, float(expected.abs().max()))
+    except ConfigError:
+        raise
     except Exception as error:  # the runtime's errors are of its own
         reason = next(iter(str(error).splitlines()), "")[:300]
         raise ConfigError(
