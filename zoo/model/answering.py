@@ -3,14 +3,15 @@ behind the head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.engine.context import batch_of
+from zoo.errors import ConfigError, ZooError
 from zoo.heads import Head
 
 if TYPE_CHECKING:
@@ -30,11 +31,59 @@ def named_outputs(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kw
 
 def _recorded(model: Model, inputs: tuple[Any, ...], want: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
-        with model._state.saver.record(model.device):
+        with called(model, inputs, kwargs), model._state.saver.record(model.device):
             return _outputs(model, inputs, want, kwargs)
     finally:
         for adapter in model._active_adapters():
             adapter.release()
+
+
+# What Python, the families' own `(images,) = inputs` and torch's convolutions say of what is no batch of theirs
+UNCALLED = (
+    *("positional argument", "unexpected keyword argument", "values to unpack", "multiple values for"),
+    *("Input type (", "channels, but got", "Expected attn_mask dtype"),
+)
+
+
+@contextmanager
+def called(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """A context in which the backbone runs, whose error over what is no batch says what a batch is.
+
+    Raises:
+        ConfigError: the library broke off, and the call has no tensor at all, or another number of arguments.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        short = any(words in str(error) for words in UNCALLED)
+        if isinstance(error, ZooError) or not (short or batch_of(inputs, kwargs) is None):
+            raise
+        raise ConfigError(expected(model, inputs, kwargs)) from error
+
+
+def expected(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What a call should have been."""
+    with torch.random.fork_rng(devices=[]):
+        wanted = ", ".join(map(_kind, model.example_batch(2)))
+    none = batch_of(inputs, kwargs) is None
+    given = [_kind(x) for x in inputs] + [f"{name}={_kind(x)}" for name, x in kwargs.items()]
+    make = (
+        ""
+        if not none or not inputs
+        else " model.preprocess()(item) makes a tensor of one item; torch.stack makes a batch."
+    )
+    return (
+        f"The model was called with ({', '.join(given)}), and '{model.backbone_name}' takes what model.example_batch() gives: "
+        f"({wanted}).{make}"
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"'{name}': {_kind(x)}" for name, x in value.items()) + "}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def apart(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,7 +17,7 @@ from zoo.engine.sites import Op, Site, State
 from zoo.engine.swaps import Swap
 from zoo.errors import AbsentError, ConfigError, MergeError
 from zoo.heads.folded import folded
-from zoo.model.answering import answer, apart, kept_buffers, named_outputs
+from zoo.model.answering import answer, apart, called, kept_buffers, named_outputs
 from zoo.model.fingerprint import Watched
 from zoo.model.routing import Route, forward_routed, routed_parameters
 from zoo.model.stated import Stated
@@ -148,7 +148,7 @@ class Model(Stated):
 
     def _recorded(self, *inputs: Any, **kwargs: Any) -> Tensor:
         try:
-            with self._state.saver.record(self.device):
+            with called(self, inputs, kwargs), self._state.saver.record(self.device):
                 return self._features(*inputs, **kwargs)
         finally:
             for name in self._state.active:
@@ -270,9 +270,9 @@ class Model(Stated):
                 self.context(**{**examples, **self._state.context.given}),
             ):
                 output = self(*batch, **kwargs)
-                if output.requires_grad:  # or all of it is frozen, and only the hooks can be seen
-                    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
-                    (output.float() * weights).sum().backward()
+                (
+                    output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+                ).sum().backward()
             ops = {f"{op.owner}/{op.point}" for n in self._state.active for _, op in self._ops[n]}
             dead = sorted(ops - self._state.watching)
             dead += [k for k, p in self.parameters_to_train().items() if p.grad is None]

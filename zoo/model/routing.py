@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engine.context import batch_of
 from zoo.errors import CombinationError, ConfigError
-from zoo.model.answering import answer
+from zoo.model.answering import answer, called, expected
 from zoo.model.compiled import one_more_set
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def forward_routed(
     """
     model.family.check_routed(*inputs)
     _check_alone(model, names.named if isinstance(names, Route) else names)
-    batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
+    batch = _size(model, inputs, kwargs)
     if torch.compiler.is_compiling():
         return _compiled(model, inputs, names, kwargs, context, targets)
     route = names if isinstance(names, Route) else Route.of(model, names, batch)
@@ -94,7 +95,7 @@ def passing_routed(
         UnknownNameError, ConfigError, ContextError: as `forward_routed`.
     """
     model.family.check_routed(*inputs)
-    batch = next(t for t in inputs if isinstance(t, Tensor)).shape[0]
+    batch = _size(model, inputs, {})
     route = Route.of(model, names, batch)
     state, order = model._state, list(route.rows)
     state.settle(model._enter())
@@ -106,7 +107,7 @@ def passing_routed(
             served = route.served if whole else dict.fromkeys(owners, index)
             model._serve((owners, served, batch, None, False, None) if whole else (owners, None, 0, None, False, None))
             _modes(model, owners)
-            mine = tuple(t.index_select(0, index) if isinstance(t, Tensor) else t for t in inputs)
+            mine = tuple(_narrowed(t, index, None) for t in inputs)
             risen = model._enter()
             try:
                 parts.append((index, model._framed(run, mine, {}, owners=owners, rows=served, call=(inputs, {}))))
@@ -118,6 +119,18 @@ def passing_routed(
             model.adapters[name].release()  # type: ignore[operator]
         model._serve(here)
         _modes(model, route.named)
+
+
+def _size(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many samples a call has.
+
+    Raises:
+        ConfigError: it has no tensor.
+    """
+    first = batch_of(inputs, kwargs)
+    if first is None:
+        raise ConfigError(expected(model, inputs, kwargs))
+    return first.shape[0]
 
 
 def _check_alone(model: Model, names: Sequence[str | None]) -> None:
@@ -267,7 +280,7 @@ def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], 
     if torch.compiler.is_compiling():
         pooled = model.family.features(*inputs, **kwargs)
     else:
-        with state.saver.record(model.device):
+        with called(model, inputs, kwargs), state.saver.record(model.device):
             pooled = model.family.features(*inputs, **kwargs)
     state.route = None
     outputs = []
@@ -292,11 +305,8 @@ def _sub_batch(
     owners = [] if name is None else [name]
     model._serve((tuple(owners), None, 0, None, False, None))
     _modes(model, owners)
-    part = tuple(t.index_select(0, index) if isinstance(t, Tensor) else t for t in inputs)
-    options = {
-        k: t.index_select(0, index) if isinstance(t, Tensor) and t.dim() and len(t) == batch else t
-        for k, t in kwargs.items()
-    }
+    part = tuple(_narrowed(t, index, None) for t in inputs)
+    options = {k: _narrowed(t, index, batch) for k, t in kwargs.items()}
     served = dict.fromkeys(owners, index)
     framing: dict[str, Any] = {"owners": owners, "rows": served, "call": (inputs, kwargs)}
     head = model.heads[model._head_of(name)]
@@ -304,6 +314,15 @@ def _sub_batch(
         mine = None if targets is None else targets.index_select(0, index)
         return model._framed(answer, (model, head, part, mine, options), {}, context, **framing)  # type: ignore[no-any-return]
     return model._state.run(head, model._framed(model._pooled, part, options, context, **framing))  # type: ignore[no-any-return]
+
+
+def _narrowed(value: Any, index: Tensor, batch: int | None) -> Any:
+    """The samples `index` of a call's argument; dicts of tensors included. `batch`: what is not of this length is no sample's."""
+    if isinstance(value, Mapping):
+        return {name: _narrowed(x, index, batch) for name, x in value.items()}
+    if not isinstance(value, Tensor) or (batch is not None and (not value.dim() or len(value) != batch)):
+        return value
+    return value.index_select(0, index)
 
 
 def _modes(model: Model, named: Sequence[str]) -> None:
