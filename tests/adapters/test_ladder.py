@@ -108,6 +108,25 @@ def test_beside_another_adapter_gradients_are_exact(add: bool) -> None:
         assert float(found[key][place]) == pytest.approx(float(losses[0] - losses[1]) / (2 * step), rel=1e-4, abs=1e-9)
 
 
+def test_it_reads_what_another_side_path_gives_back() -> None:
+    """The last block's gift was dead, and the others' was read one block later, where the ladder was attached first."""
+    found = []
+    for order in (("ladder", "dtl"), ("dtl", "ladder")):
+        for rerun in (0, 3):
+            model = bare("vit", depth=2).double()
+            for name in order:
+                torch.manual_seed(2)
+                settings = {"reduction": 4, "rerun": rerun} if name == "ladder" else {"rerun": rerun}
+                model.add_adapter(zoo.adapter(name, **settings))
+            torch.manual_seed(5)
+            for _, p in sorted(model.adapters["dtl"].named_parameters()):
+                p.data += 0.1 * torch.randn_like(p)
+            assert model.train().probe(x()) == []
+            found.append(gradients(model))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-11)
+
+
 # -- the gates ------------------------------------------------------------------------------------------------------------
 
 

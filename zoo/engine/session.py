@@ -206,7 +206,7 @@ class Session:
             change("input" if point.inner else point.entry_side, point.inner or point.entry, module)
         elif verb == "watch":
             at, side = point.inner or point.entry, "input" if point.inner else point.entry_side
-            self.op(at, self._make(point, verb, f"watch_{side}", module, module, last=True))
+            self.op(at, self._make(point, verb, f"watch_{side}", module, module, last=2))
         elif verb == "after":
             change(point.exit_side, point.exit, module)
         elif verb == "enter":
@@ -247,7 +247,7 @@ class Session:
         elif verb == "replay":
             self.op(point.module, self._make(point, verb, "watch_call", module.enter, module), BlockSite)
             where, leave = ("output", OnOutput(module.leave)) if changes else ("watch_output", module.leave)
-            self.op(point.module, self._make(point, verb, where, leave, module, last=True), BlockSite)
+            self.op(point.module, self._make(point, verb, where, leave, module, last=1 if changes else 2), BlockSite)
         else:
             self.op(point.module, self._make(point, verb, "forward", module, module, per_row=False), BlockSite)
 

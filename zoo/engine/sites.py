@@ -51,8 +51,8 @@ class Op:
     modules: tuple[nn.Module, ...] = ()  # the adapter's modules that `fn` runs, shared ones too: see `parts`
     # May be applied to some rows of the batch only; false for what changes the sequence length, for example.
     per_row: bool = True
-    # Runs behind the ops of all adapters at this module: a watch that must see what the backbone itself goes on with
-    last: bool = False
+    # 1: runs behind the ops of all adapters at this module; 2: behind these too, to see what the backbone itself goes on with
+    last: int = 0
     excludes: tuple[str, ...] = ()  # verbs of other adapters that cannot be active at the same module
 
 
