@@ -233,3 +233,12 @@ def test_a_file_does_not_ask_for_memory(tmp_path: Path) -> None:
     start.num_tokens = 10**9
     with pytest.raises(MismatchError, match="asks for a tensor of 24,000,000,000 numbers"):
         tiny_model(None).add_adapter(start)
+
+
+def test_a_length_of_the_user_s_own_that_is_too_much_does_not_blame_the_file(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", steps=0)
+    with pytest.raises(
+        MismatchError, match=r"with num_tokens=1000000 asks for .* numbers.*\. Give a smaller one"
+    ) as told:
+        tiny_model(zoo.adapter("vpt", init=source, num_tokens=10**6))
+    assert "download" not in str(told.value)

@@ -20,6 +20,7 @@ from zoo.errors import MismatchError
 
 TIMES = 8  # a float16 file in a float64 model, with initial values beside
 ROOM = 64 * 2**20  # bytes that may be made in any case
+OTHER = "the settings are not those that it was saved with. Copy or download it again."
 # Operators that make a tensor of a size that is an argument; its place among the arguments
 _SIZED = {
     **dict.fromkeys(("empty", "zeros", "ones", "full", "rand", "randn", "empty_permuted", "empty_strided"), 0),
@@ -35,9 +36,9 @@ class Budget(TorchDispatchMode):
         MismatchError: in front of the tensor that would be too much; `what` says whose settings ask for it.
     """
 
-    def __init__(self, limit: int, what: str) -> None:
+    def __init__(self, limit: int, what: str, advice: str = OTHER) -> None:
         super().__init__()
-        self.limit, self.left, self.what = limit, limit, what
+        self.limit, self.left, self.what, self.advice = limit, limit, what, advice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,8 +50,8 @@ class Budget(TorchDispatchMode):
                 self.left -= count * dtype.itemsize
                 if self.left < 0:
                     raise MismatchError(
-                        f"{self.what} asks for a tensor of {count:,} numbers, which is far more than its file holds: the "
-                        "settings are not those that it was saved with. Copy or download it again."
+                        f"{self.what} asks for a tensor of {count:,} numbers, which is far more than its file holds: "
+                        f"{self.advice}"
                     )
         return func(*args, **kwargs)
 
@@ -67,8 +68,19 @@ def _count(name: str, args: Any, kwargs: Any) -> int:
     return 0
 
 
-def budget(folder: Path, tensors: Mapping[str, Tensor], backbone: nn.Module) -> Budget:
-    """The budget of attaching what a folder holds to a backbone."""
+def budget(
+    folder: Path, tensors: Mapping[str, Tensor], backbone: nn.Module, settings: Mapping[str, Any] | None = None
+) -> Budget:
+    """The budget of attaching what a folder holds to a backbone; `settings`: the user's own, which are not in the file."""
     own = sum(t.numel() * max(t.itemsize, 4) for t in tensors.values())
     base = sum(p.numel() * p.itemsize for p in backbone.parameters() if p.device.type != "meta")
-    return Budget(TIMES * own + 2 * base + ROOM, f"The adapter in '{folder}'")
+    limit = TIMES * own + 2 * base + ROOM
+    if not settings:
+        return Budget(limit, f"The adapter in '{folder}'")
+    given = ", ".join(f"{name}={value!r:.60}" for name, value in settings.items())
+    return Budget(
+        limit,
+        f"A start from '{folder}' with {given}",
+        "values are carried to another length or rank of about the same size. Give a smaller one, or leave it out for the "
+        "file's.",
+    )

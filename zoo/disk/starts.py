@@ -53,10 +53,11 @@ class Start:
     source: Adapter  # the method with the settings of the source, never attached
     tensors: dict[str, Tensor] = field(repr=False)
     like: str = "values"
+    changed: dict[str, Any] = field(default_factory=dict)  # settings that are not the source's
 
     def room(self, model: Host) -> AbstractContextManager[Any]:
         """A context in which attaching takes no more memory than the source's file justifies."""
-        return budget(self.saved.folder, self.saved.tensors, model.backbone)
+        return budget(self.saved.folder, self.saved.tensors, model.backbone, self.changed)
 
     def fill(self, model: Host, adapter: Adapter) -> None:
         """Put the values into an adapter that has attached.
@@ -162,7 +163,7 @@ def start_from(saved: SavedAdapter, method: str, given: dict[str, Any], like: st
             f"{', '.join(changed)} cannot differ. Leave them out."
         )
     made.plan = entry.plan
-    made.initial = Start(saved, source, tensors, like)
+    made.initial = Start(saved, source, tensors, like, {name: mine[name] for name in changed})
     return made
 
 
