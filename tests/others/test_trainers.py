@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,14 @@ DDP = ("lora", "bitfit", "full", "vpt", "spt", "meft", "vqt")
 def test_accelerate(tmp_path: Path) -> None:
     """Accelerator.prepare makes DDP of a model: two processes train to the numbers of one, and going on finds its state."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    launch(prepared, tmp_path, tmp_path)
+    launch(__file__, tmp_path)
     assert (tmp_path / "done.0").exists() and (tmp_path / "done.1").exists()
 
 
-def prepared(folder: Path) -> None:
+def main(folder: Path) -> None:
     from accelerate import Accelerator
 
+    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     assert accelerator.num_processes == 2
@@ -227,3 +229,8 @@ def prepared(folder: Path) -> None:
         accelerator.free_memory()
     (folder / f"done.{rank}").write_text("")
     accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -135,3 +135,14 @@ def test_a_search_for_the_rate_compares_what_is_measured() -> None:
     tried = report.settings["lr_search"]
     assert len(tried) == 4 and all(0 <= t["recall@1"] <= 1 for t in tried)
     assert report.settings["lr"] == max(tried, key=lambda t: t["recall@1"])["lr"]
+
+
+def test_evaluation_without_a_head_names_a_task_that_measures_features() -> None:
+    """Only a head was asked for, of a folder that was trained without one."""
+    model, data = tiny_model(None, num_classes=0), easy_data(8)
+    with pytest.raises(ConfigError, match=r"task='identify' \(--task identify\)"):
+        zoo.evaluate(model, data, progress=False)
+    assert "rank@1" in zoo.evaluate(model, data, task="identify", progress=False)
+    zoo.fit(model := tiny_model("vpt", num_classes=0), data, task="proxy-anchor", steps=1, progress=False)
+    with pytest.raises(ConfigError, match=r"was trained for 'proxy-anchor', and is measured by task='proxy-anchor'"):
+        zoo.evaluate(model, data, progress=False)

@@ -35,7 +35,6 @@ class BitFit(Adapter):
 
     default_lr = 1e-3
     paper = "Ben Zaken et al. 2021"
-    looks_back = True
     taxonomy = "selective"
     sums = True
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from zoo.data.dataset import ImageDataset
-from zoo.data.functions import about_object
 from zoo.data.seeds import kept_generators, seed_everything
 from zoo.errors import DataError
 
@@ -39,7 +38,7 @@ def content(dataset: ImageDataset) -> dict[str, Any]:
         "labels": None if labels is None else _short(hashlib.blake2b(np.ascontiguousarray(labels).tobytes())),
         "classes": dataset.classes,
         "contents": _contents(dataset),
-        "transform": about_object(dataset.transform),
+        "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(dataset.transform)),
     }
 
 

@@ -50,9 +50,10 @@ class Classify(Weighted):
         """Raise unless the head and the data set have the same classes."""
         check_whole(model, self.name, len(dataset.classes or ()))
         if not model.num_classes:
+            count = len(dataset.classes) if dataset.classes else "<number of classes>"
             raise ConfigError(
-                "The model has no classification head (num_classes=0). Load it with num_classes="
-                f"{len(dataset.classes) if dataset.classes else '<number of classes>'}, or pass a loss of your own."
+                f"The model has no classification head (num_classes=0). Load it with num_classes={count}, or pass a loss of your "
+                f"own.{_measured(model)}"
             )
         labels = dataset.labels
         if dataset.classes is not None and len(dataset.classes) != model.num_classes:
@@ -124,6 +125,14 @@ class Classify(Weighted):
         """
         outputs = call(model, inputs, **seen_targets(model, targets)).float()
         return self.objective(model, outputs, targets, label_smoothing), outputs
+
+
+def _measured(model: Host) -> str:
+    """A sentence: by which task the features of a model without a head are measured."""
+    known = model.record.get("trained_for")
+    if isinstance(known, str) and known not in ("classify", "custom", "multilabel", "regress"):
+        return f" It was trained for '{known}', and is measured by task='{known}' (--task {known})."
+    return " Its features themselves are measured by task='identify' (--task identify)."
 
 
 def class_range(targets: Tensor) -> tuple[int, int] | None:
