@@ -122,6 +122,7 @@ def main() -> None:
                 if (row := f"{key}, seed {seed}") not in found["rows"]:
                     rates = {"lr_max": rate, "lr_min": rate / 100}
                     keep("rows", row, go(train, test, SIZES[name], seed, **METHODS[method], **rates))
+    write_file(options.rows.with_suffix(".md"), markdown(found).encode())
     print(markdown(found))
 
 
