@@ -34,7 +34,7 @@ test: dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 table: dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --whole -m rest $(PYTEST_ARGS) tests/house
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --whole -m rest $(PYTEST_ARGS) tests
 
 # What was compiled is kept for this torch in ~/.cache/adapter-zoo, so that it is compiled once
 seg: $(VENV)/.installed-seg

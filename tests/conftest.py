@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,10 +38,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("rest")]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Neighbours stay on one worker (what they import, compile and share is made once); who is done takes from others' ends."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models run faster on one thread, and sums come out in the same order everywhere."""
     torch.set_num_threads(1)
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if not device.is_available():  # torch notes the whole stack, of a device that it never starts, at each seed
+            device.traceback = types.SimpleNamespace(format_stack=list)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_new() -> None:
+    """What there is in front of a file of tests (libraries above all) is left out of its collections: a second less for each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_hub() -> None:
+    """Where the Hub is away, its client asks again five times and waits 23 seconds in between; here it asks at once."""
+    with contextlib.suppress(ImportError):
+        from huggingface_hub.utils import _http
+
+        _http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

@@ -40,10 +40,17 @@ def _name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-@functools.lru_cache(maxsize=512)
+_found = functools.lru_cache(maxsize=512)(typing.get_type_hints)
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """`typing.get_type_hints`, which compiles every annotation, once for each class; nobody changes what is given."""
+    return _found(cls)
+
+
 def _hints(cls: type) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(cls)
+        return hints_of(cls)
     except NameError:  # a class inside of a function, whose annotations name what only that function knows
         return {}
 

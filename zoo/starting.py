@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 from typing import Any
 
 from zoo import registry
 from zoo.adapters.base import Adapter
 from zoo.errors import ConfigError, UnknownNameError, nearest
-from zoo.fields import fits
+from zoo.fields import fits, hints_of
 
 __all__ = ["adapter"]
 
@@ -30,7 +29,7 @@ def adapter(name: str, *, init: Any = None, init_like: str = "values", **config:
         type, or under which the source's values would mean something else. MismatchError: the source is of another method.
     """
     cls = registry.adapter_class(name)
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     own = "init" in cls.__dataclass_fields__ and not isinstance(init, Path) and fits(init, hints["init"])
     if init is None or own:
         if init_like != "values":

@@ -65,6 +65,7 @@ class CLIPAdapter(Adapter):
     default_lr = 1e-3
     head_kind = "text"
     paper = "Gao et al. 2024"
+    looks_back = True
     taxonomy = "additive"
     identity = False
     merges = False

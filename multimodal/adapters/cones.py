@@ -92,6 +92,7 @@ class ConES(Adapter):
     default_weight_decay = 0.0
     head_kind = "concepts"
     paper = "Yi et al. 2023"
+    looks_back = True
     taxonomy = "additive"
     trial_families = ()
 

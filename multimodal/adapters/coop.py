@@ -80,6 +80,7 @@ class CoOp(Adapter):
     head_kind = "text"
     in_template = True
     paper = "Zhou et al. 2022"
+    looks_back = True
     taxonomy = "additive"
     identity = False  # "a photo of a" in place of random words is the zero-shot classifier
     merges = False

@@ -80,6 +80,7 @@ class CPEClip(Adapter):
     head_kind = "text"
     in_template = True
     paper = "D'Alessandro et al. 2023"
+    looks_back = True
     taxonomy = "additive"
     identity = False  # random prompts in both towers
     merges = False

@@ -57,6 +57,7 @@ class GRAM(Adapter):
     stateless = True
     default_lr = 1e-3
     paper = "Li et al. 2023"
+    looks_back = True
     taxonomy = "system"
     merges = False
     trial_families = ()

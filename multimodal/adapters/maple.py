@@ -68,6 +68,7 @@ class MaPLe(Adapter):
     head_kind = "text"
     in_template = True
     paper = "Khattak et al. 2023"
+    looks_back = True
     taxonomy = "additive"
     identity = False  # random prompts in both towers
     merges = False

@@ -93,6 +93,7 @@ class TipAdapter(Adapter):
     needs_calibration = True
     head_kind = "text"
     paper = "Zhang et al. 2022"
+    looks_back = True
     taxonomy = "additive"
     merges = False
     trial = {"passes": 1}
@@ -103,6 +104,10 @@ class TipAdapter(Adapter):
         super().__post_init__()
         for name in ("alpha", "beta"):
             self.check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; expected 0 or more.")
+            self.check(
+                getattr(self, name) > 0 or not self.trains_keys,
+                f"{name} is 0; no vote depends on the keys then, which are what is trained. Expected more than 0.",
+            )
             most = getattr(self, f"{name}_most")
             self.check(most > 0.1, f"{name}_most is {most}; expected more than 0.1, where the search begins.")
         self.check(self.passes >= 1, f"passes is {self.passes}; expected 1 or more.")

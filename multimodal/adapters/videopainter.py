@@ -32,6 +32,7 @@ A token of several latent frames (CogVideoX 1.5) is background if none of them i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +136,8 @@ class VideoPainter(Adapter):
         paths = tuple(f"{path}." for path in front.twin.stream)
         blocks = [p for p in points.require("block", "videopainter") if p.path.startswith(paths)]
         latents = points.context("inputs")
-        masked = points.context("masked", example=_like(lambda x: x * 0))
-        mask = points.context("mask", example=_like(lambda x: _hole(x, front.channels_axis)))
+        masked = points.context("masked", example=_like(torch.zeros_like))
+        mask = points.context("mask", example=_like(_hole, axis=front.channels_axis))
         given = [points.context(f"inputs.{i}", required=False) for i, _ in enumerate(front.names, 1)]
         given += [points.context(f"inputs.{name}", required=False) for name in front.names]
         if any(p.dim_out != front.width for p in blocks):
@@ -148,9 +149,10 @@ class VideoPainter(Adapter):
             block.after(Background(made, encoder, i // interval))
 
 
-def _like(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    make.of_inputs = True  # type: ignore[attr-defined]
-    return make
+def _like(make: Callable[..., Tensor], **settings: Any) -> Callable[[Tensor], Tensor]:
+    made = functools.partial(make, **settings)  # a model that holds it can be pickled
+    made.of_inputs = True  # type: ignore[attr-defined]
+    return made
 
 
 def _hole(latents: Tensor, axis: int) -> Tensor:

@@ -27,6 +27,7 @@ from multimodal.data.pairs import Pair, open_pairs
 from zoo.data.dataset import ImageDataset
 from zoo.data.preprocess import image_transform
 from zoo.errors import ConfigError, DataError, MismatchError
+from zoo.heads.text import cut
 from zoo.registry import register_task
 from zoo.tasks.base import Task
 
@@ -96,7 +97,10 @@ class Contrast(Task):
             )
 
     def loss(self, model: Host, inputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Embedded]:
-        """inputs: images (B, 3, H, W) with token ids (B, L) or (B, captions, L), of which zeros are padding; targets (B,)."""
+        """inputs: images (B, 3, H, W) with token ids (B, L) or (B, captions, L), of which zeros are padding; targets (B,).
+
+        Texts run up to the last end among them, where the tower is causal (`zoo.heads.text`).
+        """
         images, ids = inputs
         own: Any = model.backbone
         if ids.dim() == 2:
@@ -105,7 +109,7 @@ class Contrast(Task):
         owner = there.nonzero()[:, 0]
         embedded = Embedded(
             F.normalize(model.features(images).float(), dim=-1),
-            F.normalize(model.features(texts=ids[there]).float(), dim=-1),
+            F.normalize(model.features(texts=cut(model, ids[there])).float(), dim=-1),
             owner,
         )
         first = torch.cat(

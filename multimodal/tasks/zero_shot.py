@@ -3,7 +3,8 @@
     w_c = exp(a) * m_c / |m_c|,   m_c = 1/P sum_p T(p(c)) / |T(p(c))|       templates p, class c; a: logit scale
     logits(x) = W I(x) / |I(x)| + b                                          b: logit bias (SigLIP), else 0
 
-With one template that is the model's own score of an image and a text. Radford et al., "Learning Transferable Visual Models From
+With one template that is the model's own score of an image and a text, up to rounding, since texts run without what fills
+their context (`zoo.heads.text`). Radford et al., "Learning Transferable Visual Models From
 Natural Language Supervision", 2021: prompts of one class are averaged in the common space.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
 from zoo.heads import CosineHead
-from zoo.heads.text import check_seen
+from zoo.heads.text import check_seen, cut
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -75,7 +76,8 @@ def zero_shot_classifier(
     training = model.training
     model.eval()
     try:
-        parts = [encode_text(model, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        some = (family.tokenize(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size))
+        parts = [encode_text(model, cut(model, ids)) for ids in some]
     finally:
         model.train(training)
     means = F.normalize(torch.cat(parts).float().unflatten(0, (len(class_names), -1)).mean(dim=1), dim=-1)

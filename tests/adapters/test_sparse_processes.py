@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ def train_both(out: Path) -> None:
 
 
 def test_two_processes_prune_and_grow_as_one(tmp_path: Path) -> None:
-    launch(__file__, tmp_path / "two")
+    launch(train_both, tmp_path, tmp_path / "two")
     train_both(tmp_path / "one")
     one, two, other = (torch.load(tmp_path / n, weights_only=True) for n in ("one.0", "two.0", "two.1"))
     assert one.keys() == two.keys()
@@ -41,7 +40,3 @@ def test_two_processes_prune_and_grow_as_one(tmp_path: Path) -> None:
         assert float(apart.float().mean()) < 0.01, name
         if " blocks." in name:
             assert 0.3 < float((weight == 0).float().mean()) < 0.6, name
-
-
-if __name__ == "__main__":
-    train_both(Path(sys.argv[1]))

@@ -7,6 +7,8 @@ import typing
 from typing import Any
 
 import pytest
+import torch
+from method_models import METHODS, bare, each, images, shake, targets
 
 import zoo
 from zoo.errors import ConfigError
@@ -34,3 +36,31 @@ def test_one_text_in_the_place_of_a_list() -> None:
         ConfigError, match=r"'tasks' is 'a,b' .str.; expected .*: a list, on the command line \[a,b\]\.$"
     ):
         zoo.adapter("polyhistor-lite", tasks="a,b")
+
+
+@each
+def test_what_could_never_act_is_refused(method: str) -> None:
+    """A factor of 0 in front of all that is learned: the head alone would be trained, and nothing said so."""
+    cls = METHODS[method]
+    if "vit" not in cls.trial_families:
+        pytest.skip("has no points on a ViT")
+    for field in dataclasses.fields(cls):
+        if type(field.default) not in (int, float) or field.default == 0:
+            continue
+        model = bare("vit")
+        try:
+            adapter = model.add_adapter(zoo.adapter(method, **{**cls.trial, field.name: type(field.default)(0)}))
+            if adapter.needs_calibration:
+                adapter.calibrate(model, [(images(), targets())])
+        except zoo.ZooError:
+            continue
+        before = model(images())
+        shake(model, method)
+        assert not torch.equal(model(images()), before), f"{field.name}=0"
+
+
+@pytest.mark.parametrize("setting", ["alpha", "beta"])
+def test_keys_that_no_vote_depends_on(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} is 0"):
+        zoo.adapter("tip-adapter-f", **{setting: 0.0})
+    zoo.adapter("tip-adapter", **{setting: 0.0})

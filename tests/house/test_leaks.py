@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,13 +28,12 @@ def live() -> int:
 
 
 @pytest.fixture(autouse=True)
-def only_what_is_new() -> Iterator[None]:
+def only_what_is_new_in_each() -> None:
     """Whatever there is already (modules of libraries above all) is left out of collections and counts: much quicker."""
     for family in registry.families():
         registry.family(family)
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def made(family: str, method: str) -> tuple[Any, Any]:

@@ -35,19 +35,51 @@ print("vit-micro" in zoo.list_backbones())
 """
 
 
-@pytest.mark.parametrize("layout", ["vision.py", "vision/__init__.py", "audio/__init__.py", "multimodal/__init__.py"])
-def test_a_package_that_shadows_ours(tmp_path: Path, layout: str) -> None:
+# The libraries are imported once; each folder is a process of its own that imports zoo there.
+EACH = """
+import contextlib, os
+ast = "transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer"
+for name in ("timm", "open_clip", ast):
+    with contextlib.suppress(ImportError):
+        __import__(name)
+assert not {{"zoo", "vision", "audio", "multimodal"}} & set(sys.modules)
+del sys.path[0]  # the folder that all are in
+for folder in {folders!r}:
+    if not os.fork():
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        with open("said", "w") as out, contextlib.redirect_stdout(out):
+            exec({code!r})
+        os._exit(0)
+    os.wait()
+"""
+LAYOUTS = ["vision.py", "vision/__init__.py", "audio/__init__.py", "multimodal/__init__.py"]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """For each layout of a project its folder and what `TRY` said there."""
+    root = tmp_path_factory.mktemp("shadows")
+    folders = {layout: root / str(i) for i, layout in enumerate(LAYOUTS)}
+    for layout, folder in folders.items():
+        (folder / layout).parent.mkdir(parents=True)
+        (folder / layout).write_text("x = 1\n")
+    done = run(EACH.format(folders=[str(f) for f in folders.values()], code=TRY), root)
+    assert done.returncode == 0, done.stderr
+    return {layout: (folder, (folder / "said").read_text()) for layout, folder in folders.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_package_that_shadows_ours(tried: dict[str, tuple[Path, str]], layout: str) -> None:
     """A project with an `audio` folder could load no ViT: only the package that is needed is asked for."""
-    (tmp_path / layout).parent.mkdir(exist_ok=True)
-    (tmp_path / layout).write_text("x = 1\n")
+    folder, said = tried[layout]
     name = layout.split("/")[0].split(".")[0]
     needs = {"vision": ("vit-micro",), "audio": ("ast-micro",), "multimodal": ("clip-micro",)}[name]
-    out = run(TRY, tmp_path)
-    lines = out.stdout.splitlines()
-    assert len(lines) == 5 and lines[-1] == str(name != "vision"), out.stdout + out.stderr
+    lines = said.splitlines()
+    assert len(lines) == 5 and lines[-1] == str(name != "vision"), said
     for line in lines[:-1]:
         if line.startswith(needs):
-            assert f"ShadowError The package '{name}' found at {tmp_path}" in line and "rename" in line
+            assert f"ShadowError The package '{name}' found at {folder}" in line and "rename" in line
         else:
             assert line.endswith("loads")
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import zoo
+import zoo.disk
+from zoo import registry
 from zoo.disk import read
 
 TINY = {"pretrained": False, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -75,6 +77,44 @@ def test_two_adapters_with_heads_of_their_own(tmp_path: Path) -> None:
         assert both.classes == classes and both.record["license"] == licence
         again = read(both.save_adapter(tmp_path / f"{name}-again"))
         assert (again.classes, again.record) == (classes, read(tmp_path / name).record)
+
+
+@pytest.mark.parametrize("method", ["bitfit", "vqt", "full", "meft", "perp"])
+def test_two_that_cannot_act_together_are_loaded_into_one_model(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They train the same values, or both widen what a head sees: refused, VQT's as damaged, though each has its own head."""
+    x = torch.randn(2, 3, 32, 32)
+    expected = {}
+    for name, classes in (("birds", BIRDS), ("cars", CARS)):
+        torch.manual_seed(0)
+        model = zoo.load("vit-micro", num_classes=0, **TINY)
+        trial = registry.adapter_class(method).trial
+        model.add_adapter(zoo.adapter(method, **trial), name, num_classes=len(classes))
+        model.classes = classes
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.add_(0.05 * torch.randn(p.shape))
+        expected[name] = model(x)
+        model.save_adapter(tmp_path / name)
+    torch.manual_seed(0)
+    both = zoo.load(adapter=[tmp_path / "birds", tmp_path / "cars"], pretrained=False)
+    assert both.active == ("cars",) and "cannot be used together with 'birds'" in caplog.text
+    for name, classes in (("cars", CARS), ("birds", BIRDS)):
+        both.set_active(name)
+        assert both.classes == classes and torch.equal(both(x), expected[name])
+    torch.manual_seed(0)
+    model = zoo.load("vit-micro", method, num_classes=0, **TINY)
+    model.save_adapter(tmp_path / "headless")
+    torch.manual_seed(0)
+    model = zoo.load("vit-micro", num_classes=3, **TINY)
+    model.add_adapter(zoo.adapter(method, **trial), "mine")
+    if (
+        method != "vqt"
+    ):  # two of these act together; the others are refused where no head says that each stands for itself
+        with pytest.raises(zoo.ZooError, match="'mine'"):
+            zoo.disk.attach(model, read(tmp_path / "headless"))
+        assert model.active == ("mine",)
 
 
 def test_removal_copies_and_failures_keep_to_it() -> None:

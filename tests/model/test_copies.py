@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,11 +31,10 @@ WAYS += [(family, m, how) for family, how in (("vit", pickled), ("swin", copy.de
 
 
 @pytest.fixture(autouse=True)
-def only_what_is_new() -> Iterator[None]:
+def only_what_is_new_in_each() -> None:
     """What there is already is left out of collections, which are the longest part of these tests otherwise."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def models() -> int:

@@ -270,3 +270,12 @@ def test_a_dead_module_is_found(images: Tensor) -> None:
     model.backbone.blocks[1].__dict__["forward"] = lambda x, **_: x  # a pipeline that passes a block by
     dead = model.probe(images)
     assert {d.split("/")[1].split(".lora")[0] for d in dead} == {"blocks.1.attn.q", "blocks.1.attn.v"}
+
+
+def test_probe_of_a_model_that_is_frozen_whole(images: Tensor) -> None:
+    """What a user froze gets no gradient, and nothing is left that could be dead: it ended in torch's own words."""
+    model = build()
+    model.add_adapter("lora")
+    model.adapters["lora"].requires_grad_(False)
+    model.heads.requires_grad_(False)
+    assert model.probe(images) == [] and not model.parameters_to_train()

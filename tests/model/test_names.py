@@ -104,6 +104,27 @@ def test_a_name_of_an_adapter_that_is_none() -> None:
     assert not model.adapters
 
 
+@pytest.mark.parametrize("name", ["train", "half", "cpu", "training", "_modules", "_forward_hooks"])
+def test_words_of_torch(name: str) -> None:
+    """Those that are of an instance, not of its class, ended in torch's KeyError, with the adapter half attached."""
+    model = tiny_model(None)
+    expected = model.eval()(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match="a word of torch's own modules"):
+        model.add_adapter("lora", name)
+    assert not model.adapters and not model._sites and torch.equal(model(torch.zeros(1, 3, 8, 8)), expected)
+
+
+@pytest.mark.parametrize("width", ["3", 2.5, True, -1, 10**9, [3]])
+def test_a_width_that_is_none(width: Any) -> None:
+    """A TypeError of `<`, or a head of one class for True."""
+    model = tiny_model(None)
+    head = model.head
+    for call in (lambda: model.add_adapter("lora", num_classes=width), lambda: model.reset_head(width)):
+        with pytest.raises(ConfigError, match=r"num_classes is .*; expected a whole number >= 0"):
+            call()
+    assert model.head is head and not model.adapters and not model._sites
+
+
 @pytest.mark.parametrize(
     "call", [{"backbone": "x" * 5000}, {"adapter": "y" * 300}, {"adapter": ["lora", Path("z" * 999)]}]
 )

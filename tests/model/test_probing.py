@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from two_processes import joined, pair
 
 import zoo
 from zoo.errors import ConfigError, DataError, SelectionError
@@ -114,57 +113,33 @@ def test_other_losses() -> None:
     assert not weight.requires_grad and model.parameters_to_train()
 
 
-DDP = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist, torch.multiprocessing as mp
-import torch.nn.functional as F
-import zoo
-from test_probing import batch, vit
-
-def work(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{{path}}", rank=rank, world_size=2)
+def wrapped_in_ddp() -> None:
+    rank = joined()
     model = vit()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     images, labels = batch(rank)
-    with zoo.probing(wrapped) as probe:      # each for itself
+    with zoo.probing(wrapped) as probe:  # each for itself
         mine = probe.gradients(probe.loss(images, labels))
     wrapped.zero_grad()
-    F.cross_entropy(wrapped(images), labels).backward()      # the wrapper still works
-    joint = {{k: p.grad.clone() for k, p in model.parameters_to_train().items()}}
+    F.cross_entropy(wrapped(images), labels).backward()  # the wrapper still works
+    joint = {k: p.grad.clone() for k, p in model.parameters_to_train().items() if p.grad is not None}
     for key, value in mine.items():
         both = value.clone()
-        dist.all_reduce(both)
+        torch.distributed.all_reduce(both)
         torch.testing.assert_close(both / 2, joint[key], rtol=1e-4, atol=1e-6)
     with zoo.capture(wrapped, "blocks.1.mlp.up", "input", "covariance") as seen, torch.no_grad():
         model(images)
     alone = seen["blocks.1.mlp.up"]
     together = seen.results(all_processes=True)["blocks.1.mlp.up"]
     with zoo.capture(model, "blocks.1.mlp.up", "input", "covariance") as whole, torch.no_grad():
-        model(batch(0)[0]); model(batch(1)[0])
+        model(batch(0)[0])
+        model(batch(1)[0])
     torch.testing.assert_close(together, whole["blocks.1.mlp.up"], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(alone, together)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
-    print("equal")
-"""
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP.format(tests=str(Path(__file__).parent)))
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "meet")],
-        env={**__import__("os").environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    pair(wrapped_in_ddp, tmp_path)
 
 
 # -- captures -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +194,13 @@ DDP = ("lora", "bitfit", "full", "vpt", "spt", "meft", "vqt")
 def test_accelerate(tmp_path: Path) -> None:
     """Accelerator.prepare makes DDP of a model: two processes train to the numbers of one, and going on finds its state."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    launch(__file__, tmp_path)
+    launch(prepared, tmp_path, tmp_path)
     assert (tmp_path / "done.0").exists() and (tmp_path / "done.1").exists()
 
 
-def main(folder: Path) -> None:
+def prepared(folder: Path) -> None:
     from accelerate import Accelerator
 
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     assert accelerator.num_processes == 2
@@ -229,8 +227,3 @@ def main(folder: Path) -> None:
         accelerator.free_memory()
     (folder / f"done.{rank}").write_text("")
     accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,15 @@ def lae(out: Path | None = None) -> tuple[zoo.Model, Any]:
     return model, zoo.run(model, "lae", train, test, out=out, fit=FIT, **SETTINGS)
 
 
+def together(out: Path) -> None:
+    made, found = lae(out)
+    digest = [float(t.double().sum()) for t in made.adapter_state("adapter-offline").values()]
+    Processes("cpu").same(repr((found.summary, digest)), "results")
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    launch(__file__, tmp_path)
+    launch(together, tmp_path, tmp_path / "two")
     _, one = lae()
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["summary"]["matrix"] == one.summary["matrix"]
@@ -54,10 +59,3 @@ def test_forms_of_lae_compile(form: str) -> None:
         images = torch.randn(2, 3, 32, 32)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-6)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    made, found = lae(Path(sys.argv[1]) / "two")
-    digest = [float(t.double().sum()) for t in made.adapter_state("adapter-offline").values()]
-    Processes("cpu").same(repr((found.summary, digest)), "results")

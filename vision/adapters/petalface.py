@@ -30,6 +30,7 @@ gets a = 1/2 (`unknown="middle"`). (6) Their shifted windows go without a mask: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -172,7 +173,7 @@ class PetalFace(Adapter):
             )
         score = None if given else SCORES[self.quality]
         mixing = Mixing(score, moments, (self.plan or {}).get("threshold", self.threshold), self.gain, self.unknown)
-        example = (lambda n: torch.linspace(0.2, 0.8, n)) if given else None
+        example = functools.partial(torch.linspace, 0.2, 0.8) if given else None
         values = [points.context("quality", required=given, example=example)]
         values += [] if given else [points.context("inputs")]
         made = points.generate("mixing", mixing, *values)

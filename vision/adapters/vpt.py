@@ -111,6 +111,7 @@ class VPT(Adapter):
     translated = ("start",)  # how random values are drawn, which those of a source are not
     default_lr = 1e-2
     paper = "Jia et al. 2022"
+    looks_back = True
     taxonomy = "additive"
     identity = False
     merges = False

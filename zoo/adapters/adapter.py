@@ -93,6 +93,7 @@ class BottleneckAdapter(Adapter):
     later = ("place", "residual")
     default_lr = 1e-3
     paper = "Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2022; Chen et al. 2022"
+    looks_back = True
     taxonomy = "additive"
     merges = False
     trial = {"rank": 2, "form": "houlsby"}

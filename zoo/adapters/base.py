@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.structure import Structured
 from zoo.errors import ConfigError, MergeError, nearest
-from zoo.fields import check_fields, fits, other_type
+from zoo.fields import check_fields, fits, hints_of, other_type
 from zoo.points import Point, Points
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Adapter(Structured):
     # A network beside the backbone that only reads it: alone, it learns nothing through the backbone, whose inputs then get
     # no gradient
     side_network: ClassVar[bool] = False
+    # What it does to a token of a causal tower never depends on later tokens: texts may run without what fills their context
+    looks_back: ClassVar[bool] = False
     # Names of the blocks that shall run again in backward from their input whatever `model.memory` is, but "off": `attach` may
     # say so where they learn nothing themselves and only hand gradients on
     reruns: ClassVar[tuple[str, ...]] = ()
@@ -279,7 +281,7 @@ class Adapter(Structured):
 
         By default its first setting of `SIZES` that takes a whole number. None: it has no size, or none so large.
         """
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         return next(({name: size} for name in SIZES if name in known and fits(1, hints[name])), None)
 
@@ -294,7 +296,7 @@ class Adapter(Structured):
         Raises:
             ConfigError: an unknown setting, one of the wrong type, or (strict) one that is missing.
         """
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         for name, value in config.items():
             if name not in known:

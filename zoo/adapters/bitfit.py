@@ -35,6 +35,7 @@ class BitFit(Adapter):
 
     default_lr = 1e-3
     paper = "Ben Zaken et al. 2021"
+    looks_back = True
     taxonomy = "selective"
     sums = True
 

@@ -23,6 +23,7 @@ class Full(Adapter):
 
     trains_backbone = True
     default_lr = 5e-5
+    looks_back = True
     taxonomy = "selective"
     sums = True
 

@@ -45,6 +45,7 @@ class IA3(Adapter):
 
     default_lr = 3e-3
     paper = "Liu et al. 2022"
+    looks_back = True
     taxonomy = "reparametrised"
     sums = True
 

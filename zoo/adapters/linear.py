@@ -22,6 +22,7 @@ class Linear(Adapter):
     stateless = True
     default_lr = 1e-2
     paper = "Alain and Bengio 2016"
+    looks_back = True
     taxonomy = "selective"
 
     def attach(self, points: Points) -> None:

@@ -95,6 +95,7 @@ class LoRA(Adapter):
     translated = ("rank", "ranks", "alpha", "alphas", "rslora")
     default_lr = 1e-3
     paper = "Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024"
+    looks_back = True
     taxonomy = "reparametrised"
     trial = {"rank": 2, "targets": "all-linear"}
 

@@ -34,6 +34,7 @@ class Norm(Adapter):
 
     default_lr = 1e-3
     paper = "Qi et al. 2022; Basu et al. 2023"
+    looks_back = True
     taxonomy = "selective"
     sums = True
 

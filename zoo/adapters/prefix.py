@@ -140,6 +140,7 @@ class Prefix(Adapter):
     translated = ("init",)  # how random values are drawn, which these are not
     default_lr = 5e-3
     paper = "Li and Liang 2021"
+    looks_back = True
     taxonomy = "additive"
     identity = False
     merges = False

@@ -45,6 +45,7 @@ class SSF(Adapter):
 
     default_lr = 1e-3
     paper = "Lian et al. 2022"
+    looks_back = True
     taxonomy = "reparametrised"
     sums = True
     identity = False

@@ -103,7 +103,7 @@ def fit(
     patience: Annotated[int | None, training_option("Stop after so many epochs without improvement.")] = None,
     keep: Annotated[str | None, training_option("best or last; default: best if there are validation data.")] = None,
     cache_features: Annotated[
-        bool, training_option("With linear: run the backbone once, and keep the features.", "--cache-features")
+        bool, training_option("With linear or vqt: run the backbone once, and keep its features.", "--cache-features")
     ] = False,
     folds: Annotated[
         int | None, training_option("Train on k - 1 of so many parts, measure the other, for each.")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from zoo.data.dataset import ImageDataset
+from zoo.data.functions import about_object
 from zoo.data.seeds import kept_generators, seed_everything
 from zoo.errors import DataError
 
@@ -38,7 +39,7 @@ def content(dataset: ImageDataset) -> dict[str, Any]:
         "labels": None if labels is None else _short(hashlib.blake2b(np.ascontiguousarray(labels).tobytes())),
         "classes": dataset.classes,
         "contents": _contents(dataset),
-        "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(dataset.transform)),
+        "transform": about_object(dataset.transform),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,11 +12,12 @@ from zoo.backbone import WRAPPED
 from zoo.disk.budget import budget
 from zoo.disk.layout import CONFIG, check_kind
 from zoo.disk.saved import SavedAdapter
-from zoo.errors import ConfigError, MismatchError
+from zoo.errors import CombinationError, ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from zoo.host import Host
 
+_LOG = logging.getLogger("zoo")
 # options at which tables of positions are resampled
 RESOLUTIONS = ("img_size", "image_size", "input_size", "max_length")
 
@@ -23,15 +25,39 @@ RESOLUTIONS = ("img_size", "image_size", "input_size", "max_length")
 def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
     """Put saved adapters, and their head if wanted, into a model; all or nothing. Returns the adapters' names there.
 
-    The head replaces the model's own; if other adapters are there already, it belongs to the new ones alone.
+    The head replaces the model's own; if other adapters are there already, it belongs to the new ones alone. With a head of their
+    own they need not work beside those in use: where they cannot, they are in use alone, the others stay attached, and a warning
+    says so.
 
     Raises:
         MismatchError: the adapters belong to another backbone, width, depth or set of weights.
+        CombinationError: they bring no head, and cannot work together with those in use.
         ConfigError, UnknownNameError: a method or setting that this version does not have.
     """
     check_backbone(model, saved)
+    own_head, others = head and saved.has_head and bool(model.adapters), model.active
+    try:
+        return _attach(model, saved, head, own_head)
+    except (
+        CombinationError,
+        MismatchError,
+    ):  # two that train the same values, or features of both, too wide for its head
+        if not (own_head and others):
+            raise
+    with model.all_or_nothing():
+        model.set_active()
+        added = _attach(model, saved, head, own_head)
+    _LOG.warning(
+        "The adapter in '%s' has a head of its own, and cannot be used together with %s: it is in use alone now. Switch with "
+        "model.set_active(...).",
+        *(saved.folder, " and ".join(f"'{name}'" for name in others)),
+    )
+    return added
+
+
+def _attach(model: Host, saved: SavedAdapter, head: bool, own_head: bool) -> list[str]:
+    """`attach`, of what was compared with the backbone."""
     added: list[str] = []
-    own_head = head and saved.has_head and bool(model.adapters)
     with model.all_or_nothing(), budget(saved.folder, saved.tensors, model.backbone):
         for i, entry in enumerate(saved.adapters):
             last = i == len(saved.adapters) - 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, nearest
 from zoo.heads.base import HEADS, Head, register_head
 
-__all__ = ["HEADS", "CosineHead", "MeanHead", "TwoHeads", "kind_of", "make_head"]
+__all__ = ["HEADS", "CosineHead", "MeanHead", "TwoHeads", "kind_of", "make_head", "settings_of"]
 
 
 @register_head("cosine")
@@ -79,13 +79,13 @@ def make_head(
     """
     if kind not in HEADS:
         raise ConfigError(f"there is no head of the kind '{kind}'. {nearest(kind, HEADS)}")
-    known = _settings(HEADS[kind])
+    known = settings_of(HEADS[kind])
     if unknown := [name for name in settings if name not in known]:
         raise ConfigError(f"the head '{kind}' has no setting '{unknown[0]}'; it has {', '.join(known) or 'none'}.")
     return HEADS[kind](dim, num_classes, **settings, **place)
 
 
-def _settings(cls: type[nn.Module]) -> list[str]:
+def settings_of(cls: type[nn.Module]) -> list[str]:
     """Names of the settings of a kind of head, those of the classes that it is made of included."""
     found: dict[str, None] = {}
     for base in cls.__mro__ if issubclass(cls, Head) else ():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.heads.base import register_head
-from zoo.heads.text import TextHead, check_slots, class_ids
+from zoo.heads.text import TextHead, check_slots, class_ids, cut
 
 if TYPE_CHECKING:
     from zoo.host import Host
@@ -121,7 +121,7 @@ def _read(head: ConceptHead, model: Host) -> None:
             assert head.classes is not None
             ids = torch.stack([class_ids(model.family, head.classes, t) for t in head.templates], dim=1)
             parts = ids.flatten(0, 1).to(model.device).split(TEXTS)
-            texts = torch.cat([model.outputs(texts=part, want=("text",))["text"] for part in parts])
+            texts = torch.cat([model.outputs(texts=cut(model, part), want=("text",))["text"] for part in parts])
             found = F.normalize(texts, dim=-1).to(head.text.dtype).unflatten(0, ids.shape[:2])
             found = found if head.each else found.mean(dim=1, keepdim=True)
         head.text.copy_(found)

@@ -51,7 +51,7 @@ class ImageTextHead(TextHead):
         Raises:
             ConfigError: the names of the classes are not known, or too long for the model with this template.
         """
-        ids, images = self.ids(model), F.normalize(outputs["pooled"], dim=-1)
+        ids, images = self.cut(model), F.normalize(outputs["pooled"], dim=-1)
         active: list[Any] = [model.adapters[name] for name in model.active]
         looking = [adapter for adapter in active if hasattr(adapter, "look")]
         step = max(1, TEXTS // len(ids))

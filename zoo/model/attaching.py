@@ -21,7 +21,7 @@ from zoo.engine.sites import Op, Site
 from zoo.engine.swaps import ByHand, Swap
 from zoo.errors import AttachError, CombinationError, ConfigError, UnknownNameError, nearest
 from zoo.model.compiled import one_more_set
-from zoo.model.headed import HALVES
+from zoo.model.headed import HALVES, WIDTH
 from zoo.model.sited import Sited
 
 BEFORE = "Attach, calibrate and load adapters and make heads first, then call fully_shard."
@@ -99,14 +99,14 @@ class AdapterHost(Sited):
             raise ConfigError(
                 f"'{name}' cannot name an adapter: use letters, digits, '-', '_' and '+' (not 'default', 'head')."
             )
-        if hasattr(nn.ModuleDict, name):  # or torch would say that the attribute exists
+        if hasattr(nn.ModuleDict(), name):  # or torch would say that the attribute exists
             raise ConfigError(
                 f"'{name}' cannot name an adapter: it is a word of torch's own modules. Give another name=."
             )
         if name in self.adapters:
             raise ConfigError(f"there is an adapter '{name}' already; remove it, or give another name=.")
         fresh.name = name
-        width = self.num_classes if num_classes is None else num_classes
+        width = self.num_classes if num_classes is None else WIDTH.of("num_classes", num_classes)
         self.points.num_classes = width
         head = None
         initial, fresh.initial = fresh.initial, None

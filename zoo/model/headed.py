@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zoo.adapters.base import Adapter
+from zoo.arguments import whole
 from zoo.backbone import Backbone
 from zoo.engine.sharded import refuse
 from zoo.engine.sites import State
@@ -20,6 +21,7 @@ from zoo.heads.names import check_texts, class_names
 from zoo.registry import head_class
 
 HALVES = (torch.float16, torch.bfloat16)
+WIDTH = whole(0, 10_000_000)  # of a head; 0: none
 
 
 class Headed(nn.Module):
@@ -161,6 +163,7 @@ class Headed(nn.Module):
         Raises:
             ConfigError: there is no name for each class, no such kind, or a setting that it does not have.
         """
+        num_classes = WIDTH.of("num_classes", num_classes)
         if classes is not None and (isinstance(classes, str) or len(classes) != num_classes):
             raise ConfigError(
                 f"num_classes is {num_classes}, and classes {classes!r}; expected a list of as many names."
@@ -258,8 +261,7 @@ class Headed(nn.Module):
         kind: str = "linear",
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> nn.Module:
-        if num_classes < 0:
-            raise ConfigError(f"num_classes is {num_classes}; expected 0 (no head) or more.")
+        num_classes = WIDTH.of("num_classes", num_classes)
         if num_classes == 0:
             return nn.Identity()
         own, factory = dim == self.family.feature_dim, {"device": self.device, "dtype": self.adapter_dtype}

@@ -270,9 +270,9 @@ class Model(Stated):
                 self.context(**{**examples, **self._state.context.given}),
             ):
                 output = self(*batch, **kwargs)
-                (
-                    output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
-                ).sum().backward()
+                if output.requires_grad:  # or all of it is frozen, and only the hooks can be seen
+                    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+                    (output.float() * weights).sum().backward()
             ops = {f"{op.owner}/{op.point}" for n in self._state.active for _, op in self._ops[n]}
             dead = sorted(ops - self._state.watching)
             dead += [k for k, p in self.parameters_to_train().items() if p.grad is None]

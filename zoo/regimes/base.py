@@ -24,14 +24,13 @@ own checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from zoo.data.dataset import ImageDataset
 from zoo.errors import ConfigError, DataError, nearest
-from zoo.fields import check_fields, fits
+from zoo.fields import check_fields, fits, hints_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,7 +162,7 @@ class Regime:
         Raises:
             ConfigError: an unknown setting, or one of the wrong type.
         """
-        hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+        hints, known = hints_of(cls), {f.name for f in dataclasses.fields(cls)}
         for name, value in config.items():
             if name not in known:
                 raise ConfigError(f"The regime '{cls.name}' has no setting '{name}'. {nearest(name, known)}")

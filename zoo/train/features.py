@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once for each item and kept, where nothing but the head is trained.
+"""Features of a frozen backbone, computed once for each item and kept, where nothing but a head and queries are trained.
 
     model = zoo.load("vit-b16", "linear", num_classes=17)
     report = zoo.fit(model, "flowers/train", "flowers/val", epochs=100, cache_features=True)
@@ -8,8 +8,9 @@ The losses are those of a fit that runs the backbone in every step, `augment="no
 composition. The features of an item stand still only if all in front of the head does: adapters that stand in the backbone,
 augmentation, mixup and cutmix are refused. The default augmentation is left out instead.
 
-VQT is refused as well: its queries read the tokens of every block. Those stand still, and are hundreds of times as many numbers
-as pooled features (ViT-B/16: 12 blocks of 197 tokens, 7 MB for an image in float32 against 3 kB), which is no saving.
+Queries (`vqt`) change nothing in the backbone: the keys and values that they read in every block stand still as well, and are
+kept beside the pooled features (`zoo.train.frozen`). They are thousands of times as many numbers: 2 N d for a block, 14.5 MB for
+an image of ViT-B/16 in float32 (half of it with precision="bf16") against 3 kB, so that is for hundreds of images.
 
 Features are held in memory, up to `LIMIT` bytes or as many as `cache_features=` says, on a GPU if it has room. Several processes
 compute a part each. Within the run an item is its place in the table; what else calls the model meanwhile (a callback with
@@ -21,8 +22,8 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -30,17 +31,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from zoo.adapters.base import Adapter
 from zoo.data.dataset import ImageDataset, Skipped, stack
 from zoo.data.seeds import seed_everything
 from zoo.errors import ConfigError, DataError
 from zoo.heads import Head
-from zoo.tasks import Classify, Task, call
+from zoo.tasks import Classify, Task
 from zoo.tasks.multilabel import MultiLabel
 from zoo.tasks.regress import Regress
 from zoo.tasks.resolve import Custom
 from zoo.train.batches import BatchPlan, make_loader
 from zoo.train.evaluation import autocast, input_dtype, to_device
+from zoo.train.frozen import Frozen, only_asks
 from zoo.train.processes import Processes
 from zoo.train.progress import Progress
 from zoo.train.settings import Settings
@@ -53,22 +54,18 @@ __all__ = ["LIMIT", "Kept", "check_still"]
 
 LIMIT = 4 << 30
 TRIED = 8  # items that are read twice before all are read
-CHUNK = 1 << 14  # rows that processes exchange at a time
+CHUNK = 1 << 26  # bytes that processes exchange at a time
 
 
 def check_still(model: Model, task: Task, settings: Settings, streams: Any, callbacks: Sequence[Any]) -> None:
     """Raise ConfigError, with the reason, unless the features of an item are the same in every step."""
-    moving = [name for name in model.parameters_to_train() if not name.startswith("head/")]
-    adapters: list[Any] = [model.adapters[name] for name in model.active]
+    asking = {name for name in model.active if only_asks(model, name)}
+    moving = [name for name in model.parameters_to_train() if name.partition("/")[0] not in ("head", *asking)]
+    standing = [a.method for n in model.active if n not in asking and not (a := model.adapters[n]).stateless]  # type: ignore[union-attr]
     reason = None
-    if reading := [a.method for a in adapters if moving and type(a).feature_dim is not Adapter.feature_dim]:
-        reason = (
-            f"what '{reading[0]}' trains reads the tokens inside the network. Only those stand still, hundreds of times as many "
-            "numbers as pooled features, which is no saving"
-        )
-    elif moving:
+    if moving:
         reason = f"'{moving[0]}' is trained in front of the head ({len(moving)} such parameters), so features change"
-    elif standing := [a.method for a in adapters if not a.stateless]:
+    elif standing:
         reason = (
             f"'{standing[0]}' stands in front of the head, and although nothing of it is trained it may draw (dropout) while "
             "the head is"
@@ -88,7 +85,9 @@ def check_still(model: Model, task: Task, settings: Settings, streams: Any, call
     elif getattr(model, "_compiled_call_impl", None) is not None:
         reason = "the model is compiled, backbone and head in one"
     if reason is not None:
-        raise ConfigError(f"cache_features keeps what only the head is trained on, and {reason}. Train without it.")
+        raise ConfigError(
+            f"cache_features keeps what only heads and queries are trained on, and {reason}. Train without it."
+        )
 
 
 class Kept:
@@ -102,7 +101,7 @@ class Kept:
         DataError: as of a fit.
     """
 
-    table: Tensor  # (n, d), those of `val` behind those of `train`
+    tables: list[Tensor]  # (n, d), and two (n, W, h, N, c) for each block that is asked; `val` stands behind `train`
     targets: Tensor  # (n,) or (n, K)
     known: Tensor  # (n,) 1 where an item could be read
 
@@ -120,6 +119,7 @@ class Kept:
         limit: bool | int = True,
     ) -> None:
         self.model, self.settings, self.processes, self.given = model, settings, processes, (train, val)
+        self.frozen = Frozen(model)
         began = time.perf_counter()
         model.to(processes.device)
         processes.share_module(model)
@@ -135,37 +135,30 @@ class Kept:
                 self._fill(task, dataset, start, workers, bar)
         finally:
             model.train(training)
-        for table in (self.table, self.targets, self.known):
+        for table in (*self.tables, self.targets, self.known):
             _share(table, processes)
         rows = [_Places(d, start, self) for d, start in zip(datasets, starts, strict=True)]
         made = [ImageDataset(r, d.classes, on_error=d.on_error) for r, d in zip(rows, datasets, strict=True)]
         self.sets = (made[0], made[1] if val is not None else None)
         if _has_room(processes.device, self.bytes):
-            self.table = self.table.to(processes.device)
+            self.tables = [table.to(processes.device) for table in self.tables]
         self.task = copy.copy(task)
         self.task.__class__ = type(type(task).__name__, (_OnKept, type(task)), {"kept": self})
         self.seconds = time.perf_counter() - began
         bar.line(
-            f"features of {len(self.table)} {task.items(model)} kept: {self.bytes / 1e6:.1f} MB, {self.seconds:.0f} s; "
+            f"features of {len(self.known)} {task.items(model)} kept: {self.bytes / 1e6:.1f} MB, {self.seconds:.0f} s; "
             "the backbone does not run again, and nothing is augmented"
         )
 
     @property
     def bytes(self) -> int:
         """What the features take."""
-        return self.table.numel() * self.table.element_size()
+        return sum(table.numel() * table.element_size() for table in self.tables)
 
-    @torch.no_grad()
-    def _features(self, inputs: Any) -> Tensor:
-        """Pooled features (B, d) of a batch on the device."""
+    def _take(self, inputs: Any) -> list[Tensor]:
+        """What is kept of a batch, on the device."""
         with autocast(self.processes.device, self.settings.precision):
-            found = call(self.model.features, inputs)
-        if not isinstance(found, Tensor):
-            raise ConfigError(
-                f"cache_features keeps pooled features, and '{self.model.backbone_name}' gives a {type(found).__name__}. Train "
-                "without it."
-            )
-        return found
+            return self.frozen.take(to_device(inputs, self.processes.device, self._dtype))
 
     def _allocate(self, task: Task, datasets: Sequence[ImageDataset], limit: int) -> None:
         """Tables for all items, by the features of one."""
@@ -176,19 +169,19 @@ class Kept:
         task.check_batch(self.model, datasets[0], target)
         seed_everything(self.settings.seed, "features")
         before = _generators(self.processes.device)
-        one = self._features(to_device(inputs, self.processes.device, self._dtype))
+        one = self._take(inputs)
         if _generators(self.processes.device) != before:
             raise ConfigError(
                 f"cache_features: '{self.model.backbone_name}' draws random numbers in its forward pass, so the features of an "
                 "item are others each time. Train without it."
             )
-        count, size = sum(map(len, datasets)), one[0].numel() * one.element_size()
+        count, size = sum(map(len, datasets)), sum(t[0].numel() * t.element_size() for t in one)
         if count * size > limit:
             raise ConfigError(
                 f"cache_features: {count} {task.items(self.model)} with {size} bytes of features each take {count * size} bytes; "
                 f"the bound is {limit}. Say how many they may take (cache_features={count * size}), or train without it."
             )
-        self.table = torch.zeros(count, *one.shape[1:], dtype=one.dtype)
+        self.tables = [torch.zeros(count, *t.shape[1:], dtype=t.dtype) for t in one]
         self.targets = torch.zeros(count, *target.shape[1:], dtype=target.dtype)
         self.known = torch.zeros(count, dtype=torch.int64)
 
@@ -208,35 +201,27 @@ class Kept:
             broken = {where for where, _ in batch.skipped}
             places = [start + i for _, i in keys if not broken or dataset.where(i) not in broken]
             task.check_batch(self.model, dataset, batch.targets)
-            self.table[places] = self._features(to_device(batch.inputs, device, self._dtype)).to(
-                "cpu", self.table.dtype
-            )
+            for table, part in zip(self.tables, self._take(batch.inputs), strict=True):
+                table[places] = part.to("cpu", table.dtype)
             self.targets[places] = batch.targets.to(self.targets.dtype)
             self.known[places] = 1
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """While entered, the backbone's features of a batch of places are read from the table."""
-        model: Any = self.model
-        own, table = model._features, self.table
+    def in_place(self) -> AbstractContextManager[None]:
+        """While entered, what the backbone gives a batch of places is read from the tables."""
 
-        def features(*inputs: Any, **kwargs: Any) -> Any:
+        def read(*inputs: Any, **kwargs: Any) -> list[Tensor] | None:
             places = inputs[0] if len(inputs) == 1 and not kwargs else None
             if isinstance(places, Tensor) and places.ndim == 1 and places.dtype == torch.int64:
-                return table[places.to(table.device)].to(places.device)
-            return own(*inputs, **kwargs)
+                return [table[places.to(table.device)].to(places.device) for table in self.tables]
+            return None
 
-        model.__dict__["_features"] = features
-        try:
-            yield
-        finally:
-            del model.__dict__["_features"]
+        return self.frozen.instead(read)
 
     def close(self, trainer: Any, report: Report) -> None:
         """The run is over: its data are those that were given again, and the report says what was kept."""
         trainer.train, trainer.val = self.given
         seconds = round(self.seconds, 3)
-        report.data["features"] = {"items": len(self.table), "bytes": self.bytes, "seconds": seconds}
+        report.data["features"] = {"items": len(self.known), "bytes": self.bytes, "seconds": seconds}
 
 
 class _OnKept:
@@ -341,5 +326,5 @@ def _share(table: Tensor, processes: Processes) -> None:
     if processes.world == 1:
         return
     wide = table.dtype if table.dtype == torch.float64 else torch.float32 if table.is_floating_point() else torch.int64
-    for part in table.split(CHUNK):
+    for part in table.split(max(1, CHUNK * len(table) // max(1, table.numel() * table.element_size()))):
         part.copy_(processes.add(part.to(processes.device, wide, copy=True)))

@@ -164,8 +164,8 @@ def fit(
         ema: 0.999, say: the model is measured, chosen and left with a moving average of what is trained (`zoo.train.ema`).
         sampler: which items make a batch, instead of a shuffle: one of `zoo.train.samplers`, "balanced" (all classes equally
             often), or a sampler of torch over the items of `train`.
-        cache_features: where only a head is trained, run the backbone once for each item and keep the features, in at most 4 GiB
-            or as many bytes as are given; without augmentation, and to the same numbers (`zoo.train.features`).
+        cache_features: where only a head or queries are trained, run the backbone once for each item and keep what it gives, in
+            at most 4 GiB or as many bytes as are given; without augmentation, and to the same numbers (`zoo.train.features`).
         streams: further data beside the training data, by name, for methods and tasks that want a batch of it in a step
             (`optimizer.stream("replay")`): what `zoo.open_dataset` takes, or a `zoo.train.Stream` of it. A stream that ends
             begins again, in another order, or is refused beforehand (`Stream(..., ends="refuse")`).

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from types import CodeType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from zoo.data.dataset import ImageDataset
 from zoo.data.digest import content
+from zoo.data.functions import about_function, about_object
 from zoo.engine.sharded import known_types
+from zoo.heads.base import Head
+from zoo.heads.classifiers import settings_of
 from zoo.tasks import Task
 from zoo.train.settings import Settings
 from zoo.train.streams import Stream
@@ -21,7 +24,7 @@ from zoo.train.streams import Stream
 if TYPE_CHECKING:
     from zoo.model import Model
 
-__all__ = ["about_function", "differences", "identity"]
+__all__ = ["differences", "identity"]
 
 
 def identity(
@@ -45,7 +48,7 @@ def identity(
         "backbone": [model.backbone_name, model.fingerprint],
         "options of the backbone": {k: repr(v) for k, v in model.backbone_kwargs.items()},
         "adapters": {name: {"method": adapters[name].method, **adapters[name].config()} for name in model.active},
-        "head": [type(model.head).__name__, model.num_classes],
+        "head": [type(model.head).__name__, model.num_classes, *_head(model.head)],
         "weights": _weights(model.backbone),
         "frozen": _frozen(model),
         "memory": model.memory,
@@ -89,6 +92,20 @@ def _whole_numbers(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([flat.sum(dtype=torch.int64)[None], samples])
 
 
+def _head(head: nn.Module) -> list[dict[str, Any]]:
+    """The settings of a head that has some (a margin), and the words that it reads."""
+    if not isinstance(head, Head):
+        return []
+    values = {name: getattr(head, name, None) for name in settings_of(type(head))}
+    if head.reads_names:
+        values |= {name: getattr(head, name, None) for name in ("classes", "template", "templates")}
+    found = {
+        k: v.tolist() if isinstance(v, Tensor) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
+    }
+    plain = {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str, list))}
+    return [plain] if plain else []
+
+
 def _frozen(model: Model) -> list[str]:
     """Names of what is not trained in the active adapters and the head: what the user froze, or `set_active(train=...)`."""
     owners = [(name, model.adapters[name]) for name in model.active]
@@ -109,28 +126,11 @@ def _settings(task: Task) -> dict[str, Any]:
         name = "loss" if name == "chosen" else name
         if callable(value):
             found[name] = about_function(value)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            found[name] = about_object(value)
         elif value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
             found[name] = repr(value)
     return found
-
-
-def about_function(function: Callable[..., Any]) -> str:
-    """The name of a function with a digest of its code and of what it closes over."""
-    if isinstance(function, functools.partial):
-        return f"{about_function(function.func)}{function.args!r}{function.keywords!r}"
-    code = getattr(function, "__code__", None)
-    name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    if code is None:
-        held = {k: v for k, v in getattr(function, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
-        return f"{name}{held or ''}"
-    cells = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
-    kept = [v for v in (*cells, *(function.__defaults__ or ())) if isinstance(v, (bool, int, float, str))]  # type: ignore[attr-defined]
-    return f"{name} {hashlib.blake2b(f'{_code(code)}{kept!r}'.encode(), digest_size=6).hexdigest()}"
-
-
-def _code(code: CodeType) -> str:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code.hex()}{constants}{code.co_names}"
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -144,6 +144,8 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
                     found[name] = _changed(name, then.get(name), new)
         elif then == value or (part not in former and part in ("weights", "frozen")):
             continue  # the second: a checkpoint from before they were noted
+        elif part == "head" and then == value[:2]:
+            continue  # from before a head's settings were
         elif part == "weights":
             same = then["precision"] == value["precision"]
             found[part] = (

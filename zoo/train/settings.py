@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zoo.arguments import ANYTHING, FLAG, FUNCTION, NOTHING, TEXT, Kind, mapping, number, one_of, whole
+from zoo.data.functions import about_function, about_object
 from zoo.errors import ConfigError
 from zoo.train.evaluation import PRECISIONS
 from zoo.train.optimizers import OPTIMIZERS, MakeOptimizer
@@ -114,9 +114,9 @@ class Settings:
         """The settings as JSON types."""
         values = asdict(self)
         if callable(self.augment):
-            values["augment"] = re.sub(r" at 0x[0-9a-f]+", "", repr(self.augment))
+            values["augment"] = about_object(self.augment)
         values["cache_features"] = True if self.cache_features else None  # how much they may take changes nothing
         values["sampler"] = None if self.sampler is None else repr(self.sampler)
         if callable(self.optimizer):
-            values["optimizer"] = getattr(self.optimizer, "__name__", type(self.optimizer).__name__)
+            values["optimizer"] = about_function(self.optimizer)
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}

@@ -4,8 +4,8 @@
 
 `features(images)` is I (B, d), on which a classifier can stand; `features(images, texts)` are the scores (B_images, B_texts).
 Points of the two towers are `image.blocks.3.attn.q`, `text.blocks.0.mlp` and so on (`multimodal.families.clip.towers`).
-Attentions whose
-projections are no modules are swapped for equal ones (`multimodal.families.clip.attention`), and `merge` puts the library's back.
+Attentions whose projections are no modules are swapped for equal ones (`multimodal.families.clip.attention`), and `merge` puts
+the library's back.
 
 With a classifier the image tower alone is adapted, since what the text tower computes is read by nobody; `tower="image"`, "text"
 or "both" chooses otherwise.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.families.clip import build as clip_build
@@ -158,9 +159,7 @@ class CLIPBackbone(Backbone):
         Raises:
             MismatchError: one of them is not described here; the message says why.
         """
-        from multimodal.families.clip.towers import towers
-
-        found = towers(self.module)
+        found = clip_towers.towers(self.module)
         chosen = [found[name] for name in ("image", "text") if self.tower in (name, "both")]
         for name, tower in found.items():
             if isinstance(tower, str) and self.tower in (name, "both"):
@@ -272,29 +271,32 @@ class CLIPBackbone(Backbone):
         Raises:
             DataError: images or texts that an output needs are not given.
         """
-        from multimodal.families.clip.towers import named_outputs
-
         self.check_wanted(want)
-        return named_outputs(self.module, images, None if texts is None else self._ids(texts), want)
+        return clip_towers.named_outputs(self.module, images, None if texts is None else self._ids(texts), want)
 
     def run(self, module: Any, images: Any = None, texts: Any = None) -> Tensor:  # type: ignore[override]
         """`features` of a plain module."""
         if texts is not None:
             texts = self._ids(texts)
         if images is not None and texts is not None:
-            return module.get_logits(images, texts)[0]
+            return module.get_logits(images, F.pad(texts, (0, self.context_length - texts.shape[1])))[0]
         if images is None and texts is None:
             raise DataError("neither images nor texts are given.")
-        return module.encode_text(texts) if images is None else module.encode_image(images)
+        return clip_towers.encode_text(module, texts) if images is None else module.encode_image(images)
 
     def _ids(self, texts: Any) -> Tensor:
         if not isinstance(texts, Tensor):
             return self.tokenize(texts).to(self.module.logit_scale.device)  # type: ignore[union-attr,arg-type]
-        if texts.dim() != 2 or texts.shape[1] > self.context_length:
+        least = self.context_length if clip_towers.reads_all(self.module) else 1
+        if texts.dim() != 2 or not least <= texts.shape[1] <= self.context_length:
             raise DataError(
                 f"token ids have the shape {tuple(texts.shape)}; expected (n, {self.context_length}), as `tokenize` gives them."
             )
         return texts
+
+    def text_length(self, ids: Tensor) -> int:
+        """How many columns of token ids (n, L) the embeddings of these texts depend on, if no token is told of later ones."""
+        return clip_towers.length(self.module, ids)
 
     def check_routed(self, *inputs: Any) -> None:
         """Scores compare every image with every text, so their rows belong to no single adapter."""
@@ -330,8 +332,7 @@ class CLIPBackbone(Backbone):
     @property
     def num_prefix(self) -> int:
         """Class and register tokens of the image tower."""
-        visual: Any = self.module.visual
-        trunk = getattr(visual, "trunk", None)
+        trunk = getattr(self.module.visual, "trunk", None)
         return 1 if trunk is None else int(getattr(trunk, "num_prefix_tokens", 0))
 
     @property

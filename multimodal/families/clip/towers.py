@@ -107,13 +107,55 @@ def named_outputs(module: Any, images: Tensor | None, ids: Tensor | None, want: 
     if "text" in want:
         if ids is None:
             raise DataError("'text' are features of texts, and none are given.")
-        found["text"] = module.encode_text(ids)
+        found["text"] = encode_text(module, ids)
     if "scale" in want:
         scale, bias = module.logit_scale, module.logit_bias
         wide = torch.promote_types(scale.dtype, torch.float32)
         bias = scale.new_zeros(()) if bias is None else bias
         found["scale"] = torch.stack([scale.exp().to(wide).reshape(()), bias.to(wide).reshape(())])
     return found
+
+
+def encode_text(module: Any, ids: Tensor) -> Tensor:
+    """Token ids (n, L) -> (n, d): the library's `encode_text`, and the same for texts without their last columns (`length`)."""
+    text = getattr(module, "text", module)
+    if ids.shape[1] == module.context_length or reads_all(module):
+        return module.encode_text(ids)  # type: ignore[no-any-return]
+    from open_clip.transformer import text_global_pool
+
+    length, dtype = ids.shape[1], text.transformer.get_cast_dtype()
+    x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
+    pooling, end = _pooling(module)
+    x = text_global_pool(x, ids, pooling, eos_token_id=end)
+    projection = text.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection  # type: ignore[no-any-return]
+
+
+def length(module: Any, ids: Tensor) -> int:
+    """Columns of token ids (n, L) that the embeddings depend on: in a causal tower that reads the ends, up to the last end."""
+    if reads_all(module):
+        return ids.shape[1]
+    pooling, end = _pooling(module)
+    ends = ids.argmax(1) if pooling == "argmax" else torch.eq(ids, -1 if end is None else end).int().argmax(1)
+    return int(ends.max()) + 1
+
+
+def reads_all(module: Any) -> bool:
+    """Whether the embedding of a text depends on what fills the context behind its end."""
+    text = getattr(module, "text", module)
+    masked = getattr(text, "attn_mask", None) is None or getattr(text, "use_pad_mask", False)
+    return masked or _pooling(module)[0] not in ("argmax", "eos")
+
+
+def _pooling(module: Any) -> tuple[str, int | None]:
+    """How the text tower pools, and the id of the end, where it has one."""
+    text = getattr(module, "text", None)
+    if text is None:
+        return module.text_pool_type, getattr(module, "text_eos_id", None)
+    return getattr(text, "pool_type", ""), getattr(text, "eos_id", None)
 
 
 def look(visual: Any, images: Tensor) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -364,12 +363,8 @@ def train(out: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    launch(__file__, tmp_path)
+    launch(train, tmp_path, tmp_path)
     train(tmp_path)
     one, two = (load_file(tmp_path / str(n)) for n in (1, 2))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]))

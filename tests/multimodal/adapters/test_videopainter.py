@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,17 @@ def test_under_torch_compile() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.compiler.disable"):
         torch.compile(model, backend="eager", fullgraph=True)(*batch, context=given)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_a_copy_goes_on_by_itself(how: str) -> None:
+    """What it takes as an example of a mask was a function within a function, which no process can be handed."""
+    model, batch = build("cogvideox-5b", "videopainter")
+    twin = pickle.loads(pickle.dumps(stirred(model))) if how == "pickle" else copy.deepcopy(stirred(model))
+    with torch.no_grad():
+        expected, found = (m(*batch, context=m.example_context(*batch)) for m in (model, twin))
+    assert torch.equal(found, expected)
+    twin.set_active()
+    with torch.no_grad():
+        assert not torch.equal(twin(*batch), expected)
+    assert torch.equal(model(*batch, context=model.example_context(*batch)), expected)

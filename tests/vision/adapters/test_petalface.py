@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_images_without_a_quality() -> None:
         given(x)
     assert given(x, context={"quality": 0.7}).shape == (3, 5)
     assert given.probe(x) == []  # by its example
+    assert pickle.loads(pickle.dumps(given)).probe(x) == []
 
 
 def test_threshold_by_calibration(tmp_path: Path) -> None:
