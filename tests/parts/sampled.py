@@ -7,7 +7,7 @@ fixed share is drawn by the pair's own name, so that neither a new family nor a 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -27,6 +27,19 @@ def few(family: str, method: str) -> bool:
     if method in METHODS:
         return True
     return zlib.crc32(f"{family}/{method}".encode()) % SHARE == 0
+
+
+def lots(families: Iterable[str], methods: Iterable[str], always: Collection[str]) -> list[Any]:
+    """Each family with a lot of methods as one parameter: those it always meets and a sample, and, marked `rest`, all."""
+    methods = list(methods)
+    found = []
+    for family in families:
+        lot = [method for method in methods if method in always or few(family, method)]
+        found += [
+            pytest.param(family, lot, id=family),
+            pytest.param(family, methods, id=f"{family}-all", marks=pytest.mark.rest),
+        ]
+    return found
 
 
 def pairs(families: Iterable[str], methods: Iterable[str]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import lots
 from torch import Tensor, nn
 
 import zoo
@@ -77,8 +78,12 @@ def test_points_reach_the_modules_that_they_name() -> None:
     assert (tokens.num_prefix, tokens.first) == (2, True)
 
 
-def test_every_method_works_or_is_refused() -> None:
-    cells = {c.method: c for c in compatibility(["ast"])}
+NAMED = ("linear", "full", "bitfit", "norm", "lora", "ssf", "ia3", "vpt", "prefix", "adapter", "vqt")
+
+
+@pytest.mark.parametrize(("family", "methods"), lots(["ast"], zoo.list_adapters(), NAMED))
+def test_every_method_works_or_is_refused(family: str, methods: list[str]) -> None:
+    cells = {c.method: c for c in compatibility([family], methods)}
     for cell in cells.values():
         answers = (cell.attach, cell.train, cell.save, cell.merge)
         assert not any(a.startswith("defect") for a in answers), cell

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import lots
 from torch import Tensor
 
 import zoo
@@ -67,29 +68,34 @@ def test_equals_the_library(kind: str) -> None:
     torch.testing.assert_close(model(x), module(x).logits, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "wavlm"])
-def test_every_method_works_or_is_refused(kind: str) -> None:
-    refused = {
-        "vqt",
-        "coop",
-        "cones",
-        "textual-inversion",
-        "clip-adapter",
-        "tip-adapter",
-        "tip-adapter-f",
-        "gram",
-        "cocoop",
-        "cpe-clip",
-        "maple",
-        "convpass",
-        "dtl+",
-        "petalface",
-        "sct",
-        "unipelt",
-        "videopainter",
-        "videopainter-id",
-    } | ({"meft", "das"} if kind == "wavlm" else set())
-    for cell in compatibility([kind]):
+REFUSED = {
+    "vqt",
+    "coop",
+    "cones",
+    "textual-inversion",
+    "clip-adapter",
+    "tip-adapter",
+    "tip-adapter-f",
+    "gram",
+    "cocoop",
+    "cpe-clip",
+    "maple",
+    "convpass",
+    "dtl+",
+    "petalface",
+    "sct",
+    "unipelt",
+    "videopainter",
+    "videopainter-id",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods"), lots(["wav2vec2", "wavlm"], zoo.list_adapters(), {*REFUSED, "meft", "das"})
+)
+def test_every_method_works_or_is_refused(kind: str, methods: list[str]) -> None:
+    refused = REFUSED | ({"meft", "das"} if kind == "wavlm" else set())
+    for cell in compatibility([kind], methods):
         answers = (cell.attach, cell.train, cell.save, cell.merge)
         assert not any(a.startswith("defect") for a in answers), cell
         assert (cell.attach != "yes") == (cell.method in refused), cell

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import lots
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
@@ -52,9 +53,12 @@ def test_without_an_adapter_it_is_the_library(name: str) -> None:
     assert list(module.state_dict()) == keys
 
 
-@EVERY
-def test_every_method_works_or_says_why(name: str) -> None:
-    cells = {c.method: c for c in zoo.compatibility([name])}
+NAMED = ("full", "bitfit", "lora", "adapter", "prefix", "ssf", "ia3", "norm", "vpt")
+
+
+@pytest.mark.parametrize(("name", "methods"), lots(FAMILIES, zoo.list_adapters(), NAMED))
+def test_every_method_works_or_says_why(name: str, methods: list[str]) -> None:
+    cells = {c.method: c for c in zoo.compatibility([name], methods)}
     for cell in cells.values():
         assert not any(getattr(cell, step).startswith("defect") for step in STEPS), cell
     trained = {m for m, c in cells.items() if c.train == "yes" and c.save == "yes"}

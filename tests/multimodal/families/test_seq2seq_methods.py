@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import lots
 from seq2seq_models import ALL, FAMILIES, stir, straight, twin
 
 import zoo
@@ -17,10 +18,13 @@ from zoo.table import tiny_model
 # -- methods -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compatibility(family: str) -> None:
-    cells = {c.method: c for c in zoo.compatibility([family])}
-    for method in ("full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3", "vpt"):
+NAMED = ("full", "bitfit", "norm", "lora", "adapter", "prefix", "ssf", "ia3", "vpt")
+
+
+@pytest.mark.parametrize(("family", "methods"), lots(FAMILIES, zoo.list_adapters(), NAMED))
+def test_compatibility(family: str, methods: list[str]) -> None:
+    cells = {c.method: c for c in zoo.compatibility([family], methods)}
+    for method in NAMED:
         cell = cells[method]
         assert (cell.attach, cell.train, cell.save) == ("yes", "yes", "yes"), cell
     assert not [c for c in cells.values() for step in c.as_dict().values() if str(step).startswith("defect")]

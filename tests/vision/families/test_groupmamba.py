@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sampled import few
 from torch import Tensor, nn
 
 import zoo
@@ -149,7 +150,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("method", zoo.list_adapters())
+IN_EVERY_RUN = {*REFUSED, "linear", "norm", "ia3", "bitfit"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=() if m in IN_EVERY_RUN or few("groupmamba", m) else pytest.mark.rest)
+        for m in zoo.list_adapters()
+    ],
+)
 def test_compatibility(method: str) -> None:
     (cell,) = zoo.compatibility(["groupmamba"], [method])
     answers = {step: getattr(cell, step) for step in STEPS}
