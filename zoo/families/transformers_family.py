@@ -194,6 +194,9 @@ class TransformersBackbone(Backbone):
             ) from error
         own = [k for k in report["missing_keys"] if k.split(".")[0] in cls.head_parts]
         missing = sorted(k for k in set(report["missing_keys"]) - set(own) if not _any(k, cls.started))
+        head = [k for k in module.state_dict() if k.split(".")[0] in cls.head_parts]
+        if own and set(own) != set(head):  # of a classifier a part alone: it is no checkpoint without one
+            missing = sorted([*missing, *own])
         if missing:
             raise ConfigError(
                 f"'{source}' holds no weights for {', '.join(missing[:3])} ({len(missing)} tensors in all): it is not what "

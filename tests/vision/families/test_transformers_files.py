@@ -65,6 +65,21 @@ def test_checkpoints_of_pretraining(kind: str, tmp_path: Path) -> None:
     assert [k for k in mine if "fc_norm" not in k] == []
 
 
+@pytest.mark.parametrize("lost", ["classifier.dense.weight", "classifier.layernorm.bias", "classifier"])
+def test_a_classifier_of_which_a_part_is_missing(lost: str, tmp_path: Path) -> None:
+    """It was taken off, without a word; only a file that has nothing of one is a network without a classifier."""
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ASTConfig(**small, max_length=40, num_mel_bins=32, num_labels=3)
+    module = transformers.ASTForAudioClassification(config)
+    kept = {k: v for k, v in module.state_dict().items() if not k.startswith(lost)}
+    module.save_pretrained(tmp_path, state_dict=kept)
+    if lost == "classifier":
+        assert zoo.load(f"transformers:{tmp_path}").num_classes == 0
+    else:
+        with pytest.raises(ConfigError, match=rf"holds no weights for {lost} \(1 tensors"):
+            zoo.load(f"transformers:{tmp_path}")
+
+
 @pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip"])
 def test_missing_and_strange_tensors_are_named(kind: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
