@@ -7,7 +7,7 @@
 
 Each network is built on the meta device (no weights, no network connection) and gets LoRA at its default places:
 
-- *described*: a family with a table takes it: it has all the kinds of points that its blocks have;
+- *described*: a family with a table takes it: it has all the kinds of points that its blocks have (in both towers of a CLIP);
 - *LoRA*: it loads with LoRA, by a family or by the generic one, which finds projections and convolutions by their type;
 - *shown*: a forward pass on shapes has shown that every place is called (else the first real batch shows it).
 
@@ -171,6 +171,7 @@ def tried(case: Case) -> dict[str, Any]:
         "shown": bool(getattr(family, "proven", True)),
         "refused": len(model.points.refused),
         "seconds": round(time.perf_counter() - start, 2),
+        **({"whole": False} if getattr(getattr(family, "looked", None), "passes", None) else {}),
     }
 
 
@@ -202,7 +203,7 @@ def sweep(library: str, only: str = "*", before: list[dict[str, Any]] | None = N
 def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Counts by tags."""
     total = sum(r["tags"] for r in rows)
-    described = sum(r["tags"] for r in rows if r["family"] not in (None, "generic"))
+    described = sum(r["tags"] for r in rows if r["family"] not in (None, "generic") and r.get("whole", True))
     loads = sum(r["tags"] for r in rows if r["family"] is not None)
     shown = sum(r["tags"] for r in rows if r.get("shown"))
     return {"total": total, "described": described, "lora": loads, "shown": shown}

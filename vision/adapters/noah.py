@@ -196,7 +196,7 @@ class NOAH(Adapter):
 
     def attach(self, points: Points) -> None:
         """Prompts, LoRA and a bottleneck in every block, where their size is not 0."""
-        tokens = points.require("tokens", "noah")
+        tokens = points.require("tokens", "noah", each_tower=True)
         self.blocks = len(tokens)
         sizes = self.whole()
         for number, point in enumerate(tokens):

@@ -135,7 +135,7 @@ class VPT(Adapter):
 
     def attach(self, points: Points) -> None:
         """Put prompts in front of the first block, or of every block."""
-        tokens = [p for p in points.require("tokens", "vpt") if self.deep or p.first]
+        tokens = [p for p in points.require("tokens", "vpt", each_tower=True) if self.deep or p.first]
         patch = [p.dim_in for p in points if p.role == "patch"]  # 3 p^2: what one patch holds
         for point in tokens:
             width = self.project or tokens[0].dim_in

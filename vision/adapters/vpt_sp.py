@@ -87,7 +87,7 @@ class VPTSP(Adapter):
 
     def attach(self, points: Points) -> None:
         """Prompts at every block for which some are left; all biases."""
-        tokens: list[TokensPoint] = points.require("tokens", "vpt-sp")  # type: ignore[assignment]
+        tokens: list[TokensPoint] = points.require("tokens", "vpt-sp", each_tower=True)  # type: ignore[assignment]
         given = points.context(PROMPTS, required=False)
         counts = points.context(COUNTS, per="batch", required=False)
         for block, point in enumerate(tokens):

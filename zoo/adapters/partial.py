@@ -45,7 +45,7 @@ class Partial(Adapter):
 
     def attach(self, points: Points) -> None:
         """Put a trainable copy of every parameter of these blocks and norms in its place."""
-        blocks: list[Point] = points.require("block", "partial")
+        blocks: list[Point] = points.require("block", "partial", each_tower=True)
         chosen: list[Point] = []
         for tower in dict.fromkeys(p.tower for p in blocks):
             own = [p for p in points if p.tower == tower]

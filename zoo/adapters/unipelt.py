@@ -182,7 +182,7 @@ class UniPELT(Adapter):
         """Gates at every attention, prefix and LoRA behind them; an adapter behind every MLP."""
         if "lora" in self.methods:
             check_rank(self, ((p, self.rank) for p in points.select(kind="linear") if p.role in ("q", "v")))
-        products = points.require("attention", "unipelt")
+        products = points.require("attention", "unipelt", each_tower=True)
         for product in products:
             # the mean over tokens must be one over the same tokens whatever else is in the batch
             if product.layout is None or not product.layout.grid:

@@ -111,8 +111,22 @@ class Points(Sequence[Point]):
             if self.refused:
                 first, why = next(iter(self.refused.items()))
                 _LOG.warning("'all-linear' leaves out %d projections, first '%s': %s.", len(self.refused), first, why)
-            return self.select(kind="linear", role=chosen)
+            found = self.select(kind="linear", role=chosen)
+            if lacking := [t for t in self._towers if t not in {p.tower for p in found}]:
+                self._left_out("projection for 'all-linear'", lacking[0], found[0].tower)
+            return found
+        if targets == usual and (apart := self._by_tower(usual)) is not None:
+            return apart
         return self.select(self.usual(usual) if targets == usual else targets, kind="linear")
+
+    def _by_tower(self, usual: tuple[str, ...]) -> list[Any] | None:
+        """What a method takes by default of each of several towers; None: no one of them lacks what the others have."""
+        parts = [Points([p for p in self._points if p.tower == t], self.backbone) for t in self._towers]
+        chosen = {part.usual(usual) for part in parts}
+        if len(chosen) < 2 or any(not set(part.usual(usual)) & set(part.roles("linear")) for part in parts):
+            return None
+        taken = {id(p) for part in parts for p in part.select(part.usual(usual), kind="linear")}
+        return [p for p in self._points if id(p) in taken]
 
     def sublayers(self, targets: str | Sequence[str], usual: tuple[str, ...]) -> list[Any]:
         """The sublayers that a method's `targets` name, in forward order.
@@ -359,13 +373,19 @@ class Points(Sequence[Point]):
         """
         self._session("mix").mix(names, make)
 
-    def require(self, kind: str, method: str) -> list[Any]:
-        """All points of a kind, or an AttachError that says that this backbone has none."""
+    def require(self, kind: str, method: str, *, each_tower: bool = False) -> list[Any]:
+        """All points of a kind, or an AttachError that says that this backbone has none.
+
+        Args:
+            each_tower: the method acts wherever there are any, so a SelectionError if one of several towers has none.
+        """
         found = [p for p in self._points if p.kind == kind]
         if not found:
             raise AttachError(
                 f"'{method}' needs {kind} points, and {self.backbone} has none (it has {', '.join(self.kinds)} points)."
             )
+        if each_tower:
+            self._both_have(kind)
         return found
 
     def __repr__(self) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from multimodal.families.clip import build as clip_build
 from multimodal.families.clip import towers as clip_towers
+from multimodal.families.clip.found import Looked, text_of
 from multimodal.families.clip.towers import linear_points, norm_points
 from zoo.backbone import Backbone
 from zoo.errors import ConfigError, DataError, MismatchError, nearest
@@ -73,6 +74,9 @@ class CLIPBackbone(Backbone):
         super().__init__(module, name)
         self.own_name = self.aliases.get(name, name).removeprefix("open_clip:")
         self.tower = "both"
+        self.looked = Looked(module)
+        if isinstance(clip_towers.towers(module)["image"], str):
+            self.gives = ("pooled", "text", "scale")  # type: ignore[misc,assignment]  # tokens and maps are not described
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -154,20 +158,14 @@ class CLIPBackbone(Backbone):
     # -- points -----------------------------------------------------------------------------------------------------
 
     def towers(self) -> list[Tower]:
-        """The towers that adapters see.
+        """The towers that adapters see, of those that are described here."""
+        found = clip_towers.towers(self.module).items()
+        return [t for name, t in found if self.tower in (name, "both") and not isinstance(t, str)]
 
-        Raises:
-            MismatchError: one of them is not described here; the message says why.
-        """
-        found = clip_towers.towers(self.module)
-        chosen = [found[name] for name in ("image", "text") if self.tower in (name, "both")]
-        for name, tower in found.items():
-            if isinstance(tower, str) and self.tower in (name, "both"):
-                other = "text" if name == "image" else "image"
-                raise MismatchError(
-                    f"The {name} tower of '{self.name}' {tower}. Load it with tower='{other}' to adapt that one alone."
-                )
-        return chosen  # type: ignore[return-value]
+    @property
+    def refused(self) -> dict[str, str]:
+        """Projections of towers that are not described which are no points: name -> why."""
+        return self.looked.refused
 
     @classmethod
     def half(cls, block: Any, role: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,7 +175,10 @@ class CLIPBackbone(Backbone):
     def points(self) -> list[Point]:
         """Points of the image tower, then those of the text tower, each in forward order."""
         found: list[Point] = []
-        for tower in self.towers():
+        for name, tower in clip_towers.towers(self.module).items():
+            if self.tower not in (name, "both") or isinstance(tower, str):
+                found += self.looked.points(self, name) if self.tower in (name, "both") else []
+                continue
             found += self._ahead(tower)
             for i, block in enumerate(tower.blocks):
                 attention = block.attn
@@ -388,11 +389,8 @@ class CLIPBackbone(Backbone):
     def tiny_batch(self) -> tuple[Tensor, ...]:
         """Two images and two texts as token ids: start, words, end (the highest id), padding."""
         vocab, context = int(self.module.vocab_size), self.context_length  # type: ignore[arg-type]
-        ids = torch.zeros(2, context, dtype=torch.long)
-        for row, length in enumerate((5, context)):
-            ids[row, :length] = torch.randint(1, vocab - 2, (length,))
-            ids[row, 0], ids[row, length - 1] = vocab - 2, vocab - 1
-        return torch.randn(2, *self.data_config()["input_size"]), ids
+        texts = [text_of(torch.randint(1, vocab - 2, (n,)), context, vocab) for n in (5, context)]
+        return torch.randn(2, *self.data_config()["input_size"]), torch.cat(texts)
 
     def example_batch(self, size: int = 2, classify: bool = False) -> tuple[Tensor, ...]:
         """Images and texts; a classifier stands on images alone."""

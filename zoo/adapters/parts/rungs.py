@@ -175,7 +175,7 @@ def one_stream(points: Points, method: str) -> list[Point]:
     Raises:
         AttachError: there is none, or more than one.
     """
-    blocks = points.require("block", method)
+    blocks = points.require("block", method, each_tower=True)
     points.require("attention", method)
     towers = sorted({p.tower for p in blocks})
     if len(towers) > 1:
