@@ -125,7 +125,8 @@ class CLIPBackbone(Backbone):
         module = clip_build.create(name, pretrained, options)
         if not isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP)):
             raise MismatchError(
-                f"open_clip builds '{name}' as {type(module).__name__}; the family 'clip' describes CLIP and CustomTextCLIP."
+                f"open_clip builds '{name}' as {type(module).__name__}; the family 'clip' describes CLIP and CustomTextCLIP, of "
+                "which each tower gives one embedding. Use one of those (a CoCa hands tokens on to a decoder of captions)."
             )
         clip_build.swap(module)
         return module

@@ -12,7 +12,7 @@ network on the way to the common space has the role "proj", which "all-linear" l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from zoo.families.generic.discover import discover
 from zoo.families.generic.watch import Pass, run, silent
 from zoo.points import Point
-
-if TYPE_CHECKING:
-    from multimodal.families.clip.family import CLIPBackbone
 
 __all__ = ["Looked", "text_of"]
 
@@ -39,7 +36,7 @@ class Looked:
     refused: dict[str, str] = field(default_factory=dict)
     passes: dict[str, Pass] = field(default_factory=dict)
 
-    def points(self, family: CLIPBackbone, name: str) -> list[Point]:
+    def points(self, family: Any, name: str) -> list[Point]:
         """Linear and norm points of a tower, in forward order."""
         part = PARTS[name]
         root: nn.Module = getattr(self.module, part)
@@ -60,11 +57,11 @@ class Looked:
         return points
 
 
-def _example(family: CLIPBackbone, name: str) -> Tensor:
+def _example(family: Any, name: str) -> Tensor:
     """An image of zeros (1, C, H, W), or the ids (1, L) of a text of zeros; no random number is drawn."""
     if name == "image":
         return torch.zeros(1, *family.data_config()["input_size"])
-    context, vocab = family.context_length, int(family.module.vocab_size)  # type: ignore[arg-type]
+    context, vocab = family.context_length, int(family.module.vocab_size)
     return text_of(torch.zeros(context, dtype=torch.long), context, vocab)
 
 
