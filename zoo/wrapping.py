@@ -81,6 +81,15 @@ def wrap(
         raise ConfigError(
             "This network is compiled. Wrap the network itself, and compile the model: torch.compile(zoo.wrap(...))."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError(
+            "This network is a graph of TorchScript, whose modules no adapter can stand at. Wrap the network that it was made of."
+        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigError(
+            f"This network stands in {type(module).__name__}, whose copies adapters would not reach. Wrap the network itself "
+            f"(module.module), and put the model into {type(module).__name__}."
+        )
     _check_free(module)
     label = name or type(module).__name__
     if not _NAME.fullmatch(label):

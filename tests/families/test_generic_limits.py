@@ -99,6 +99,23 @@ def test_quantised_projections() -> None:
     assert [p.name for p in model.points] == ["1"] and "made of other parameters" in model.points.refused["0"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_projections_of_torch_s_own_quantisation_are_named() -> None:
+    """'all-linear' left them out without a word: they hold no parameter, and a child with packed numbers."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    light = torch.ao.quantization.quantize_dynamic(network, {"0": torch.ao.quantization.default_dynamic_qconfig})
+    model = zoo.wrap(light, example=torch.randn(2, 4))
+    assert [p.name for p in model.points] == ["2"] and "quantised" in model.points.refused["0"]
+
+
+def test_networks_inside_of_torch_s_own_containers() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(ConfigError, match=r"a graph of TorchScript.*Wrap the network that it was made of"):
+        zoo.wrap(torch.jit.trace(network, torch.randn(2, 4)), example=torch.randn(2, 4))
+    with pytest.raises(ConfigError, match=r"stands in DataParallel.*\(module\.module\)"):
+        zoo.wrap(nn.DataParallel(network), example=torch.randn(2, 4))
+
+
 def test_lighter_weights_of_a_wrapped_network(tmp_path: Path) -> None:
     """int8 weights, and a folder that cannot be: nothing here builds the network again."""
     x = torch.randn(3, 3, 32, 32)

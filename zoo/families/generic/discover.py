@@ -90,7 +90,8 @@ def _point(
         return None
     projection = isinstance(module, nn.Linear) or is_conv(module) or is_transposed(module) or is_packed(module)
     if not projection and not is_norm(module):
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
+        widths = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if widths and (not list(module.children()) or next(module.parameters(), None) is None):
             refused[path] = f"{what} keeps no (out, in) matrix of floats (a quantised projection?)"
         return None
     if weight is None and not (getattr(module, "kept_in", "") or is_packed(module)):  # nothing to merge into is no harm
