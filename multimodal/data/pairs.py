@@ -107,7 +107,7 @@ def caption_classes(dataset: ImageDataset, templates: Sequence[str]) -> ImageDat
         raise ConfigError("name one template or more, each with a place {} for the name of the class.")
     if dataset.classes is None:
         raise DataError(f"{dataset.name}: the classes have no names to make captions of; open it with classes=[...].")
-    rows = ClassPairs(dataset.rows, [tuple(t.format(_words(c)) for t in templates) for c in dataset.classes])
+    rows = ClassPairs(dataset.rows, [tuple(t.replace("{}", _words(c)) for t in templates) for c in dataset.classes])
     return ImageDataset(rows, None, indices=dataset.indices, on_error=dataset.on_error)
 
 

@@ -110,7 +110,7 @@ class Invert(Task):
     def prompts(self, count: int, training: bool) -> list[str]:
         """One for each of so many items."""
         places = torch.randint(len(self.templates), (count,)).tolist() if training else range(count)
-        return [self.templates[i % len(self.templates)].format(self.word) for i in places]
+        return [self.templates[i % len(self.templates)].replace("{}", self.word) for i in places]
 
     def conditions(self, model: Host, prompts: list[str]) -> list[Any]:
         """What the denoiser takes besides latents and time, with a graph to the text encoder."""

@@ -70,9 +70,9 @@ def zero_shot_classifier(
     family: Any = model.family
     for template in templates:
         if isinstance(template, str):
-            ids = family.tokenize([template.format(name) for name in class_names])
+            ids = family.tokenize([template.replace("{}", name) for name in class_names])
             check_seen(family, class_names, ids, template)
-    texts = [t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates]
+    texts = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in class_names for t in templates]
     training = model.training
     model.eval()
     try:

@@ -70,6 +70,8 @@ class Asking:
     )
 
     def __init__(self, model: Model, question: str = QUESTION, image: bool = True) -> None:
+        if "{answer}" not in question:
+            raise ConfigError(f"the judge's question is {question!r:.60}; expected a text with {{answer}} in it.")
         self.model, self.question, self.image = model, question, image
 
     def __call__(self, exercise: Exercise, completion: str) -> float:
@@ -78,7 +80,8 @@ class Asking:
         Raises:
             DataError: there is none from 0 to 100.
         """
-        text = self.question.format(question=exercise.question, reference=exercise.answer, answer=completion)
+        values = {"question": exercise.question, "reference": exercise.answer, "answer": completion}
+        text = re.sub(r"\{(question|reference|answer)\}", lambda found: str(values[found[1]]), self.question)
         asked = Exercise(exercise.image if self.image else None, text, "100", key=exercise.key)
         reply = write(self.model, [asked], "", length=16)[0]
         number = re.search(r"(?<!\w)-\d+|\d+(?:\.\d+)?", reply)

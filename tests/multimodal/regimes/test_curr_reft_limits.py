@@ -200,3 +200,12 @@ def test_judges_give_numbers_from_0_to_100(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(rejection, "write", lambda *_, reply=reply, **__: [reply])
         with pytest.raises(DataError, match="expected a number from 0 to 100"):
             asking(exercise, answer)
+
+    def heard(model: Any, asked: Any, *_: Any, **__: Any) -> list[str]:
+        assert asked[0].question == "Is {this} what?? red"
+        return ["7"]
+
+    monkeypatch.setattr(rejection, "write", heard)
+    assert Asking(small_vlm(), "Is {this} {question}? {reference}{answer}")(exercise, "") == 7.0
+    with pytest.raises(ConfigError, match=r"with \{answer\} in it"):
+        Asking(small_vlm(), "Is it right?")

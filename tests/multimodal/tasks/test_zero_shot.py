@@ -72,3 +72,13 @@ def test_zero_shot_asks_for_names_and_places() -> None:
     vit = zoo.load("vit-micro", pretrained=False, num_classes=0, depth=1)
     with pytest.raises(DataError, match="text tower"):
         zero_shot_classifier(vit, ["a"])
+
+
+def test_a_template_is_a_text_with_one_place_and_no_format() -> None:
+    """Braces of another kind broke off with Python's own errors of `str.format`."""
+    from multimodal.tasks.zero_shot import put_zero_shot_classifier
+
+    model, spelt = (make("plain", text_cfg={**TEXT, "context_length": 24}) for _ in range(2))
+    found = put_zero_shot_classifier(model, ("cat", "dog"), ("{} {} {x}",))
+    wanted = put_zero_shot_classifier(spelt, ("cat", "dog"), (lambda name: f"{name} {name} {{x}}",))
+    torch.testing.assert_close(found.weight, wanted.weight)
