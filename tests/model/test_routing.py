@@ -140,6 +140,27 @@ def test_compiled_routes_share_a_graph(method: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("method", ["bitfit", "vpt", "meft"])
+def test_compiled_routes_of_sub_batches(method: str) -> None:
+    """What cannot serve its rows in one pass has a pass of its own in the same graph; nothing stays behind, nor in training."""
+    model = pair(method).eval()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    parameters = model.parameters_to_train("a", "b")
+    norm: Any = model.backbone.get_submodule("blocks.0.norm1")
+    own = norm.weight
+    for names in (["a", "b", None, "a"], ["b", None, "a", "b"]):
+        route = model.route(names)
+        found, expected = compiled(images(), adapters=route), model(images(), adapters=names)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert (expected - model(images())).abs().max() > 1e-3
+        assert model.active == () and model._state.swaps == () and norm.weight is own
+    grads = [torch.autograd.grad(y.square().sum(), list(parameters.values())) for y in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_routes_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair("lora")
     route = model.route(NAMES)
@@ -148,10 +169,13 @@ def test_routes_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model.add_adapter("bitfit", activate=False)
     with pytest.raises(ConfigError, match="make the route anew"):
         model(images(), adapters=route)
-    swapping = model.route(["a", "bitfit", "a", "a"])
+    model.add_adapter("full", activate=False)
+    swapping, whole = (model.route(["a", name, "a", "a"]) for name in ("bitfit", "full"))
     model(images(), adapters=swapping)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(ConfigError, match=r"adapters=model.route"):
         model(images(), adapters=NAMES)
-    with pytest.raises(ConfigError, match="sub-batch of its own"):
-        model(images(), adapters=swapping)
+    with pytest.raises(ConfigError, match=r"trains the backbone's own parameters.*Call the model itself"):
+        model(images(), adapters=whole)
+    with pytest.raises(ConfigError, match="needs more than features"):
+        model.eval()(images(), adapters=swapping, targets=torch.zeros(4, dtype=torch.long))

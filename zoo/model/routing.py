@@ -6,25 +6,19 @@ Every named adapter gets the gradients of its own rows, those that are attached 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.engine.context import batch_of
-from zoo.errors import CombinationError, ConfigError
+from zoo.errors import ConfigError
 from zoo.model.answering import answer, called, expected
-from zoo.model.compiled import one_more_set
+from zoo.model.routes import Parts, Route, row_by_row, run_only, train_also
 
 if TYPE_CHECKING:
-    from zoo.adapters.base import Adapter
-    from zoo.engine.sites import Op, Site
     from zoo.model import Model
-
-Parts = dict["str | None", Tensor]  # an adapter (None: the bare backbone) and something about its rows
 
 
 def forward_routed(
@@ -64,7 +58,7 @@ def forward_routed(
     even = model.family.even(*inputs, **kwargs)
     here = state.here()
     try:
-        if targets is None and even and _row_by_row(model, list(rows)):
+        if targets is None and even and row_by_row(model, list(rows)):
             served = route.served
             model._serve((route.named, served, batch, None, False, None))
             arguments = (model, inputs, kwargs, rows)
@@ -99,7 +93,7 @@ def passing_routed(
     route = Route.of(model, names, batch)
     state, order = model._state, list(route.rows)
     state.settle(model._enter())
-    whole = model.family.even(*inputs) and _row_by_row(model, order)
+    whole = model.family.even(*inputs) and row_by_row(model, order)
     here, parts = state.here(), []
     try:
         for name, index in [("", torch.arange(batch, device=model.device))] if whole else route.rows.items():
@@ -149,73 +143,6 @@ def _check_alone(model: Model, names: Sequence[str | None]) -> None:
             )
 
 
-@dataclass(eq=False)
-class Route:
-    """Which rows of a batch each adapter serves; made by `model.route(names)`, for one size of batch.
-
-    Under `torch.compile` the work that is no tensor's is done here: which ops run at which modules. All routes of the same
-    adapters then run the same graph, whichever rows these serve.
-    """
-
-    batch: int
-    rows: Parts  # samples (n,) of each adapter, None: of the bare backbone
-    back: Tensor  # (B,): where in the outputs, which stand together by adapter, each sample is
-    attached: tuple[str, ...]
-    sites: list[tuple[Site, tuple[tuple[Op, ...], ...]]] | None = None  # what runs; None: not in one pass
-
-    @classmethod
-    def of(cls, model: Model, names: Sequence[str | None], batch: int, plan: bool = False) -> Route:
-        """Checked; `plan`: with what a compiled model needs."""
-        if len(names) != batch:
-            raise ConfigError(
-                f"adapters= has {len(names)} names for a batch of {batch}; give one name (or None) for each sample."
-            )
-        order = list(dict.fromkeys(names))
-        for name in order:
-            if name is not None:
-                model._known(name)
-        device = model.device
-        rows = {n: torch.tensor([i for i, m in enumerate(names) if m == n], device=device) for n in order}
-        back = torch.empty(batch, dtype=torch.long, device=device)
-        back[torch.cat(list(rows.values()))] = torch.arange(batch, device=device)
-        route = cls(batch, rows, back, tuple(model.adapters.keys()))
-        if plan:
-            one_more_set(model, [f"route: {name}" for name in rows])
-            train_also(model, route.named)
-            if _row_by_row(model, order):
-                here = model._state.here()
-                try:
-                    model._serve((route.named, route.served, batch, None, False, None))
-                    route.sites = [(site, site.running()) for site in model._sites.values() if site.ops]
-                finally:
-                    model._serve(here)
-        return route
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The adapters."""
-        return tuple(name for name in self.rows if name is not None)
-
-    @property
-    def served(self) -> dict[str, Tensor]:
-        """The rows of each of them, and as "" those of the bare backbone."""
-        return {name or "": rows for name, rows in self.rows.items()}
-
-    def check(self, model: Model) -> None:
-        """Raise ConfigError if adapters have come or gone since the route was made."""
-        if self.attached != tuple(model.adapters.keys()):
-            raise ConfigError("adapters were added or removed since model.route(...): make the route anew.")
-
-    def joined(self, outputs: Sequence[Tensor]) -> Tensor:
-        """What each adapter's rows gave, as rows of the batch."""
-        if len({tuple(o.shape[1:]) for o in outputs}) > 1:
-            shapes = ", ".join(f"{n}: {tuple(o.shape[1:])}" for n, o in zip(self.rows, outputs))
-            raise ConfigError(
-                f"the heads of the named adapters have different widths ({shapes}); call the model once for each."
-            )
-        return torch.cat(list(outputs)).index_select(0, self.back)
-
-
 def _compiled(
     model: Model,
     inputs: tuple[Any, ...],
@@ -229,19 +156,24 @@ def _compiled(
         raise ConfigError(
             "Under torch.compile, give the adapters of a batch as adapters=model.route([...]), made outside of the compiled call."
         )
-    if route.sites is None or targets is not None:
+    if (route.sites is None and route.apart is None) or targets is not None:
         raise ConfigError(
-            "One of these adapters needs a sub-batch of its own (it changes the sequence or the backbone's parameters, or its "
-            "head needs more than features), which is not compiled. Call the model itself, or the compiled one for each adapter."
+            "The head of one of these adapters needs more than features, which is not compiled for a batch of several. Call the "
+            "model itself, or the compiled one for each adapter."
         )
     route.check(model)
+    if model.training and any(model.adapters[name].trains_backbone for name in route.named):
+        raise ConfigError(
+            "One of these adapters trains the backbone's own parameters, and has a mode of its own for it while training, which "
+            "is not compiled for a batch of several. Call the model itself, or the compiled one for each adapter."
+        )
+    if route.sites is None:
+        return _compiled_apart(model, inputs, route, kwargs, context)
     state = model._state
     here = state.here()
-    before = [(site, site.running()) for site, _ in route.sites]
     served = route.served
     state.active, state.route, state.batch = route.named, served, route.batch
-    for site, ops in route.sites:
-        site.run_only(ops)
+    before = run_only(route.sites)
     try:
         call = (inputs, kwargs)
         outputs = model._framed(
@@ -249,29 +181,26 @@ def _compiled(
         )
     finally:
         state.active, state.route, state.batch = here[0], here[1], here[2]
-        for site, ops in before:
-            site.run_only(ops)
+        run_only(before)
     return route.joined(outputs)
 
 
-def _row_by_row(model: Model, order: Sequence[str | None]) -> bool:
-    """Whether these adapters (None: the bare backbone) can serve their rows of one batch in one pass."""
-    if any(model._rich(name) for name in order):
-        return False
-    named = [name for name in order if name is not None]
-    for name in named:
-        if (
-            model._swaps[name]
-            or model.adapters[name].trains_backbone
-            or not all(op.per_row for _, op in model._ops[name])
-        ):
-            return False
-    try:
-        for name, other in itertools.combinations(named, 2):
-            model._check_pair(other, model._ops[other], model._swaps[other], name)
-    except CombinationError:
-        return False
-    return True
+def _compiled_apart(
+    model: Model, inputs: tuple[Any, ...], route: Route, kwargs: dict[str, Any], context: Mapping[str, Any] | None
+) -> Tensor:
+    """A pass of each adapter on its rows, all in one graph: what runs and what stands in is put in place for its time."""
+    state, outputs = model._state, []
+    active, swaps = state.active, state.swaps
+    assert route.apart is not None
+    for name, (sites, mine) in route.apart.items():
+        before = run_only(sites)
+        state.active, state.swaps = () if name is None else (name,), mine
+        try:
+            outputs.append(_rows(model, inputs, kwargs, name, route.rows[name], route.batch, context, None))
+        finally:
+            state.active, state.swaps = active, swaps
+            run_only(before)
+    return route.joined(outputs)
 
 
 def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], rows: Parts) -> list[Tensor]:
@@ -302,9 +231,24 @@ def _sub_batch(
     targets: Any,
 ) -> Tensor:
     """The rows of one adapter alone."""
-    owners = [] if name is None else [name]
-    model._serve((tuple(owners), None, 0, None, False, None))
+    owners = () if name is None else (name,)
+    model._serve((owners, None, 0, None, False, None))
     _modes(model, owners)
+    return _rows(model, inputs, kwargs, name, index, batch, context, targets)
+
+
+def _rows(
+    model: Model,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    name: str | None,
+    index: Tensor,
+    batch: int,
+    context: Mapping[str, Any] | None,
+    targets: Any,
+) -> Tensor:
+    """What the rows of one adapter give, which is in use alone."""
+    owners = () if name is None else (name,)
     part = tuple(_narrowed(t, index, None) for t in inputs)
     options = {k: _narrowed(t, index, batch) for k, t in kwargs.items()}
     served = dict.fromkeys(owners, index)
@@ -329,17 +273,6 @@ def _modes(model: Model, named: Sequence[str]) -> None:
     """The backbone's mode, where one of these adapters trains the backbone itself."""
     if any(model.adapters[name].trains_backbone for name in named):
         model.train(model.training)
-
-
-def train_also(model: Model, names: Sequence[str]) -> None:
-    """Adapters that a routed batch names beside the active ones are trained by it, with the heads that serve them."""
-    for name in names:
-        adapter: Adapter = model.adapters[name]  # type: ignore[assignment]
-        if name not in model.active:
-            model._rest(name, adapter, resting=False)
-        if adapter.stateless or any(p.requires_grad for p in adapter.parameters()):
-            head = model._head_of(name)
-            model._rest(f"head/{head}", model.heads[head], resting=False)
 
 
 def routed_parameters(model: Model, names: Sequence[str]) -> dict[str, nn.Parameter]:
