@@ -290,10 +290,13 @@ class CLIPBackbone(Backbone):
         if not isinstance(texts, Tensor):
             return self.tokenize(texts).to(self.module.logit_scale.device)  # type: ignore[union-attr,arg-type]
         least = self.context_length if clip_towers.reads_all(self.module) else 1
-        if texts.dim() != 2 or not least <= texts.shape[1] <= self.context_length:
-            raise DataError(
-                f"token ids have the shape {tuple(texts.shape)}; expected (n, {self.context_length}), as `tokenize` gives them."
-            )
+        if (
+            texts.dim() != 2
+            or not least <= texts.shape[1] <= self.context_length
+            or texts.dtype not in (torch.long, torch.int)
+        ):
+            what = f"are {texts.dtype} of the shape {tuple(texts.shape)}; expected whole numbers (n, {self.context_length})"
+            raise DataError(f"token ids {what}, as `tokenize` gives them.")
         return texts
 
     def text_length(self, ids: Tensor) -> int:

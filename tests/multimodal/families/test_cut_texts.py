@@ -153,8 +153,11 @@ def test_ids_without_padding() -> None:
     short = ids[:, : model.family.text_length(ids)]
     torch.testing.assert_close(model.features(texts=short), model.features(texts=ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(model.features(x, short), model.features(x, ids), rtol=0, atol=1e-12)
+    for odd in (ids.double(), ids[:, :0], ids[0]):
+        with pytest.raises(DataError, match=r"expected whole numbers \(n, 40\)"):
+            model.features(texts=odd)
     model = build("no mask")
-    with pytest.raises(DataError, match=r"expected \(n, 40\)"):
+    with pytest.raises(DataError, match=r"expected whole numbers \(n, 40\)"):
         model.features(texts=short)
 
 
