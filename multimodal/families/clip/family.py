@@ -290,11 +290,8 @@ class CLIPBackbone(Backbone):
         if not isinstance(texts, Tensor):
             return self.tokenize(texts).to(self.module.logit_scale.device)  # type: ignore[union-attr,arg-type]
         least = self.context_length if clip_towers.reads_all(self.module) else 1
-        if (
-            texts.dim() != 2
-            or not least <= texts.shape[1] <= self.context_length
-            or texts.dtype not in (torch.long, torch.int)
-        ):
+        fits = texts.dim() == 2 and least <= texts.shape[1] <= self.context_length
+        if not fits or texts.is_floating_point():
             what = f"are {texts.dtype} of the shape {tuple(texts.shape)}; expected whole numbers (n, {self.context_length})"
             raise DataError(f"token ids {what}, as `tokenize` gives them.")
         return texts
