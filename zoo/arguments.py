@@ -30,6 +30,7 @@ __all__ = [
     "DTYPE",
     "FLAG",
     "FUNCTION",
+    "MODEL",
     "NAMES",
     "NOTHING",
     "ONE_OR_MORE",
@@ -248,6 +249,17 @@ def _dtype(value: Any) -> Any:
     return found
 
 
+def _model(value: Any) -> Any:
+    if hasattr(value, "parameters_to_train") and hasattr(value, "backbone"):
+        return value
+    if hasattr(getattr(value, "module", None), "parameters_to_train"):
+        raise ConfigError(
+            f"model is a {type(value).__name__} around a model; expected the model itself, model.module. Several processes train "
+            "together by `accelerate launch`, without a wrapper."
+        )
+    raise TypeError
+
+
 ANYTHING = Kind("anything", lambda value: value)
 NOTHING = Kind("None", _nothing)
 FLAG = Kind("True or False", _flag)
@@ -257,6 +269,7 @@ NAMES = Kind("a list of names", _names, lambda value: f"[{value!r:.60}]" if isin
 ONE_OR_MORE = Kind("a name, or a list of names", lambda value: [value] if isinstance(value, str) else _names(value))
 PATH = Kind("a path", _path)
 DTYPE = Kind("a floating type such as torch.bfloat16 or 'bfloat16'", _dtype)
+MODEL = Kind("a model of zoo.load", _model)
 DEVICE = Kind("a device such as 'cpu', 'cuda' or 'cuda:1'", _device)
 
 

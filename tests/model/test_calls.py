@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +50,27 @@ def test_an_error_of_the_network_itself_stays(model: zoo.Model, monkeypatch: pyt
     monkeypatch.setattr(model.family, "features", broken)
     with pytest.raises(ValueError, match=r"^a bug$"):
         model(IMAGES)
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "quantise": lambda model, folder: zoo.quantise(model),
+    "sparsify": lambda model, folder: zoo.sparsify(model),
+    "prune": lambda model, folder: zoo.prune(model, blocks=0),
+    "substitute": lambda model, folder: zoo.substitute(model, {"blocks.0.attn": "none"}),
+    "save_backbone": zoo.save_backbone,
+    "to_peft": zoo.to_peft,
+    "to_onnx": lambda model, folder: zoo.to_onnx(model, folder / "m.onnx"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("given", [5, None, "vit-micro", torch.nn.Linear(2, 2)], ids=["5", "None", "name", "module"])
+def test_what_is_no_model_is_named(what: str, given: Any, tmp_path: Path) -> None:
+    with pytest.raises(zoo.ZooError, match=r"^model is .*; expected a model of zoo\.load"):
+        CHANGES[what](given, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_to_prune_are_a_dict(model: zoo.Model) -> None:
+    with pytest.raises(zoo.ZooError, match=r"heads is -1; expected a dict from blocks"):
+        zoo.prune(model, heads=-1)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.arguments import FLAG, NOTHING, PATH, typed, whole
+from zoo.arguments import FLAG, MODEL, NOTHING, PATH, typed, whole
 from zoo.errors import ConfigError, ContextError, MergeError, SaveError
 from zoo.library import library
 
@@ -39,7 +39,7 @@ class _Graph(nn.Module):
         return self.call(*inputs)
 
 
-@typed(path=PATH, merged=FLAG | NOTHING, batch_size=whole(1) | NOTHING)
+@typed(model=MODEL, path=PATH, merged=FLAG | NOTHING, batch_size=whole(1) | NOTHING)
 def to_onnx(
     model: Model, path: str | Path, *, merged: bool | None = None, batch_size: int | None = None
 ) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from zoo.adapters.lora import LoRA
 from zoo.adapters.parts.low_rank import LowRank
-from zoo.arguments import PATH
+from zoo.arguments import MODEL, PATH, typed
 from zoo.disk.layout import CONFIG, WEIGHTS, to_json
 from zoo.engine.sharded import refuse
 from zoo.errors import ConfigError, MismatchError, SaveError, UnknownNameError, nearest
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 # -- out --------------------------------------------------------------------------------------------------------------
 
 
+@typed(model=MODEL, folder=PATH)
 def to_peft(model: Model, folder: str | Path, adapter: str | None = None) -> Path:
     """Write a LoRA adapter and the head so that peft loads them on the same backbone, with the same outputs.
 

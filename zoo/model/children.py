@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.arguments import MODEL, typed
 from zoo.errors import ConfigError, MismatchError, SelectionError, nearest
 from zoo.families.children import ROLES, Children, Form
 from zoo.model.model import Model
@@ -25,6 +26,7 @@ from zoo.points import Point
 __all__ = ["baked", "child_of", "place_of", "places", "substitute"]
 
 
+@typed(model=MODEL)
 def substitute(
     model: Model,
     children: Mapping[str, Form],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.arguments import MODEL, typed
 from zoo.errors import ConfigError, MismatchError, nearest
 from zoo.model.fingerprint import Watched
 from zoo.model.model import Model
@@ -17,6 +18,7 @@ from zoo.points import LinearPoint, Points
 __all__ = ["quantise", "quantise_in_place", "sparsify"]
 
 
+@typed(model=MODEL)
 def quantise(model: Model, points: str | Sequence[str] | None = None, to: str = "int8") -> Model:
     """A model whose frozen projections keep their weights in 8 or 4 bits: a quarter or an eighth of the bytes of float32.
 
@@ -79,6 +81,7 @@ def check_whole(model: Model, method: str) -> None:
             )
 
 
+@typed(model=MODEL)
 def sparsify(
     model: Model,
     points: str | Sequence[str] = "all-linear",

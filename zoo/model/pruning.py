@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter
+from zoo.arguments import MODEL, NOTHING, Kind, typed
 from zoo.backbone import Backbone, Cut
 from zoo.errors import ConfigError, SelectionError, ZooError, nearest
 from zoo.model.model import Model
@@ -41,6 +42,16 @@ __all__ = ["apply", "changed", "prune"]
 Which = Mapping[int | str, Iterable[int]]
 
 
+def _which(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return value
+
+
+WHICH = Kind("a dict from blocks (a name or an index) to the indices that are taken out there", _which)
+
+
+@typed(model=MODEL, heads=WHICH | NOTHING, neurons=WHICH | NOTHING)
 def prune(
     model: Model,
     *,

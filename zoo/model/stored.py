@@ -11,6 +11,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 
 from zoo import registry
+from zoo.arguments import MODEL, PATH, typed
 from zoo.backbone import WRAPPED
 from zoo.disk import write_file
 from zoo.disk.trust import check_backbone, check_size
@@ -24,6 +25,7 @@ __all__ = ["is_changed", "load_changed", "save_backbone"]
 RECIPE, WEIGHTS, FORMAT = "backbone.json", "backbone.safetensors", 1
 
 
+@typed(model=MODEL, folder=PATH)
 def save_backbone(model: Model, folder: str | Path) -> Path:
     """Write a changed backbone (`zoo.prune`, `zoo.sparsify`, `zoo.quantise`), without adapters and head.
 

@@ -16,6 +16,7 @@ from zoo.arguments import (
     DEVICE,
     FLAG,
     FUNCTION,
+    MODEL,
     NAMES,
     NOTHING,
     PATH,
@@ -51,17 +52,6 @@ Loss = Callable[[Any, Any], Tensor]
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _model(value: Any) -> Any:
-    if hasattr(value, "parameters_to_train") and hasattr(value, "backbone"):
-        return value
-    if hasattr(getattr(value, "module", None), "parameters_to_train"):
-        raise ConfigError(
-            f"model is a {type(value).__name__} around a model; expected the model itself, model.module. Several processes train "
-            "together by `accelerate launch`, without a wrapper."
-        )
-    raise TypeError
-
-
 def _metrics(value: Any) -> Any:
     if isinstance(value, Mapping):
         parts = ("update", "compute", "reset")
@@ -82,7 +72,6 @@ def _numbers(value: Any) -> list[float]:
 
 _NUMBERS = Kind("a list of numbers", _numbers)
 METRICS = Kind("names of metrics, or a dict of names with objects that have update, compute and reset", _metrics)
-MODEL = Kind("a model of zoo.load", _model)
 TASK = TEXT | instance("an object of zoo.Task", Task)
 WEIGHTS = Kind(
     "'balanced', a list of numbers, or a dict of them by class",
