@@ -21,6 +21,8 @@ _LOG = logging.getLogger("zoo")
 # options at which tables of positions are resampled
 RESOLUTIONS = ("img_size", "image_size", "input_size", "max_length")
 
+CLASSES = 10_000_000  # more than a head can have
+
 
 def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
     """Put saved adapters, and their head if wanted, into a model; all or nothing. Returns the adapters' names there.
@@ -58,6 +60,11 @@ def attach(model: Host, saved: SavedAdapter, *, head: bool = True) -> list[str]:
 def _attach(model: Host, saved: SavedAdapter, head: bool, own_head: bool) -> list[str]:
     """`attach`, of what was compared with the backbone."""
     added: list[str] = []
+    if (saved.num_classes or 0) > CLASSES:
+        raise MismatchError(
+            f"The adapter in '{saved.folder}' says that its head has {saved.num_classes:,} classes, which is far more than its "
+            "file holds. Copy or download it again."
+        )
     with model.all_or_nothing(), budget(saved.folder, saved.tensors, model.backbone):
         for i, entry in enumerate(saved.adapters):
             last = i == len(saved.adapters) - 1
