@@ -95,6 +95,6 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     close = difflib.get_close_matches(str(name), names, n=count, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    if len(names) <= 20:
+    if len(names) <= 40:  # the settings of a regime, say; more are methods or backbones
         return "Known: " + (", ".join(names) or "none") + "."
     return f"There are {len(names)}; list them with `zoo list`."

@@ -126,6 +126,9 @@ def test_refused(model: zoo.Model, photos: Path, tmp_path: Path) -> None:
         zoo.predict(zoo.load("vit-micro", num_classes=0), photos, progress=False)
     with pytest.raises(ConfigError, match="top is 0"):
         zoo.predict(model, photos, top=0, progress=False)
+    for options in ({"features": True}, {"task": "multilabel"}):
+        with pytest.raises(ConfigError, match="top=3 is for the likeliest of several classes"):
+            zoo.predict(model, photos, top=3, progress=False, **options)
     with pytest.raises(ConfigError, match="expected one of classify"):
         zoo.predict(model, photos, task="contrast", progress=False)
     found = zoo.predict(model, photos, progress=False)

@@ -169,7 +169,7 @@ def predict(
     Args:
         data: a folder (files anywhere below it), a pattern, a file, or a list of files; images, or sounds of a model that takes
             them.
-        top: the so many likeliest classes of each file.
+        top: the so many likeliest classes of each file; refused beside features, tags and numbers.
         features: pooled features in front of the head, with the active adapters, instead of what the head says.
         task: "classify" (softmax), "multilabel" (a logistic function for each class) or "regress" (the outputs themselves); by
             default as the model was trained.
@@ -187,6 +187,8 @@ def predict(
             f"What this one does:{how}"
         )
     kind = "features" if features else KINDS[_task(model, task)]
+    if top > 1 and kind != "classes":
+        raise ConfigError(f"top={top} is for the likeliest of several classes, and these are {kind}. Leave it out.")
     processes = Processes(device, model)
     dataset = open_unlabelled(
         data,
