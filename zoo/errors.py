@@ -57,6 +57,10 @@ class TrustError(ConfigError):
     """A file asks for something that needs the user's word first, such as a backbone of an unknown source."""
 
 
+class CallError(ConfigError):
+    """A model was called with what is no batch of its backbone's."""
+
+
 class MismatchError(ZooError, ValueError):
     """An adapter belongs to another backbone, width, depth or set of weights."""
 

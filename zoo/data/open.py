@@ -17,7 +17,6 @@ from zoo.data.labels import bare, check_kind
 from zoo.data.locate import SHARD, is_paths, locate
 from zoo.data.medium import IMAGES, Medium
 from zoo.data.names import listed_names
-from zoo.data.parquet import ParquetRows
 from zoo.data.sampling import check_range, few_shot, known_labels, warn_of_lost
 from zoo.data.shards import ShardRows
 from zoo.data.sources import TorchRows
@@ -159,6 +158,8 @@ def open_with(
         rows = ShardRows(found.files, name=short_name(found.files), **options)
     else:
         options["own_names"] = partial(_classes_json, found.files[0].parent)
+        from zoo.data.parquet import ParquetRows  # pyarrow takes longer to import than all of ours
+
         rows = ParquetRows(found.files, name=short_name(found.files), **options)
     dataset = ImageDataset(rows, rows.class_names, transform=transform, on_error=on_error)
     if on_error == "skip":

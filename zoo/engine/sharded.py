@@ -35,15 +35,20 @@ def known_types() -> tuple[type, ...]:
     return (Tensor, kind) if (kind := _dtensor()) != () else (Tensor,)
 
 
+def _together() -> bool:
+    """Whether there are other processes at all: without them no module of a model has to be looked at."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _shards(model: nn.Module) -> list[Any]:
     """The modules of a model that FSDP shards."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+    return [] if kind is None or not _together() else [m for m in model.modules() if isinstance(m, kind)]
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of a model are spread over processes."""
-    kind = _dtensor()
+    kind = _dtensor() if _together() else ()
     return bool(_shards(model)) or (kind != () and any(isinstance(p, kind) for p in model.parameters()))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.engine.context import batch_of
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import CallError, ConfigError, ZooError
 from zoo.heads import Head
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def called(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """A context in which the backbone runs, whose error over what is no batch says what a batch is.
 
     Raises:
-        ConfigError: the library broke off, and the call has no tensor at all, or another number of arguments.
+        CallError: the library broke off, and the call has no tensor at all, or another number of arguments.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def called(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         short = any(words in str(error) for words in UNCALLED)
         if isinstance(error, ZooError) or not (short or batch_of(inputs, kwargs) is None):
             raise
-        raise ConfigError(expected(model, inputs, kwargs)) from error
+        raise CallError(expected(model, inputs, kwargs)) from error
 
 
 def expected(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -37,9 +37,13 @@ class Headed(nn.Module):
     _answers: bool  # the head needs named outputs, or an adapter stands behind it (`zoo.model.answering`)
 
     def train(self, mode: bool = True) -> Any:
-        """As torch's; every change of heads and adapters ends here."""
+        """As torch's, but for the backbone (`Model.train`); every change of heads and adapters ends here."""
         self._answers = isinstance(self.head, Head) or any(a.behind_head for a in self._active_adapters())
-        return super().train(mode)
+        self.training = mode
+        for name, child in self.named_children():
+            if name != "backbone":
+                child.train(mode)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -188,9 +188,10 @@ class Model(Stated):
     def train(self, mode: bool = True) -> Model:
         """Adapters and head follow `mode`; the frozen backbone stays in eval mode (no dropout, no stochastic depth)."""
         super().train(mode)
-        if not any(a.trains_backbone for a in self._active_adapters()):
-            self.backbone.eval()
-        for module in self.backbone.modules():
+        learns = mode and any(a.trains_backbone for a in self._active_adapters())
+        if learns or any(module.training for module in self.backbone.modules()):
+            self.backbone.train(learns)
+        for module in self.backbone.modules() if learns else ():
             # running statistics are part of the frozen backbone; no adapter holds them
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

@@ -123,7 +123,10 @@ class Points(Sequence[Point]):
         """What a method takes by default of each of several towers; None: no one of them lacks what the others have."""
         parts = [Points([p for p in self._points if p.tower == t], self.backbone) for t in self._towers]
         chosen = {part.usual(usual) for part in parts}
-        if len(chosen) < 2 or any(not set(part.usual(usual)) & set(part.roles("linear")) for part in parts):
+        cut = any(
+            set(roles) & set(usual) and not set(usual) <= set(roles) for roles in chosen
+        )  # a part of them is missing
+        if len(chosen) < 2 or cut or any(not set(part.usual(usual)) & set(part.roles("linear")) for part in parts):
             return None
         taken = {id(p) for part in parts for p in part.select(part.usual(usual), kind="linear")}
         return [p for p in self._points if id(p) in taken]

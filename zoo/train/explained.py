@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.dataset import ImageDataset
-from zoo.errors import ConfigError, DataError, MismatchError, ZooError
+from zoo.errors import CallError, ConfigError, DataError, MismatchError, ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -28,9 +28,8 @@ def explained(model: Model, dataset: ImageDataset, inputs: Any) -> Iterator[None
     try:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
-        ours = isinstance(error, ZooError) and not isinstance(
-            error, MismatchError
-        )  # families say so of images by that one
+        # families say so of images by the one, the model of any batch by the other
+        ours = isinstance(error, ZooError) and not isinstance(error, (MismatchError, CallError))
         if ours or isinstance(error, torch.OutOfMemoryError):
             raise
         wanted = model.family.data_config().get("input_size")
