@@ -66,9 +66,12 @@ def forward_routed(
                 _single_pass, arguments, {}, context, owners=route.named, rows=served, call=(inputs, kwargs)
             )
         else:
-            outputs = [
-                _sub_batch(model, inputs, kwargs, n, index, batch, context, targets) for n, index in rows.items()
-            ]
+            outputs = []
+            for name, index in rows.items():
+                owners = () if name is None else (name,)
+                model._serve((owners, None, 0, None, False, None))
+                _modes(model, owners)
+                outputs.append(_rows(model, inputs, kwargs, name, index, batch, context, targets))
     finally:
         for name in route.named:
             model.adapters[name].release()  # type: ignore[operator]
@@ -218,23 +221,6 @@ def _single_pass(model: Model, inputs: tuple[Any, ...], kwargs: dict[str, Any], 
         part = part if name is None else state.change(model.adapters[name].features, part)  # type: ignore[arg-type]
         outputs.append(state.run(model.heads[model._head_of(name)], part))
     return outputs
-
-
-def _sub_batch(
-    model: Model,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    name: str | None,
-    index: Tensor,
-    batch: int,
-    context: Mapping[str, Any] | None,
-    targets: Any,
-) -> Tensor:
-    """The rows of one adapter alone."""
-    owners = () if name is None else (name,)
-    model._serve((owners, None, 0, None, False, None))
-    _modes(model, owners)
-    return _rows(model, inputs, kwargs, name, index, batch, context, targets)
 
 
 def _rows(
